@@ -1,0 +1,1 @@
+"""mdl: raw PyTorch checkpoints into vLLM, with proof that vLLM computes what the original code computed."""

@@ -1,0 +1,265 @@
+"""The records through which a source family describes itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ..errors import Kind, MdlError, Problem
+from ..mappings.tensors import Shape, TensorInfo
+
+Value = int | float | str | bool | None
+"""What a dimension or a semantic constant may be."""
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """What a checkpoint holds, after wrappers and prefixes are taken off.
+
+    ``tensors`` maps the family's own name of a tensor to one entry per rank file that holds it, in rank order.
+    ``extras`` holds what lay beside the weights (``model_args``, ``params.json`` as ``params``, ``config`` …) as
+    plain values; ``wrapper`` is the path to the state dict inside the file (``("model",)`` for nanoGPT);
+    ``notes`` says in sentences what was unwrapped, stripped or ignored.
+    """
+
+    path: str
+    tensors: Mapping[str, tuple[TensorInfo, ...]]
+    extras: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    ranks: int = 1
+    wrapper: tuple[str, ...] = ()
+    prefixes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    format: str = ""
+    files: tuple[str, ...] = ()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.tensors
+
+    def shape(self, name: str) -> Shape | None:
+        """The shape of a tensor in its first rank file, or None if there is no such tensor."""
+        found = self.tensors.get(name)
+        return found[0].shape if found else None
+
+    def count(self, pattern: str) -> int:
+        """How many consecutive indices from 0 give an existing name: ``inv.count("layers.{}.wq.weight")``."""
+        i = 0
+        while pattern.format(i) in self.tensors:
+            i += 1
+        return i
+
+
+@dataclass(frozen=True)
+class Dim:
+    """One value with its provenance: where it came from, in words a person can check."""
+
+    value: Value
+    source: str
+    """``file``, ``shapes``, ``default`` or ``user``."""
+    because: str
+
+
+@dataclass(frozen=True)
+class Dims(Mapping[str, Value]):
+    """Every size and semantic constant of one checkpoint, each with its provenance.
+
+    Reads as a mapping of plain values (``dims["heads"]``); the provenance is in :attr:`entries`.
+    """
+
+    entries: Mapping[str, Dim]
+
+    def __getitem__(self, name: str) -> Value:
+        return self.entries[name].value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def integer(self, name: str) -> int:
+        """The value of a size; raises TypeError if it is not an int."""
+        value = self[name]
+        if not isinstance(value, int):
+            raise TypeError(f"{name} is {value!r}, not an integer")
+        return value
+
+    def sizes(self) -> dict[str, int]:
+        """The integers: what a mapping's patterns and operations may name."""
+        return {
+            k: d.value for k, d in self.entries.items() if isinstance(d.value, int) and not isinstance(d.value, bool)
+        }
+
+    def flags(self) -> dict[str, bool]:
+        """The booleans: what a mapping's ``when`` may name."""
+        return {k: v for k, v in self.items() if isinstance(v, bool)}
+
+    def having(self, name: str, dim: Dim) -> Dims:
+        """The same dims with one entry added or replaced."""
+        return replace(self, entries={**self.entries, name: dim})
+
+
+class Measure:
+    """Collects the dims of one checkpoint: the user's word first, then shapes, then files, then defaults.
+
+    Two sources that contradict each other are a problem, never a silent choice. What no source knows is asked
+    for, with the ``--set`` that answers it. All problems are raised together by :meth:`done`.
+    """
+
+    def __init__(self, inventory: Inventory, given: Mapping[str, str]) -> None:
+        self.inventory = inventory
+        self._given = dict(given)
+        self._entries: dict[str, Dim] = {}
+        self._aliases: dict[str, str] = {}
+        self._problems: list[Problem] = []
+
+    def __getitem__(self, name: str) -> Value:
+        return self._entries[name].value if name in self._entries else None
+
+    def problem(self, what: str, where: str = "", do: str = "") -> None:
+        """Report something that makes the checkpoint unfit for this family."""
+        self._problems.append(Problem(what, where or self.inventory.path, do))
+
+    def set(
+        self,
+        name: str,
+        *,
+        kind: Callable[[str], Value] = int,
+        shape: tuple[Value, str] | None = None,
+        file: tuple[str, ...] = (),
+        default: tuple[Value, str] | None = None,
+        ask: str = "",
+        choices: tuple[Value, ...] = (),
+    ) -> Value:
+        """Settle one dim.
+
+        ``shape`` and ``default`` are (value, reason); a None value means "not known from here". ``file`` lists
+        dotted paths into the inventory's extras (``model_args.n_head``), the first that exists wins. ``kind``
+        turns the text of ``--set name=text`` into a value. ``ask`` completes "… is not in the checkpoint: ".
+        """
+        keys = tuple(path.rpartition(".")[2] for path in file)
+        self._aliases |= dict.fromkeys((name, *keys), name)
+        found = [
+            dim
+            for dim in (self._from_user(name, keys, kind), self._from_shape(shape), self._from_file(name, kind, file))
+            if dim is not None
+        ]
+        self._contradictions(name, found)
+        if not found and default is not None:
+            found = [Dim(default[0], "default", default[1])]
+        if not found:
+            self._ask(name, keys, ask)
+            return None
+        if choices and found[0].value not in choices:
+            allowed = ", ".join(str(c) for c in choices)
+            self.problem(f"{name} is {found[0].value!r}", do=f"it must be one of: {allowed}")
+        self._entries[name] = found[0]
+        return found[0].value
+
+    def done(self) -> Dims:
+        """The dims. Raises MdlError (INPUT) with every contradiction and everything that is missing."""
+        for key in self._given.keys() - self._aliases.keys():
+            names = ", ".join(sorted(self._aliases))
+            self._problems.append(Problem(f"--set {key}=…: this family has no such value", do=f"it has: {names}"))
+        if self._problems:
+            raise MdlError(Kind.INPUT, self._problems)
+        return Dims(self._entries)
+
+    def _from_user(self, name: str, keys: tuple[str, ...], kind: Callable[[str], Value]) -> Dim | None:
+        for key in (name, *keys):
+            if key in self._given:
+                text = self._given[key]
+                try:
+                    return Dim(kind(text), "user", f"--set {key}={text}")
+                except ValueError:
+                    self.problem(f"--set {key}={text}: not a value for {name}", do=f"expected {_kind_name(kind)}")
+        return None
+
+    def _from_shape(self, shape: tuple[Value, str] | None) -> Dim | None:
+        return Dim(shape[0], "shapes", shape[1]) if shape is not None and shape[0] is not None else None
+
+    def _from_file(self, name: str, kind: Callable[[str], Value], paths: tuple[str, ...]) -> Dim | None:
+        for path in paths:
+            value = lookup(self.inventory.extras, path)
+            if value is None:
+                continue
+            if kind is float and type(value) is int:
+                value = float(value)
+            expected = {int: int, float: float, str: str}.get(kind, bool)  # type: ignore[call-overload]
+            if type(value) is expected and (expected is not float or math.isfinite(value)):
+                return Dim(value, "file", path)
+            self.problem(f"{path} is {value!r}: not a value for {name}", do=f"expected {_kind_name(kind)}")
+        return None
+
+    def _contradictions(self, name: str, found: list[Dim]) -> None:
+        """The user may overrule a file, but nobody overrules what the tensors' shapes say."""
+        shape = next((d for d in found if d.source == "shapes"), None)
+        for dim in found:
+            if shape is not None and dim.source != "shapes" and dim.value != shape.value:
+                self.problem(
+                    f"{name} is {shape.value!r} by the tensors ({shape.because}) but {dim.value!r} by {dim.because}",
+                    do="the checkpoint and its hyperparameters do not belong together, or this is another family",
+                )
+
+    def _ask(self, name: str, keys: tuple[str, ...], ask: str) -> None:
+        key = keys[0] if keys else name
+        reason = f": {ask}" if ask else ""
+        self.problem(f"{name} is neither in the checkpoint nor in its shapes{reason}", do=f"pass --set {key}=VALUE")
+
+
+def _kind_name(kind: Callable[[str], Value]) -> str:
+    return {int: "an integer", float: "a number"}.get(kind, getattr(kind, "__doc__", None) or "another value")  # type: ignore[call-overload]
+
+
+def boolean(text: str) -> bool:
+    """true or false"""
+    if text.lower() in ("true", "yes", "1"):
+        return True
+    if text.lower() in ("false", "no", "0"):
+        return False
+    raise ValueError(text)
+
+
+def lookup(extras: Mapping[str, Any], path: str) -> Any:
+    """Follow a dotted path through nested mappings; None where it ends early."""
+    node: Any = extras
+    for key in path.split("."):
+        if not isinstance(node, Mapping) or key not in node:
+            return None
+        node = node[key]
+    return node
+
+
+@dataclass(frozen=True)
+class Arch:
+    """One source family: what a newcomer writes to teach mdl an architecture.
+
+    - ``detect(inventory)``: the evidence, in sentences, that this checkpoint is of the family; empty if it is not.
+    - ``dims(measure)``: settle every size and constant with ``measure.set``.
+    - ``hf_config(dims)``: config.json of the target class, readable by transformers and by vLLM.
+    - ``eager``: ``"module:function"`` with ``build(dims) -> torch.nn.Module`` on the raw tensor names.
+    - ``served``: ``"module:Class"`` of a vLLM model class, for architectures that vLLM itself lacks.
+
+    The mapping is ``mappings/<name>.yaml``, or ``<file>.yaml`` beside the file given by ``--arch FILE.py``.
+    """
+
+    name: str
+    title: str
+    source: str
+    target: str
+    detect: Callable[[Inventory], list[str]]
+    dims: Callable[[Measure], None]
+    hf_config: Callable[[Dims], dict[str, Any]]
+    eager: str
+    served: str | None = None
+    mapping: str | None = None
+    stop_tokens: Callable[[Dims], dict[str, Any]] | None = None
+
+
+@dataclass(frozen=True)
+class Match:
+    """The family that a checkpoint belongs to, and why."""
+
+    arch: Arch
+    because: tuple[str, ...]

@@ -1,0 +1,97 @@
+"""Which families there are, and which one a checkpoint belongs to. The registry is the folder."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import lru_cache
+from importlib.metadata import entry_points
+from pathlib import Path
+
+from ..errors import MdlError, Problem, input_error, usage_error
+from .base import Arch, Inventory, Match
+
+_NOT_FAMILIES = {"__init__", "base", "registry"}
+GROUP = "mdl.archs"
+
+
+@lru_cache(maxsize=1)
+def all_archs() -> dict[str, Arch]:
+    """Every family by name: the files of this folder, then installed packages with an ``mdl.archs`` entry point."""
+    folder = Path(__file__).parent
+    stems = sorted(path.stem for path in folder.glob("*.py") if path.stem not in _NOT_FAMILIES)
+    found = {stem: _arch_of(importlib.import_module(f".{stem}", __package__), stem) for stem in stems}
+    for point in entry_points(group=GROUP):
+        module = importlib.import_module(point.module)
+        arch = _arch_of(module, point.name)
+        mapping = arch.mapping or str(Path(str(module.__file__)).with_suffix(".yaml"))
+        found[arch.name] = replace(arch, mapping=mapping)
+    return found
+
+
+def load_arch(spec: str) -> Arch:
+    """The family named on the command line: a name from ``mdl archs``, or a file that defines ARCH.
+
+    A file's code runs: it is the user's own. Raises MdlError (USAGE) for an unknown name, INPUT for a bad file.
+    """
+    if not spec.endswith(".py"):
+        archs = all_archs()
+        if spec not in archs:
+            raise usage_error(f"no architecture {spec!r}", do=f"one of: {', '.join(archs)}; or a path to a .py file")
+        return archs[spec]
+    path = Path(spec).resolve()
+    if not path.is_file():
+        raise usage_error(f"--arch {spec}: no such file")
+    module_spec = importlib.util.spec_from_file_location(f"mdl_user_arch_{path.stem}", path)
+    if module_spec is None or module_spec.loader is None:
+        raise input_error("cannot be imported as Python", str(path))
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_spec.name] = module
+    sys.path.insert(0, str(path.parent))  # so that the file can import its neighbours, such as an eager model
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:
+        raise input_error(
+            f"raised {type(error).__name__}: {error}", str(path), "mend the file and try again"
+        ) from error
+    arch = _arch_of(module, path.stem)
+    return replace(arch, mapping=arch.mapping or str(path.with_suffix(".yaml")))
+
+
+def mapping_path(arch: Arch) -> Path:
+    """Where the family's mapping file lies."""
+    return Path(arch.mapping) if arch.mapping else Path(__file__).parent.parent / "mappings" / f"{arch.name}.yaml"
+
+
+def detect(inventory: Inventory, archs: Iterable[Arch] | None = None) -> Match:
+    """The one family that recognises the checkpoint. Raises MdlError (INPUT) for none and for several."""
+    candidates = list(archs if archs is not None else all_archs().values())
+    matches = [Match(arch, tuple(because)) for arch in candidates if (because := arch.detect(inventory))]
+    if not matches:
+        raise _nothing(inventory, candidates)
+    if len(matches) > 1:
+        names = ", ".join(match.arch.name for match in matches)
+        reasons = " / ".join(f"{match.arch.name}: {'; '.join(match.because)}" for match in matches)
+        raise input_error(f"could be any of {names} ({reasons})", inventory.path, "say which with --arch NAME")
+    return matches[0]
+
+
+def _nothing(inventory: Inventory, candidates: list[Arch]) -> MdlError:
+    some = ", ".join(list(inventory.tensors)[:6])
+    known = ", ".join(arch.name for arch in candidates)
+    return input_error(
+        f"no known architecture has these tensors ({len(inventory.tensors)} of them: {some} …); known: {known}",
+        inventory.path,
+        "--arch NAME if you know better, or add your own with --arch FILE.py (docs/architectures.md)",
+    )
+
+
+def _arch_of(module: object, name: str) -> Arch:
+    arch = getattr(module, "ARCH", None)
+    if not isinstance(arch, Arch):
+        problem = Problem("defines no ARCH = Arch(…)", name, "end the file with ARCH = Arch(name=…, …)")
+        raise input_error(problem.what, problem.where, problem.do)
+    return arch

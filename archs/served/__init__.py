@@ -1,0 +1,25 @@
+"""vLLM model classes for what vLLM itself lacks, and the plugin that makes every vLLM process know them."""
+
+from __future__ import annotations
+
+SERVED: dict[str, str] = {}
+"""Architecture as written in ``config.json`` → ``"module:Class"`` of the model that serves it.
+
+Strings, so that naming a class here imports neither torch nor vllm: vLLM imports it when a layout asks for it.
+"""
+
+
+def register() -> None:
+    """Tell vLLM about every class of :data:`SERVED`; the ``vllm.general_plugins`` entry point of this package.
+
+    vLLM calls this in each of its processes and may call it twice in one, so it is cheap and re-entrant. An
+    architecture that vLLM already knows, under whatever class, is left as it is.
+    """
+    if not SERVED:
+        return
+    from vllm import ModelRegistry  # only where a vLLM process called us: nobody else pays for the import
+
+    known = ModelRegistry.get_supported_archs()
+    for architecture, model in SERVED.items():
+        if architecture not in known:
+            ModelRegistry.register_model(architecture, model)

@@ -1,0 +1,1 @@
+"""Do it: bytes in, a layout out."""

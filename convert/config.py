@@ -1,0 +1,37 @@
+"""config.json and generation_config.json: what transformers and vLLM read beside the weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .tokenizer import TokenizerInfo
+
+_REQUIRED = ("architectures", "model_type", "vocab_size", "tie_word_embeddings")
+
+
+def write_configs(out: Path, config: Mapping[str, Any], tokenizer: TokenizerInfo) -> tuple[str, ...]:
+    """Write both files; returns their names.
+
+    Token ids are written even when they are not known (null): transformers' class defaults would otherwise fill
+    in ids that a small vocabulary does not have. Sampling settings are never invented.
+    """
+    missing = [key for key in _REQUIRED if key not in config]
+    if missing:  # vLLM would create a model of zero layers without a word
+        raise ValueError(f"hf_config leaves out {missing}")
+    ids = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad}
+    _dump(out / "config.json", {**config, **ids})
+    known = {key: value for key, value in ids.items() if value is not None}
+    _dump(out / "generation_config.json", {"_from_model_config": False, **known})
+    return ("config.json", "generation_config.json")
+
+
+def read_config(layout: Path) -> dict[str, Any]:
+    """config.json of a layout, as it stands."""
+    return json.loads((layout / "config.json").read_text(encoding="utf-8"))
+
+
+def _dump(path: Path, data: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")

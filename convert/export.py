@@ -1,0 +1,171 @@
+"""`mdl export`: the plan run backwards. A layout becomes the original names and bytes again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Mapping as Map
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+from ..errors import Problem, usage_error
+from ..mappings.lazy import Lazy
+from ..mappings.ops import Op, OpError, invert
+from ..mappings.tensors import ITEMSIZE, TensorInfo
+from .check import check_layout
+from .manifest import Manifest, read_manifest, revive_join, revive_op
+from .safetensors_file import read_safetensors
+from .sources import Files
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export wrote, and what it could not bring back."""
+
+    out: str
+    files: tuple[str, ...]
+    tensors: int
+    lost: tuple[Problem, ...]
+
+
+@dataclass(frozen=True)
+class _Back:
+    """One original tensor: how to make it from targets of the layout."""
+
+    name: str
+    raws: tuple[str, ...]
+    files: tuple[str, ...]
+    targets: tuple[str, ...]
+    ops: tuple[Op, ...]
+    index: int
+    join: Map[str, Any] | None
+    dtype: str
+
+
+def export(
+    layout: Path, out: Path, *, force: bool = False, progress: Callable[[int], None] = lambda _: None
+) -> Exported:
+    """Write the original checkpoint. ``out`` is a .pt/.pth file, or a folder when there were several rank files.
+
+    The state dict comes back under its wrapper with the plain hyperparameters beside it; tensors that a rule
+    dropped are listed in ``lost``. Needs torch (its own format is best written by its own code).
+    """
+    if out.exists() and not force:
+        raise usage_error("exists already; nothing was written", str(out), "choose another name, or pass --force")
+    manifest = read_manifest(layout)
+    problems = check_layout(layout, manifest)
+    if problems:
+        from ..errors import Kind, MdlError
+
+        raise MdlError(Kind.INPUT, problems)
+    backs, lost = _reverse(manifest)
+    with Files() as files:
+        stored: dict[str, TensorInfo] = {}
+        for file in sorted({fact["file"] for fact in manifest.tensors.values()}):
+            stored |= read_safetensors(layout / file)[0]
+        ranks = int(manifest.source["ranks"])
+        written = _write(manifest, backs, stored, files, out, ranks, progress)
+    return Exported(str(out), written, len(backs), tuple(lost))
+
+
+def _reverse(manifest: Manifest) -> tuple[list[_Back], list[Problem]]:
+    backs: list[_Back] = []
+    lost: list[Problem] = []
+    for step in manifest.steps:
+        if step["kind"] == "drop":
+            lost.append(Problem(f"{step['sources'][0]['name']} was dropped: {step['reason']}", step["rule"]))
+        elif step["kind"] not in ("fill", "tie"):
+            try:
+                backs += _undo(step)
+            except OpError as error:
+                names = ", ".join(s["name"] for s in step["sources"])
+                lost.append(Problem(f"{names}: {error}", step["rule"]))
+    by_name = {back.name: back for back in backs}
+    for step in manifest.steps:
+        if step["kind"] == "tie":
+            source = step["sources"][0]
+            twin = by_name.get(step["reason"].removeprefix("equal to "))
+            if twin is None:
+                lost.append(Problem(f"{source['name']}: its twin could not be brought back", step["rule"]))
+                continue
+            raws, files = _homes(source)
+            backs.append(replace(twin, name=source["name"], raws=raws, files=files, join=source["join"]))
+    order = {name: k for k, name in enumerate(cast("list[str]", manifest.source["order"]))}
+    return sorted(backs, key=lambda back: order[back.name]), lost
+
+
+def _undo(step: Map[str, Any]) -> list[_Back]:
+    stored, written = step["source_dtype"], step["dtype"]
+    if stored != written and ITEMSIZE[written] <= ITEMSIZE[stored]:  # widening keeps every bit, nothing else does
+        raise OpError(f"was rounded from {stored} to {written}")
+    ops = tuple(revive_op(op) for op in step["ops"])
+    shapes = [tuple(cast("list[int]", s["shape"])) for s in step["sources"]]
+    back = invert(ops, shapes, step["source_dtype"])
+    for source in step["sources"]:
+        if source["join"] and source["join"]["how"] in ("sum", "mean"):
+            raise OpError(f"the {source['join']['how']} of rank files cannot be taken apart")
+    found: list[_Back] = []
+    for index, source in enumerate(step["sources"]):
+        raws, files = _homes(source)
+        targets = tuple(step["targets"])
+        found.append(_Back(source["name"], raws, files, targets, back, index, source["join"], stored))
+    return found
+
+
+def _homes(source: Map[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    ranks = cast("list[dict[str, Any]]", source["ranks"])
+    return tuple(r["raw"] for r in ranks), tuple(Path(r["file"]).name for r in ranks)
+
+
+def _rank_value(whole: Lazy, join_data: Map[str, Any] | None, rank: int, ranks: int) -> Lazy:
+    """The part of a whole tensor that one rank file held."""
+    join = revive_join(join_data)
+    if join is None or join.how in ("equal", "disjoint"):
+        return whole
+    if join.how == "cat":
+        share = whole.shape[join.axis] // ranks
+        return whole.slice(join.axis, rank * share, (rank + 1) * share)
+    parts: list[Lazy] = []
+    at = 0
+    for size in join.sizes:
+        share = size // ranks
+        parts.append(whole.slice(join.axis, at + rank * share, at + (rank + 1) * share))
+        at += size
+    return parts[0].concat(parts[1:], join.axis)
+
+
+def _write(
+    manifest: Manifest,
+    backs: list[_Back],
+    stored: Map[str, TensorInfo],
+    files: Files,
+    out: Path,
+    ranks: int,
+    progress: Callable[[int], None],
+) -> tuple[str, ...]:
+    from .torch_write import save_torch
+
+    per_file: dict[str, dict[str, Lazy]] = {}
+    for back in backs:
+        values = [files.tensor(stored[name]) for name in back.targets]
+        for op in back.ops:
+            values = op.apply(values)
+        whole = values[back.index].cast(back.dtype)
+        for rank, (raw, file) in enumerate(zip(back.raws, back.files, strict=True)):
+            per_file.setdefault(file, {})[raw] = _rank_value(whole, back.join, rank, len(back.raws))
+    wrapper = tuple(manifest.source["wrapper"])
+    extras = manifest.source["extras"] if wrapper and ranks == 1 else {}
+    aliases = {s["sources"][0]["ranks"][0]["raw"]: _twin_raw(manifest, s) for s in manifest.steps if s["kind"] == "tie"}
+    targets = {file: out / file if ranks > 1 else out for file in per_file}
+    for file, tensors in sorted(per_file.items()):
+        save_torch(targets[file], tensors, wrapper=wrapper, extras=extras, aliases=aliases, progress=progress)
+    return tuple(str(path) for path in targets.values())
+
+
+def _twin_raw(manifest: Manifest, tie: Map[str, Any]) -> str:
+    twin = tie["reason"].removeprefix("equal to ")
+    for step in manifest.steps:
+        for source in step["sources"]:
+            if source["name"] == twin:
+                return source["ranks"][0]["raw"]
+    return ""

@@ -1,0 +1,190 @@
+"""mdl.json: where every tensor of a layout came from, by which operations, and the hash of its bytes."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping as Map
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, cast
+
+from ..archs.base import Value
+from ..errors import input_error
+from ..mappings import moves, values
+from ..mappings.expand import Join
+from ..mappings.ops import Op
+from .plan import Source, Step
+from .prepare import Prepared
+
+NAME = "mdl.json"
+FORMAT = 1
+_OPS: dict[str, type[Op]] = {
+    cls.name: cls
+    for module in (moves, values)
+    for cls in vars(module).values()
+    if isinstance(cls, type) and issubclass(cls, Op) and cls.name
+}
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The record that a layout carries.
+
+    ``source`` names the checkpoint's files with size and fingerprint; ``dims`` holds value, source and reason of
+    each; ``steps`` are the plan's, complete enough to run it backwards without the checkpoint; ``tensors`` maps a
+    target to its file, dtype, shape and xxh3-128; ``files`` maps every other file of the layout to its sha256.
+    """
+
+    mdl: str
+    arch: str
+    because: tuple[str, ...]
+    target: str
+    source: Map[str, Any]
+    mapping: Map[str, str]
+    dims: Map[str, Map[str, Any]]
+    dtype: str
+    options: Map[str, Any]
+    plan: str
+    steps: tuple[Map[str, Any], ...]
+    tensors: Map[str, Map[str, Any]]
+    files: Map[str, str]
+    tokenizer: Map[str, Any] = field(default_factory=dict[str, Any])
+    notes: tuple[str, ...] = ()
+    format: int = FORMAT
+
+    def to_json(self) -> str:
+        """The text of mdl.json."""
+        return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n"
+
+    def dim_values(self) -> dict[str, Value]:
+        """The dims as plain values: what an eager reference is built from."""
+        return {name: dim["value"] for name, dim in self.dims.items()}
+
+
+def read_manifest(layout: Path) -> Manifest:
+    """The manifest of a layout. Raises MdlError (INPUT) if there is none or it is not one."""
+    path = layout / NAME
+    if not path.is_file():
+        do = "give the folder that mdl convert wrote" if layout.is_dir() else "no such folder"
+        raise input_error(f"holds no {NAME}, so mdl did not write it", str(layout), do)
+    try:
+        data = cast("dict[str, Any]", json.loads(path.read_text(encoding="utf-8")))
+        if data.get("format") != FORMAT:
+            raise input_error(f"manifest format {data.get('format')}, this mdl reads {FORMAT}", str(path))
+        return Manifest(**data)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise input_error(f"not a manifest: {error}", str(path), "convert again") from error
+
+
+def make_manifest(
+    prepared: Prepared,
+    *,
+    tensors: Map[str, Map[str, Any]],
+    files: Map[str, str],
+    options: Map[str, Any],
+    tokenizer: Map[str, Any],
+    notes: tuple[str, ...] = (),
+) -> Manifest:
+    """Put the record together after everything else is written."""
+    inventory, mapping = prepared.inventory, prepared.mapping
+    steps = tuple(describe_step(step) for step in prepared.plan.steps)
+    return Manifest(
+        mdl=own_version(),
+        arch=prepared.arch.name,
+        because=prepared.match.because,
+        target=prepared.arch.target,
+        source={
+            "path": inventory.path,
+            "format": inventory.format,
+            "wrapper": list(inventory.wrapper),
+            "prefixes": list(inventory.prefixes),
+            "ranks": inventory.ranks,
+            "files": [fingerprint(Path(file)) for file in inventory.files],
+            "order": list(inventory.tensors),
+            "extras": _plain(inventory.extras),
+        },
+        mapping={"file": Path(mapping.path).name, "sha256": mapping.sha256},
+        dims={name: dataclasses.asdict(dim) for name, dim in prepared.dims.entries.items()},
+        dtype=prepared.plan.dtype,
+        options=options,
+        plan=hashlib.sha256(json.dumps(steps, sort_keys=True).encode()).hexdigest(),
+        steps=steps,
+        tensors=tensors,
+        files=files,
+        tokenizer=tokenizer,
+        notes=(*inventory.notes, *notes),
+    )
+
+
+def own_version() -> str:
+    """mdl's version as installed."""
+    try:
+        return version("mdl")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def fingerprint(path: Path) -> dict[str, Any]:
+    """Name, size and the xxh3-128 of a file's first and last MiB: cheap, and enough to notice another file."""
+    import xxhash
+
+    size = path.stat().st_size
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        digest.update(file.read(1 << 20))
+        if size > 1 << 20:
+            file.seek(max(size - (1 << 20), 1 << 20))
+            digest.update(file.read(1 << 20))
+    return {"file": str(path), "size": size, "xxh3_ends": digest.hexdigest()}
+
+
+def describe_step(step: Step) -> dict[str, Any]:
+    """A step as plain JSON values."""
+    return {
+        "kind": step.kind,
+        "targets": list(step.targets),
+        "shapes": [list(s) for s in step.shapes],
+        "dtype": step.dtype,
+        "source_dtype": step.source_dtype,
+        "sources": [_describe_source(source) for source in step.sources],
+        "ops": [describe_op(op) for op in step.ops],
+        "rule": step.rule,
+        "reason": step.reason,
+    }
+
+
+def describe_op(op: Op) -> dict[str, Any]:
+    """An operation as ``{"op": name, **arguments}``."""
+    return {"op": op.name, **_plain(dataclasses.asdict(op))}
+
+
+def revive_op(data: Map[str, Any]) -> Op:
+    """The operation that :func:`describe_op` described."""
+    arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k != "op"}
+    return _OPS[data["op"]](**arguments)
+
+
+def revive_join(data: Map[str, Any] | None) -> Join | None:
+    """The join of a described source."""
+    return Join(data["how"], data["where"], data["axis"], tuple(data["sizes"])) if data else None
+
+
+def _describe_source(source: Source) -> dict[str, Any]:
+    return {
+        "name": source.name,
+        "shape": list(source.shape),
+        "join": _plain(dataclasses.asdict(source.join)) if source.join else None,
+        "ranks": [{"rank": i.rank, "raw": i.raw, "shape": list(i.shape), "file": i.file} for i in source.infos],
+    }
+
+
+def _plain(value: Any) -> Any:
+    """JSON values only: tuples become lists, whatever JSON lacks becomes its text."""
+    if isinstance(value, Map):
+        return {str(k): _plain(v) for k, v in cast("Map[Any, Any]", value).items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in cast("list[Any]", value)]
+    return value if value is None or isinstance(value, bool | int | float | str) else repr(value)

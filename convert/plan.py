@@ -1,0 +1,273 @@
+"""The plan: every tensor, from where, by which operations, to where. Metadata only, nothing is read or written."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from collections.abc import Mapping as Map
+from dataclasses import dataclass
+
+from ..archs.base import Inventory
+from ..errors import Kind, MdlError, Problem
+from ..mappings.expand import Expanded, Join, Rule, Ties
+from ..mappings.ops import Op, OpError, trace
+from ..mappings.tensors import FLOATING, ITEMSIZE, Shape, TensorInfo
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source tensor of a step: its rank files' entries and how they join into ``shape``."""
+
+    name: str
+    infos: tuple[TensorInfo, ...]
+    shape: Shape
+    join: Join | None
+
+
+@dataclass(frozen=True)
+class Step:
+    """Sources become targets by ``ops``; a step of kind ``fill`` has no source, one of kind ``drop`` no target.
+
+    ``dtype`` is the element type written, ``source_dtype`` the one stored; ``rule`` is file:line:col.
+    """
+
+    kind: str
+    targets: tuple[str, ...]
+    shapes: tuple[Shape, ...]
+    dtype: str
+    sources: tuple[Source, ...] = ()
+    ops: tuple[Op, ...] = ()
+    source_dtype: str = ""
+    rule: str = ""
+    reason: str = ""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the step writes."""
+        return sum(math.prod(s) for s in self.shapes) * ITEMSIZE[self.dtype]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All steps in the order they are written, and all problems."""
+
+    steps: tuple[Step, ...]
+    problems: tuple[Problem, ...]
+    dtype: str
+    ranks: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of tensor data that the plan writes."""
+        return sum(step.nbytes for step in self.writes)
+
+    @property
+    def writes(self) -> tuple[Step, ...]:
+        """The steps that produce a target."""
+        return tuple(step for step in self.steps if step.targets)
+
+    def refuse(self) -> None:
+        """Raise MdlError (INPUT) with every problem, if there is one."""
+        if self.problems:
+            raise MdlError(Kind.INPUT, self.problems)
+
+
+def make_plan(
+    expanded: Expanded, inventory: Inventory, expected: Map[str, Shape], *, tied: bool, dtype: str | None = None
+) -> Plan:
+    """Check a mapping against what is there and what must come out; every problem is collected.
+
+    ``tied`` says whether the sources under ``tie`` were found equal to their twins; ``dtype`` casts every
+    floating tensor, None keeps what is stored.
+    """
+    work = _Planner(expanded, inventory, expected, dtype)
+    rules = [*expanded.rules, *work.ties(tied)]
+    steps = [*work.run(rules), *work.fills()]
+    work.leftovers()
+    order = {name: k for k, name in enumerate(expected)}
+    steps.sort(key=lambda step: order.get(step.targets[0], len(order)) if step.targets else len(order) + 1)
+    steps += work.drops()
+    return Plan(tuple(steps), tuple(work.problems), work.majority, inventory.ranks)
+
+
+class _Planner:
+    def __init__(self, expanded: Expanded, inventory: Inventory, expected: Map[str, Shape], dtype: str | None) -> None:
+        self.expanded = expanded
+        self.inventory = inventory
+        self.expected = expected
+        self.dtype = dtype
+        self.majority = dtype or _majority(inventory)
+        self.claimed: dict[str, str] = {}
+        self.made: dict[str, str] = {}
+        self.problems: list[Problem] = list(expanded.problems)
+        self._sources: dict[str, Source] = {}
+
+    def run(self, rules: Iterable[Rule]) -> list[Step]:
+        steps: list[Step] = []
+        for rule in rules:
+            for name in rule.sources:
+                self._claim(name, rule.where)
+            for name in rule.targets:
+                self._make(name, rule.where)
+            step = self._step(rule)
+            if step is not None:
+                steps.append(step)
+        return steps
+
+    def ties(self, tied: bool) -> list[Rule]:
+        """Ties that hold claim their source; those that do not become a rename, or a problem."""
+        rules: list[Rule] = []
+        for tie in self.expanded.ties:
+            if tie.source not in self.inventory:
+                continue
+            if tied:
+                rules.append(Rule("tie", (tie.source,), (), (), tie.where, f"equal to {tie.twin}"))
+            elif tie.otherwise:
+                rules.append(Rule("rename", (tie.source,), (tie.otherwise,), (), tie.where))
+            else:
+                self._problem(f"{tie.source} differs from {tie.twin}, which it should equal bit for bit", tie.where)
+        return rules
+
+    def fills(self) -> list[Step]:
+        steps: list[Step] = []
+        for name, where in self.expanded.fills.items():
+            if name not in self.expected:
+                self._problem(f"fill makes {name}, which the target class does not have", where)
+                continue
+            self._make(name, where)
+            steps.append(Step("fill", (name,), (self.expected[name],), self.majority, rule=where, reason="zeros"))
+        return steps
+
+    def drops(self) -> list[Step]:
+        steps: list[Step] = []
+        for name, (reason, where) in self.expanded.drops.items():
+            if name in self.inventory:
+                steps.append(Step("drop", (), (), "uint8", (self._plain(name),), rule=where, reason=reason))
+        return steps
+
+    def leftovers(self) -> None:
+        """Whatever the rules did not speak of, on either side."""
+        for name, (_, where) in self.expanded.drops.items():
+            if name in self.inventory:
+                self._claim(name, where)
+        left = [name for name in self.inventory.tensors if name not in self.claimed]
+        for name in left:
+            shape = list(self.inventory.tensors[name][0].shape)
+            self._problem(f"{name} {shape} is in the checkpoint, but no rule claims it", self.inventory.path)
+        for name, shape in self.expected.items():
+            if name not in self.made:
+                self._problem(f"nothing makes {name} {list(shape)}, which the target class needs", self.inventory.path)
+
+    def _claim(self, name: str, where: str) -> None:
+        if name not in self.inventory:
+            self._problem(f"{name} is missing", self.inventory.path, f"the mapping needs it ({where})")
+        elif name in self.claimed:
+            self._problem(f"{name} is claimed twice", f"{self.claimed[name]} and {where}")
+        self.claimed[name] = where
+
+    def _make(self, name: str, where: str) -> None:
+        if name in self.made:
+            self._problem(f"{name} is made twice", f"{self.made[name]} and {where}")
+        self.made[name] = where
+
+    def _step(self, rule: Rule) -> Step | None:
+        if any(name not in self.inventory for name in rule.sources):
+            return None
+        sources = tuple(self._source(name) for name in rule.sources)
+        dtypes = {info.dtype for source in sources for info in source.infos}
+        if len(dtypes) != 1:
+            self._problem(f"{', '.join(rule.sources)} are of different types: {', '.join(sorted(dtypes))}", rule.where)
+            return None
+        stored = dtypes.pop()
+        try:
+            traced = trace(rule.ops, [source.shape for source in sources], stored)
+        except OpError as error:
+            self._problem(f"{', '.join(rule.sources)}: {error}", rule.where)
+            return None
+        if rule.kind == "tie":
+            return Step("tie", (), (), stored, sources, source_dtype=stored, rule=rule.where, reason=rule.reason)
+        shapes = tuple(traced.shapes[-1])
+        if not self._fits(rule, shapes, traced.dtype):
+            return None
+        dtype = self.dtype or traced.dtype
+        return Step(rule.kind, rule.targets, shapes, dtype, sources, rule.ops, stored, rule.where)
+
+    def _fits(self, rule: Rule, shapes: tuple[Shape, ...], dtype: str) -> bool:
+        if len(shapes) != len(rule.targets):
+            self._problem(f"{len(shapes)} tensors come out for {len(rule.targets)} targets", rule.where)
+            return False
+        fine = True
+        for name, shape in zip(rule.targets, shapes, strict=True):
+            want = self.expected.get(name)
+            if want is None:
+                self._problem(f"makes {name}, which the target class does not have", rule.where)
+            elif want != shape:
+                self._problem(f"{name} would be {list(shape)}, the target class has {list(want)}", rule.where)
+            elif dtype not in FLOATING:
+                self._problem(f"{name} would be {dtype}: a weight must be a floating type", rule.where)
+            else:
+                continue
+            fine = False
+        return fine
+
+    def _source(self, name: str) -> Source:
+        if name not in self._sources:
+            self._sources[name] = self._joined(name)
+        return self._sources[name]
+
+    def _plain(self, name: str) -> Source:
+        infos = self.inventory.tensors[name]
+        return Source(name, infos, infos[0].shape, None)
+
+    def _joined(self, name: str) -> Source:
+        infos = self.inventory.tensors[name]
+        if self.inventory.ranks == 1:
+            return Source(name, infos, infos[0].shape, None)
+        join = self.expanded.joins.get(name)
+        if join is None:
+            self._problem(f"{name} is in {len(infos)} rank files, but no shards rule joins it", self.inventory.path)
+            return self._plain(name)
+        if len(infos) != (1 if join.how == "disjoint" else self.inventory.ranks):
+            what = f"{name} is in {len(infos)} of {self.inventory.ranks} rank files, which '{join.how}' does not allow"
+            self._problem(what, join.where)
+            return self._plain(name)
+        try:
+            return Source(name, infos, joined_shape(join, [info.shape for info in infos]), join)
+        except OpError as error:
+            self._problem(f"{name}: {error}", join.where)
+            return self._plain(name)
+
+    def _problem(self, what: str, where: str, do: str = "") -> None:
+        self.problems.append(Problem(what, where, do))
+
+
+def joined_shape(join: Join, shapes: list[Shape]) -> Shape:
+    """The shape of a tensor whose rank files have these shapes. Raises OpError where they do not fit together."""
+    first = shapes[0]
+    if join.how in ("cat", "blocks"):
+        rests = {(*s[: join.axis], *s[join.axis + 1 :]) for s in shapes}
+        if len(rests) != 1 or join.axis >= len(first):
+            raise OpError(f"rank files {[list(s) for s in shapes]} do not join along dimension {join.axis}")
+        total = sum(s[join.axis] for s in shapes)
+        if join.how == "blocks" and (sum(join.sizes) != total or any(n % len(shapes) for n in join.sizes)):
+            raise OpError(f"blocks {list(join.sizes)} do not fit {len(shapes)} rank files of {list(first)}")
+        return (*first[: join.axis], total, *first[join.axis + 1 :])
+    if len(set(shapes)) != 1:
+        raise OpError(f"rank files have different shapes: {[list(s) for s in shapes]}")
+    return first
+
+
+def _majority(inventory: Inventory) -> str:
+    """The floating type that most bytes of the matrices have: what config.json calls the model's dtype."""
+    count: Counter[str] = Counter()
+    for infos in inventory.tensors.values():
+        for info in infos:
+            if info.dtype in FLOATING:
+                count[info.dtype] += info.nbytes if len(info.shape) > 1 else 1
+    return count.most_common(1)[0][0] if count else "float32"
+
+
+def tie_pairs(expanded: Expanded, inventory: Inventory) -> list[Ties]:
+    """The ties whose both tensors are there, so that their values decide."""
+    return [t for t in expanded.ties if t.source in inventory and t.twin in inventory]

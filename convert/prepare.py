@@ -1,0 +1,150 @@
+"""Everything before the first byte is written: open, recognise, measure, plan. What `inspect` and `plan` show."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping as Map
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..archs.base import Arch, Dim, Dims, Inventory, Match, Measure, boolean
+from ..archs.registry import detect, load_arch, mapping_path
+from ..errors import input_error, usage_error
+from ..mappings.expand import Expanded, expand
+from ..mappings.ops import OpError
+from ..mappings.parse import Mapping, load_mapping
+from ..mappings.tensors import FLOATING, TensorInfo
+from .expected import expected_tensors
+from .inventory import take_inventory
+from .open import Checkpoint, open_checkpoint
+from .plan import Plan, Source, joined_shape, make_plan, tie_pairs
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user may say about a checkpoint that the checkpoint itself does not."""
+
+    arch: str | None = None
+    given: Map[str, str] = field(default_factory=dict[str, str])
+    weights: str | None = None
+    dtype: str | None = None
+
+
+@dataclass(frozen=True)
+class Recognised:
+    """A checkpoint whose family and dims are known."""
+
+    checkpoint: Checkpoint
+    inventory: Inventory
+    match: Match
+    dims: Dims
+    mapping: Mapping
+    expanded: Expanded
+
+    @property
+    def arch(self) -> Arch:
+        """The family."""
+        return self.match.arch
+
+
+@dataclass(frozen=True)
+class Prepared(Recognised):
+    """A recognised checkpoint with its target config and plan."""
+
+    config: Map[str, Any]
+    plan: Plan
+
+
+def recognise(path: Path, options: Options | None = None) -> Recognised:
+    """Open, find the family, settle the dims. Raises MdlError with all that is wrong; reads no weights, except
+    to compare two tensors that may be tied."""
+    options = options or Options()
+    checkpoint = open_checkpoint(path)
+    inventory = take_inventory(checkpoint, weights=options.weights)
+    match = _match(inventory, options.arch)
+    mapping = load_mapping(mapping_path(match.arch))
+    given = dict(options.given)
+    tied = given.pop("tied", None)
+    measure = Measure(inventory, given)
+    match.arch.dims(measure)
+    dims = measure.done()
+    expanded = expand(mapping, dims.sizes(), dims.flags())
+    dims = dims.having("tied", _tied(expanded, inventory, tied))
+    return Recognised(checkpoint, inventory, match, dims, mapping, expanded)
+
+
+def prepare(path: Path, options: Options | None = None) -> Prepared:
+    """Recognise and plan. Problems of the plan are in ``plan.problems``: call ``plan.refuse()`` before writing."""
+    options = options or Options()
+    if options.dtype is not None and options.dtype not in FLOATING:
+        raise usage_error(f"--dtype {options.dtype}: not a floating type", do="float32, bfloat16 or float16")
+    r = recognise(path, options)
+    config = r.arch.hf_config(r.dims)
+    tied = bool(r.dims["tied"])
+    plan = make_plan(r.expanded, r.inventory, expected_tensors(config), tied=tied, dtype=options.dtype)
+    config["dtype"] = plan.dtype
+    return Prepared(r.checkpoint, r.inventory, r.match, r.dims, r.mapping, r.expanded, config, plan)
+
+
+def _match(inventory: Inventory, name: str | None) -> Match:
+    if name is None:
+        return detect(inventory)
+    arch = load_arch(name)
+    return Match(arch, tuple(arch.detect(inventory)) or (f"--arch {name} says so",))
+
+
+def _tied(expanded: Expanded, inventory: Inventory, given: str | None) -> Dim:
+    """Whether the output head is the embedding: by absence, by shared memory, or by comparing every bit."""
+    found = _compare_ties(expanded, inventory)
+    if given is None:
+        return found
+    try:
+        said = boolean(given)
+    except ValueError:
+        raise usage_error(f"--set tied={given}: expected true or false") from None
+    if said and not found.value:
+        raise input_error(f"--set tied=true, but {found.because}", inventory.path, "leave it out: both will be written")
+    return Dim(said, "user", f"--set tied={given}")
+
+
+def _compare_ties(expanded: Expanded, inventory: Inventory) -> Dim:
+    if not expanded.ties:
+        return Dim(False, "default", "the family ties nothing")
+    pairs = tie_pairs(expanded, inventory)
+    first = expanded.ties[0]
+    if not pairs:
+        return Dim(True, "shapes", f"there is no {first.source}: the head is {first.twin}")
+    because = "share one storage"
+    for tie in pairs:
+        if _one_storage(inventory.tensors[tie.source], inventory.tensors[tie.twin]):
+            continue
+        if not _equal(expanded, inventory, tie.source, tie.twin):
+            return Dim(False, "values", f"{tie.source} and {tie.twin} differ")
+        because = "are equal, bit for bit"
+    return Dim(True, "values", f"{pairs[0].source} and {pairs[0].twin} {because}")
+
+
+def _one_storage(a: tuple[TensorInfo, ...], b: tuple[TensorInfo, ...]) -> bool:
+    """Whether two tensors are one piece of memory, rank by rank: tied in the checkpoint itself."""
+    keys = [[(i.storage, i.offset, i.shape, i.stride, i.dtype) for i in infos] for infos in (a, b)]
+    return keys[0] == keys[1]
+
+
+def _equal(expanded: Expanded, inventory: Inventory, a: str, b: str) -> bool:
+    """Compare two tensors of different storages, rank files joined; stops at the first difference."""
+    infos = inventory.tensors[a], inventory.tensors[b]
+    joins = [expanded.joins.get(name) if inventory.ranks > 1 else None for name in (a, b)]
+    try:
+        shapes = [
+            joined_shape(join, [i.shape for i in info]) if join else info[0].shape
+            for join, info in zip(joins, infos, strict=True)
+        ]
+    except OpError:
+        return False  # the plan names what does not fit
+    if shapes[0] != shapes[1] or infos[0][0].dtype != infos[1][0].dtype:
+        return False
+    from .sources import Files, lazy_source, same_values
+
+    with Files() as files:
+        sources = (Source(n, i, s, j) for n, i, s, j in zip((a, b), infos, shapes, joins, strict=True))
+        return same_values(*(lazy_source(files, source) for source in sources))

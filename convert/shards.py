@@ -1,0 +1,105 @@
+"""Which target tensor goes into which safetensors file, and where in it."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+
+from ..errors import usage_error
+from ..mappings.tensors import ITEMSIZE, Shape
+from .plan import Plan, Step
+
+_NAMES = {
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2",
+}
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One target tensor in a file: output ``index`` of ``step``, at [start, stop) of the file's data part."""
+
+    name: str
+    shape: Shape
+    dtype: str
+    step: Step
+    index: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One safetensors file to write."""
+
+    file: str
+    entries: tuple[Entry, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of tensor data."""
+        return self.entries[-1].stop if self.entries else 0
+
+    def header(self) -> bytes:
+        """The file's first bytes: length, then JSON padded with spaces to a multiple of 8."""
+        table: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        for e in self.entries:
+            offsets = [e.start, e.stop]
+            table[e.name] = {"dtype": _NAMES[e.dtype], "shape": list(e.shape), "data_offsets": offsets}
+        text = json.dumps(table, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text
+
+
+def parse_size(text: str) -> int:
+    """Bytes from text such as ``5GB``, ``500MiB`` or ``1000000``. Raises MdlError (USAGE)."""
+    digits = text.strip().rstrip("BbKkMmGgTtIi")
+    unit = text.strip()[len(digits) :].upper()
+    unit = unit if unit in _UNITS else unit + "B"
+    try:
+        value = float(digits)
+        size = int(value * _UNITS["" if unit == "B" else unit])
+    except (ValueError, KeyError, OverflowError):
+        raise usage_error(f"{text!r} is not a size", do="write it like 5GB, 500MB or 2GiB") from None
+    if size <= 0:
+        raise usage_error(f"{text!r}: a size must be positive")
+    return size
+
+
+def assign(plan: Plan, limit: int) -> tuple[Shard, ...]:
+    """Fill files of at most ``limit`` bytes in the plan's order; a larger tensor gets a file of its own."""
+    bins: list[list[tuple[str, Shape, Step, int]]] = [[]]
+    used = 0
+    for step in plan.writes:
+        for k, (name, shape) in enumerate(zip(step.targets, step.shapes, strict=True)):
+            size = math.prod(shape) * ITEMSIZE[step.dtype]
+            if bins[-1] and used + size > limit:
+                bins.append([])
+                used = 0
+            bins[-1].append((name, shape, step, k))
+            used += size
+    return tuple(_shard(k, len(bins), content) for k, content in enumerate(bins))
+
+
+def _shard(k: int, count: int, content: list[tuple[str, Shape, Step, int]]) -> Shard:
+    entries: list[Entry] = []
+    at = 0
+    for name, shape, step, index in content:
+        size = math.prod(shape) * ITEMSIZE[step.dtype]
+        entries.append(Entry(name, shape, step.dtype, step, index, at, at + size))
+        at += size
+    file = "model.safetensors" if count == 1 else f"model-{k + 1:05d}-of-{count:05d}.safetensors"
+    return Shard(file, tuple(entries))
+
+
+def index_json(shards: tuple[Shard, ...]) -> str:
+    """model.safetensors.index.json: which file holds which tensor."""
+    names = {entry.name: shard.file for shard in shards for entry in shard.entries}
+    total = sum(shard.nbytes for shard in shards)
+    return json.dumps({"metadata": {"total_size": total}, "weight_map": names}, indent=2) + "\n"

@@ -1,0 +1,110 @@
+"""From a planned source tensor to a lazy array over its mapped files, rank files joined."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import input_error
+from ..mappings.lazy import Array, Lazy, raw_dtype
+from ..mappings.tensors import ITEMSIZE, TensorInfo
+from .plan import Source
+
+
+class Files:
+    """Read-only maps of checkpoint files, opened once. A context manager.
+
+    Pages of a map belong to the file cache, not to this process: reading a large checkpoint through it needs
+    no memory of ours.
+    """
+
+    def __init__(self) -> None:
+        self._maps: dict[str, mmap.mmap] = {}
+
+    def __enter__(self) -> Files:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for mapped in self._maps.values():
+            try:
+                mapped.close()
+            except BufferError:  # an array still looks into it; it is unmapped when that goes
+                continue
+        self._maps.clear()
+
+    def tensor(self, info: TensorInfo) -> Lazy:
+        """A lazy view of one stored tensor. Raises MdlError (INPUT) if the file has become too short for it."""
+        raw = raw_dtype(info.dtype)
+        if info.numel == 0:
+            return Lazy.of(np.zeros(info.shape, raw), info.dtype)
+        size = ITEMSIZE[info.dtype]
+        mapped = self._map(info.file)
+        end = info.offset + (1 + sum((n - 1) * s for n, s in zip(info.shape, info.stride, strict=True))) * size
+        if end > len(mapped):
+            raise input_error(f"{info.name} ends at byte {end}, the file at {len(mapped)}", info.file, "copy it again")
+        strides = tuple(s * size for s in info.stride)
+        array: Array = np.ndarray(info.shape, raw, mapped, info.offset, strides)
+        return Lazy.of(array, info.dtype)
+
+    def _map(self, path: str) -> mmap.mmap:
+        if path not in self._maps:
+            with Path(path).open("rb") as file:
+                self._maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return self._maps[path]
+
+
+def lazy_source(files: Files, source: Source) -> Lazy:
+    """The whole of one source tensor: its only file's view, or its rank files joined as the mapping says."""
+    ranks = [files.tensor(info) for info in source.infos]
+    join = source.join
+    first, rest = ranks[0], ranks[1:]
+    if join is None or join.how == "disjoint" or not rest:
+        return first
+    if join.how == "cat":
+        return first.concat(rest, join.axis)
+    if join.how == "blocks":
+        return _join_blocks(ranks, join.axis, join.sizes)
+    if join.how == "equal":
+        return first.combined(rest, _demand_equal(source.name))
+    return first.summed(rest, mean=join.how == "mean")
+
+
+def _join_blocks(ranks: list[Lazy], axis: int, sizes: tuple[int, ...]) -> Lazy:
+    """Each rank holds its share of every block: all shares of block 0 first, then of block 1, …"""
+    parts: list[Lazy] = []
+    at = 0
+    for size in sizes:
+        share = size // len(ranks)
+        parts += [rank.slice(axis, at, at + share) for rank in ranks]
+        at += share
+    return parts[0].concat(parts[1:], axis)
+
+
+def _demand_equal(name: str) -> Callable[[list[Array]], Array]:
+    def first_of(values: list[Array]) -> Array:
+        for rank, other in enumerate(values[1:], start=1):
+            if not np.array_equal(values[0], other):
+                what = f"{name} should be the same in every rank file, but rank {rank} differs from rank 0"
+                raise input_error(
+                    what, do="these rank files are not of one checkpoint, or training let them drift apart"
+                )
+        return values[0]
+
+    return first_of
+
+
+def same_values(a: Lazy, b: Lazy, limit: int = 1 << 20) -> bool:
+    """Whether two arrays are equal bit for bit; stops at the first difference."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if not a.shape:
+        return bool(np.array_equal(a.read(), b.read()))
+    rows = max(1, limit * a.shape[0] // max(a.nbytes, 1))
+    for start in range(0, a.shape[0], rows):
+        stop = min(start + rows, a.shape[0])
+        if not np.array_equal(a.slice(0, start, stop).read(), b.slice(0, start, stop).read()):
+            return False
+    return True

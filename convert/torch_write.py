@@ -1,0 +1,60 @@
+"""Writes a checkpoint in torch's own format, with torch's own code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import machine_error
+from ..mappings.lazy import Lazy
+
+if TYPE_CHECKING:
+    import torch
+
+
+def save_torch(
+    path: Path,
+    tensors: Mapping[str, Lazy],
+    *,
+    wrapper: tuple[str, ...],
+    extras: Mapping[str, Any],
+    aliases: Mapping[str, str],
+    progress: Callable[[int], None],
+) -> None:
+    """Save tensors, by their path in the file, under ``wrapper`` with ``extras`` beside it.
+
+    ``aliases`` names tensors that share memory with another. Unchanged tensors are written straight from the
+    mapped layout; those that an operation moves are held in memory until the file is complete.
+    """
+    try:
+        import torch
+    except ImportError as error:
+        raise machine_error("writing a .pt needs torch", do="pip install torch, or pip install mdl[cpu]") from error
+    state: dict[str, torch.Tensor] = {}
+    for raw, value in tensors.items():
+        state[raw] = state[aliases[raw]] if aliases.get(raw) in state else _tensor(value)
+        progress(value.nbytes)
+    inner = {raw.split("/", len(wrapper))[-1]: tensor for raw, tensor in state.items()}
+    document: Any = inner
+    for key in reversed(wrapper):
+        document = {key: document}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(path.name + ".partial")
+    try:
+        torch.save({**document, **extras} if wrapper else document, scratch)
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def _tensor(value: Lazy) -> torch.Tensor:
+    """A torch tensor over the values; a view of the mapped file where nothing was moved."""
+    import warnings
+
+    import numpy as np
+    import torch
+
+    with warnings.catch_warnings():  # the map is read-only, and so is our use of it
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.from_numpy(np.ascontiguousarray(value.read())).view(getattr(torch, value.dtype))

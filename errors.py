@@ -1,0 +1,59 @@
+"""What can go wrong, in four kinds; each kind has one exit code, and every problem says what, where and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Kind(Enum):
+    """The closed set of failures. The value is the process's exit code."""
+
+    PARITY = 1
+    """vLLM does not compute what the reference computes."""
+    USAGE = 2
+    """The command line asks for something that makes no sense."""
+    INPUT = 3
+    """This input (checkpoint, mapping, layout) can't be used as it is."""
+    MACHINE = 4
+    """This machine lacks something: vLLM, memory, disk."""
+
+
+@dataclass(frozen=True, order=True)
+class Problem:
+    """One thing that is wrong. ``where`` and ``do`` may be empty when ``what`` says it all."""
+
+    what: str
+    where: str = ""
+    do: str = ""
+
+
+class MdlError(Exception):
+    """A failure that the user can act on: shown as text, never as a traceback (unless ``--debug``).
+
+    All problems of one step are raised together, so that a user mends them in one go.
+    """
+
+    def __init__(self, kind: Kind, problems: Iterable[Problem]) -> None:
+        self.kind = kind
+        self.problems = tuple(problems)
+        super().__init__("; ".join(p.what for p in self.problems))
+
+    def __str__(self) -> str:
+        return "\n".join(" | ".join(part for part in (p.what, p.where, p.do) if part) for p in self.problems)
+
+
+def input_error(what: str, where: str = "", do: str = "") -> MdlError:
+    """An :class:`MdlError` of kind INPUT with a single problem."""
+    return MdlError(Kind.INPUT, [Problem(what, where, do)])
+
+
+def usage_error(what: str, where: str = "", do: str = "") -> MdlError:
+    """An :class:`MdlError` of kind USAGE with a single problem."""
+    return MdlError(Kind.USAGE, [Problem(what, where, do)])
+
+
+def machine_error(what: str, where: str = "", do: str = "") -> MdlError:
+    """An :class:`MdlError` of kind MACHINE with a single problem."""
+    return MdlError(Kind.MACHINE, [Problem(what, where, do)])

@@ -1,0 +1,234 @@
+"""From patterns to finite lists: a mapping bound to one checkpoint's sizes.
+
+A pattern is its list of names: ``layers.{i}.wq.weight`` with ``i`` running over 0 … layers - 1, ``{layers+3}`` a
+constant, ``{each}`` written out. There is no search, so the order of rules does not matter and overlaps show.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterable, Iterator
+from collections.abc import Mapping as Map
+from dataclasses import dataclass
+
+from ..errors import Problem
+from . import expr
+from .ops import Op
+from .parse import Loc, Mapping
+from .schema import Section, StackSpec, Tie, Transform, UnstackSpec
+
+_FIELD = re.compile(r"\{([^{}]*)\}")
+EACH = "each"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One instance of a rule: these sources, through these operations, become these targets."""
+
+    kind: str
+    sources: tuple[str, ...]
+    targets: tuple[str, ...]
+    ops: tuple[Op, ...]
+    where: str
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Join:
+    """How rank files of one tensor come together; ``sizes`` are the full block sizes for ``blocks``."""
+
+    how: str
+    where: str
+    axis: int = 0
+    sizes: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Ties:
+    """A source that should equal another: claimed by it when equal, ``otherwise`` its own target (or a problem)."""
+
+    source: str
+    twin: str
+    otherwise: str
+    where: str
+
+
+@dataclass(frozen=True)
+class Expanded:
+    """Everything a mapping says about one checkpoint, as finite lists."""
+
+    rules: tuple[Rule, ...]
+    fills: Map[str, str]
+    ties: tuple[Ties, ...]
+    drops: Map[str, tuple[str, str]]
+    joins: Map[str, Join]
+    problems: tuple[Problem, ...]
+
+
+def expand(mapping: Mapping, sizes: Map[str, int], flags: Map[str, bool]) -> Expanded:
+    """Bind a mapping to sizes and flags. Problems (unknown names, unbalanced captures …) are collected, not raised."""
+    work = _Expander(mapping, sizes)
+    work.section(mapping.file, ())
+    for condition, section in mapping.file.when.items():
+        if work.holds(condition, flags):
+            work.section(section, ("when", condition))
+    return Expanded(
+        tuple(work.rules), work.fills, tuple(work.ties), work.drops, work.joins, tuple(dict.fromkeys(work.problems))
+    )
+
+
+class _Expander:
+    def __init__(self, mapping: Mapping, sizes: Map[str, int]) -> None:
+        self.mapping = mapping
+        self.sizes = sizes
+        self.rules: list[Rule] = []
+        self.fills: dict[str, str] = {}
+        self.ties: list[Ties] = []
+        self.drops: dict[str, tuple[str, str]] = {}
+        self.joins: dict[str, Join] = {}
+        self.problems: list[Problem] = []
+        self.ranges: dict[str, int] = {}
+        for name, size in mapping.file.ranges.items():
+            self.ranges[name] = self._size(size, ("ranges", name))
+
+    def holds(self, condition: str, flags: Map[str, bool]) -> bool:
+        words = condition.split()
+        name = words[-1] if words else ""
+        if name not in flags or words[:-1] not in ([], ["not"]):
+            known = ", ".join(sorted(flags)) or "none"
+            self._problem(("when", condition), f"unknown condition {condition!r}; known flags: {known} (or 'not FLAG')")
+            return False
+        return flags[name] is (len(words) == 1)
+
+    def section(self, section: Section, loc: Loc) -> None:
+        for k, pattern in enumerate(section.keep):
+            self._plain("keep", pattern, pattern, (*loc, "keep", k))
+        for source, target in section.rename.items():
+            self._plain("rename", source, target, (*loc, "rename", source))
+        for k, transform in enumerate(section.transform):
+            self._transform(transform, (*loc, "transform", k))
+        for k, pattern in enumerate(section.fill.zeros):
+            at = (*loc, "fill", "zeros", k)
+            self.fills |= {name: self.mapping.where(at) for name in self._names(pattern, at)}
+        for source, tie in section.tie.items():
+            self._tie(source, tie, (*loc, "tie", source))
+        for pattern, reason in section.drop.items():
+            at = (*loc, "drop", pattern)
+            self.drops |= {name: (reason, self.mapping.where(at)) for name in self._names(pattern, at)}
+        self._shards(section, (*loc, "shards"))
+
+    def _plain(self, kind: str, source: str, target: str, loc: Loc) -> None:
+        captures = self._captures([source], loc)
+        if captures != self._captures([target], loc):
+            self._problem(loc, f"{source} and {target} have not the same captures")
+            return
+        for values in self._assignments(captures):
+            pair = self._fill_in(source, values, loc), self._fill_in(target, values, loc)
+            self.rules.append(Rule(kind, (pair[0],), (pair[1],), (), self.mapping.where(loc)))
+
+    def _transform(self, rule: Transform, loc: Loc) -> None:
+        for each in rule.each or ("",):
+            sources = [p.replace("{each}", each) for p in _listed(rule.from_)]
+            targets = [p.replace("{each}", each) for p in _listed(rule.to if rule.to is not None else rule.from_)]
+            self._transform_one(rule, sources, targets, loc)
+
+    def _transform_one(self, rule: Transform, sources: list[str], targets: list[str], loc: Loc) -> None:
+        eaten = {op.over for op in rule.ops if isinstance(op, StackSpec)}
+        made = {op.over for op in rule.ops if isinstance(op, UnstackSpec)}
+        unknown = (eaten | made) - self.ranges.keys()
+        if unknown:
+            self._problem(loc, f"'over' names {', '.join(sorted(unknown))}, which is not in ranges")
+            return
+        before, after = self._captures(sources, loc), self._captures(targets, loc)
+        if before - eaten != after - made or not eaten <= before or not made <= after:
+            self._problem(loc, f"captures do not balance: {sorted(before)} in from, {sorted(after)} in to")
+            return
+        try:
+            ops = tuple(op.bind(self.sizes, self.ranges) for op in rule.ops)
+        except expr.ExprError as error:
+            self._problem(loc, str(error))
+            return
+        for values in self._assignments(before - eaten):
+            made_sources = self._all(sources, values, eaten, loc)
+            made_targets = self._all(targets, values, made, loc)
+            self.rules.append(Rule("transform", made_sources, made_targets, ops, self.mapping.where(loc)))
+
+    def _tie(self, source: str, tie: str | Tie, loc: Loc) -> None:
+        to, otherwise = (tie, "") if isinstance(tie, str) else (tie.to, tie.otherwise)
+        for s, t, o in zip(
+            self._names(source, loc),
+            self._names(to, loc),
+            self._names(otherwise, loc) if otherwise else itertools.repeat(""),
+            strict=False,
+        ):
+            self.ties.append(Ties(s, t, o, self.mapping.where(loc)))
+
+    def _shards(self, section: Section, loc: Loc) -> None:
+        for how in ("cat0", "cat1", "equal", "sum", "mean", "disjoint"):
+            for k, pattern in enumerate(getattr(section.shards, how)):
+                at = (*loc, how, k)
+                axis = 1 if how == "cat1" else 0
+                self._join(
+                    self._names(pattern, at), Join(how[:3] if how[:3] == "cat" else how, self.mapping.where(at), axis)
+                )
+        for k, blocks in enumerate(section.shards.blocks):
+            at = (*loc, "blocks", k)
+            sizes = tuple(self._size(n, at) for n in blocks.sizes)
+            for pattern in blocks.names:
+                self._join(self._names(pattern, at), Join("blocks", self.mapping.where(at), blocks.axis, sizes))
+
+    def _join(self, names: Iterable[str], join: Join) -> None:
+        for name in names:
+            if name in self.joins:
+                self.problems.append(Problem(f"{name}: two shards rules", f"{self.joins[name].where} and {join.where}"))
+            self.joins[name] = join
+
+    def _captures(self, patterns: Iterable[str], loc: Loc) -> set[str]:
+        found: set[str] = set()
+        for pattern in patterns:
+            for field in _FIELD.findall(pattern):
+                try:
+                    found |= expr.names(field)
+                except expr.ExprError as error:
+                    self._problem(loc, f"{pattern}: {error}")
+        return found & self.ranges.keys()
+
+    def _assignments(self, captures: Iterable[str]) -> Iterator[dict[str, int]]:
+        ordered = sorted(captures)
+        for values in itertools.product(*(range(self.ranges[c]) for c in ordered)):
+            yield dict(zip(ordered, values, strict=True))
+
+    def _all(self, patterns: list[str], values: dict[str, int], over: set[str], loc: Loc) -> tuple[str, ...]:
+        """Names of every pattern in turn; a pattern with a consumed capture stands for its whole run."""
+        names: list[str] = []
+        for pattern in patterns:
+            runs = self._captures([pattern], loc) & over
+            names += [self._fill_in(pattern, {**values, **run}, loc) for run in self._assignments(runs)]
+        return tuple(names)
+
+    def _names(self, pattern: str, loc: Loc) -> list[str]:
+        captures = self._captures([pattern], loc)
+        return [self._fill_in(pattern, values, loc) for values in self._assignments(captures)]
+
+    def _fill_in(self, pattern: str, values: Map[str, int], loc: Loc) -> str:
+        known = {**self.sizes, **values}
+        try:
+            return _FIELD.sub(lambda m: str(expr.evaluate(m[1], known)), pattern)
+        except expr.ExprError as error:
+            self._problem(loc, f"{pattern}: {error}")
+            return pattern
+
+    def _size(self, size: int | str, loc: Loc) -> int:
+        try:
+            return expr.evaluate(size, self.sizes)
+        except expr.ExprError as error:
+            self._problem(loc, str(error))
+            return 0
+
+    def _problem(self, loc: Loc, what: str) -> None:
+        self.problems.append(Problem(what, self.mapping.where(loc)))
+
+
+def _listed(names: str | tuple[str, ...]) -> list[str]:
+    return [names] if isinstance(names, str) else list(names)

@@ -1,0 +1,344 @@
+"""Arrays that are described first and read later, piece by piece.
+
+A :class:`Lazy` is a tree of strided views into memory-mapped files, joins, zeros and element-wise arithmetic.
+Reordering operations only change the description; :meth:`Lazy.blocks` then yields the values in C order in
+pieces of bounded size. That is what lets a conversion run in constant memory, whatever the tensor.
+
+Values of types that numpy lacks (bfloat16, float8) travel as unsigned integers of the same width and are
+interpreted, with ml_dtypes, only where arithmetic needs them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .tensors import ITEMSIZE, Shape
+
+Array = npt.NDArray[Any]
+
+_RAW = {"bfloat16": "uint16", "float8_e4m3fn": "uint8", "float8_e5m2": "uint8"}
+
+
+def raw_dtype(dtype: str) -> np.dtype[Any]:
+    """The numpy type that carries values of ``dtype`` when they are only moved."""
+    return np.dtype(_RAW.get(dtype, dtype))
+
+
+def value_dtype(dtype: str) -> np.dtype[Any]:
+    """The numpy type (ml_dtypes' for bfloat16 and float8) in which values of ``dtype`` are numbers."""
+    if dtype in _RAW:
+        import ml_dtypes
+
+        return np.dtype(getattr(ml_dtypes, dtype))
+    return np.dtype(dtype)
+
+
+class Node:
+    """Part of a description. Every node can be cut, split, turned and read; none of the first three reads data."""
+
+    shape: Shape
+
+    def split(self, axis: int, sizes: Shape) -> Node:
+        """Replace one dimension by several whose product it is."""
+        raise NotImplementedError
+
+    def permute(self, order: Shape) -> Node:
+        """Reorder the dimensions."""
+        raise NotImplementedError
+
+    def slice(self, axis: int, start: int, stop: int) -> Node:
+        """Keep [start, stop) along one dimension."""
+        raise NotImplementedError
+
+    def read(self) -> Array:
+        """The values, in raw form."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Strided(Node):
+    """A strided view of memory, usually of a mapped file."""
+
+    array: Array
+
+    @property
+    def shape(self) -> Shape:  # type: ignore[override]  # read-only here, a plain attribute in the base
+        return self.array.shape
+
+    def split(self, axis: int, sizes: Shape) -> Node:
+        shape = (*self.array.shape[:axis], *sizes, *self.array.shape[axis + 1 :])
+        return Strided(self.array.reshape(shape))  # splitting one dimension never copies
+
+    def permute(self, order: Shape) -> Node:
+        return Strided(self.array.transpose(order))
+
+    def slice(self, axis: int, start: int, stop: int) -> Node:
+        return Strided(self.array[(slice(None),) * axis + (slice(start, stop),)])
+
+    def read(self) -> Array:
+        return self.array
+
+
+@dataclass(frozen=True)
+class Zeros(Node):
+    """Zeros that occupy no memory until read."""
+
+    shape: Shape
+    dtype: np.dtype[Any]
+
+    def split(self, axis: int, sizes: Shape) -> Node:
+        return Zeros((*self.shape[:axis], *sizes, *self.shape[axis + 1 :]), self.dtype)
+
+    def permute(self, order: Shape) -> Node:
+        return Zeros(tuple(self.shape[k] for k in order), self.dtype)
+
+    def slice(self, axis: int, start: int, stop: int) -> Node:
+        return Zeros((*self.shape[:axis], stop - start, *self.shape[axis + 1 :]), self.dtype)
+
+    def read(self) -> Array:
+        return np.zeros(self.shape, self.dtype)
+
+
+@dataclass(frozen=True)
+class Joined(Node):
+    """Several arrays side by side along one dimension."""
+
+    axis: int
+    parts: tuple[Lazy, ...]
+
+    @property
+    def shape(self) -> Shape:  # type: ignore[override]  # computed here, a plain attribute in the base
+        first = self.parts[0].shape
+        total = sum(p.shape[self.axis] for p in self.parts)
+        return (*first[: self.axis], total, *first[self.axis + 1 :])
+
+    def split(self, axis: int, sizes: Shape) -> Node:
+        if axis != self.axis:
+            moved = self.axis + (len(sizes) - 1 if axis < self.axis else 0)
+            return Joined(moved, tuple(p.unflatten(axis, sizes) for p in self.parts))
+        inner = math.prod(sizes[1:])
+        if any(p.shape[axis] % inner for p in self.parts):  # a boundary inside a block: only values can be split
+            shape = (*self.shape[:axis], *sizes, *self.shape[axis + 1 :])
+            return Strided(np.ascontiguousarray(self.read()).reshape(shape))
+        parts = (p.unflatten(axis, (p.shape[axis] // inner, *sizes[1:])) for p in self.parts)
+        return Joined(axis, tuple(parts))
+
+    def permute(self, order: Shape) -> Node:
+        return Joined(order.index(self.axis), tuple(p.transpose(*order) for p in self.parts))
+
+    def slice(self, axis: int, start: int, stop: int) -> Node:
+        if axis != self.axis:
+            return Joined(self.axis, tuple(p.slice(axis, start, stop) for p in self.parts))
+        kept: list[Lazy] = []
+        at = 0
+        for part in self.parts:
+            size = part.shape[axis]
+            low, high = max(start - at, 0), min(stop - at, size)
+            if low < high:
+                kept.append(part.slice(axis, low, high))
+            at += size
+        return Joined(axis, tuple(kept) or (self.parts[0].slice(axis, 0, 0),))
+
+    def read(self) -> Array:
+        if len(self.parts) == 1:
+            return self.parts[0].read()
+        return np.concatenate([p.read() for p in self.parts], axis=self.axis)
+
+
+@dataclass(frozen=True)
+class Computed(Node):
+    """Element-wise arithmetic over arrays of one shape; structure passes through to the operands."""
+
+    function: Callable[[list[Array]], Array]
+    parts: tuple[Node, ...]
+
+    @property
+    def shape(self) -> Shape:  # type: ignore[override]  # computed here, a plain attribute in the base
+        return self.parts[0].shape
+
+    def split(self, axis: int, sizes: Shape) -> Node:
+        return Computed(self.function, tuple(p.split(axis, sizes) for p in self.parts))
+
+    def permute(self, order: Shape) -> Node:
+        return Computed(self.function, tuple(p.permute(order) for p in self.parts))
+
+    def slice(self, axis: int, start: int, stop: int) -> Node:
+        return Computed(self.function, tuple(p.slice(axis, start, stop) for p in self.parts))
+
+    def read(self) -> Array:
+        return self.function([p.read() for p in self.parts])
+
+
+@dataclass(frozen=True)
+class Lazy:
+    """An array of logical ``shape``; each logical dimension is ``groups[k]`` neighbouring dimensions of ``node``.
+
+    Keeping a dimension in pieces is what makes a permutation inside heads a plain view: nothing has to be
+    flattened until the values are written in order.
+    """
+
+    node: Node
+    groups: tuple[int, ...]
+    dtype: str
+
+    @staticmethod
+    def of(array: Array, dtype: str) -> Lazy:
+        """A lazy view of values that are at hand or mapped, in the raw form of ``dtype``."""
+        return Lazy(Strided(array), (1,) * array.ndim, dtype)
+
+    @staticmethod
+    def zeros(shape: Shape, dtype: str) -> Lazy:
+        """Zeros of any shape."""
+        return Lazy(Zeros(shape, raw_dtype(dtype)), (1,) * len(shape), dtype)
+
+    @property
+    def shape(self) -> Shape:
+        """The logical shape."""
+        return tuple(math.prod(self._sizes(k)) for k in range(len(self.groups)))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the values."""
+        return math.prod(self.shape) * ITEMSIZE[self.dtype]
+
+    def unflatten(self, axis: int, sizes: Shape) -> Lazy:
+        """Split a logical dimension into several; reads data only if a hidden boundary does not line up."""
+        node, first = self.node, self._first(axis)
+        pieces = self._sizes(axis)
+        counts: list[int] = []
+        at = first
+        for size in sizes:
+            begun, left = at, size
+            while left > 1 or (left == 0 and at == begun):
+                piece = pieces.pop(0) if pieces else 0
+                if piece == left or (left and piece and left % piece == 0):
+                    left = left // piece if piece else 1
+                elif left and piece and piece % left == 0:
+                    node = node.split(at, (left, piece // left))
+                    pieces.insert(0, piece // left)
+                    left = 1
+                else:
+                    return self._copied().unflatten(axis, sizes)
+                at += 1
+            counts.append(at - begun)
+        counts[-1] += len(pieces)  # what is left over are dimensions of size 1
+        return Lazy(node, (*self.groups[:axis], *counts, *self.groups[axis + 1 :]), self.dtype)
+
+    def flatten(self, start: int, stop: int) -> Lazy:
+        """Merge the logical dimensions [start, stop) into one."""
+        return Lazy(self.node, (*self.groups[:start], sum(self.groups[start:stop]), *self.groups[stop:]), self.dtype)
+
+    def reshape(self, shape: Shape) -> Lazy:
+        """The same values in the same order under another logical shape."""
+        if not shape or not self.groups:  # one value at most
+            return Lazy.of(self.read().reshape(shape), self.dtype)
+        return self.flatten(0, len(self.groups)).unflatten(0, shape)
+
+    def transpose(self, *order: int) -> Lazy:
+        """Reorder the logical dimensions."""
+        spans = [range(self._first(k), self._first(k) + self.groups[k]) for k in order]
+        axes = tuple(axis for span in spans for axis in span)
+        return Lazy(self.node.permute(axes), tuple(self.groups[k] for k in order), self.dtype)
+
+    def slice(self, axis: int, start: int, stop: int) -> Lazy:
+        """Keep [start, stop) along a logical dimension."""
+        node, at = self.node, self._first(axis)
+        sizes = self._sizes(axis)
+        while len(sizes) > 1:
+            inner = math.prod(sizes[1:])
+            row = start // inner if inner else 0
+            if inner and start % inner == 0 and stop % inner == 0:
+                return self._with(node.slice(at, start // inner, stop // inner))
+            if not inner or (stop - 1) // inner != row:
+                return self._copied().slice(axis, start, stop)
+            node = node.slice(at, row, row + 1)
+            start, stop, at, sizes = start - row * inner, stop - row * inner, at + 1, sizes[1:]
+        return self._with(node.slice(at, start, stop)) if sizes else self
+
+    def concat(self, others: list[Lazy], axis: int) -> Lazy:
+        """Join along a logical dimension."""
+        return Lazy(Joined(axis, (self, *others)), (1,) * len(self.groups), self.dtype)
+
+    def combined(self, others: list[Lazy], function: Callable[[list[Array]], Array]) -> Lazy:
+        """Element-wise arithmetic with other arrays of the same shape; ``function`` sees and returns raw values."""
+        nodes = (Joined(0, (x,)) if x.shape else x.node for x in (self, *others))
+        return Lazy(Computed(function, tuple(nodes)), (1,) * len(self.shape), self.dtype)
+
+    def cast(self, dtype: str) -> Lazy:
+        """Round to another element type."""
+        if dtype == self.dtype:
+            return self
+        source, target = value_dtype(self.dtype), value_dtype(dtype)
+        raw = raw_dtype(dtype)
+        done = self.combined([], lambda xs: xs[0].view(source).astype(target).view(raw))
+        return Lazy(done.node, done.groups, dtype)
+
+    def scaled(self, factor: float) -> Lazy:
+        """Multiply by a constant, in float32 (float64 stays float64), rounded back."""
+        return self.combined([], _arithmetic(self.dtype, lambda xs: xs[0] * xs[0].dtype.type(factor)))
+
+    def shifted(self, value: float) -> Lazy:
+        """Add a constant, in float32 (float64 stays float64), rounded back."""
+        return self.combined([], _arithmetic(self.dtype, lambda xs: xs[0] + xs[0].dtype.type(value)))
+
+    def summed(self, others: list[Lazy], *, mean: bool) -> Lazy:
+        """The sum or mean with other arrays, in float32 (float64 stays float64), rounded once."""
+        count = len(others) + 1
+
+        def function(xs: list[Array]) -> Array:
+            total = xs[0]
+            for x in xs[1:]:
+                total = total + x
+            return total / total.dtype.type(count) if mean else total
+
+        return self.combined(others, _arithmetic(self.dtype, function))
+
+    def read(self) -> Array:
+        """All values at once, in raw form and logical shape."""
+        return self.node.read().reshape(self.shape)
+
+    def blocks(self, limit: int = 1 << 20) -> Iterator[Array]:
+        """The values in C order, in contiguous raw pieces of at most about ``limit`` bytes."""
+        yield from _blocks(self.node, limit, ITEMSIZE[self.dtype])
+
+    def _with(self, node: Node) -> Lazy:
+        return Lazy(node, self.groups, self.dtype)
+
+    def _first(self, axis: int) -> int:
+        return sum(self.groups[:axis])
+
+    def _sizes(self, axis: int) -> list[int]:
+        first = self._first(axis)
+        return list(self.node.shape[first : first + self.groups[axis]])
+
+    def _copied(self) -> Lazy:
+        return Lazy.of(np.ascontiguousarray(self.read()), self.dtype)
+
+
+def _arithmetic(dtype: str, function: Callable[[list[Array]], Array]) -> Callable[[list[Array]], Array]:
+    """Wrap arithmetic on numbers into a function on raw values, computing at least in float32."""
+    value, raw = value_dtype(dtype), raw_dtype(dtype)
+    wide = np.dtype("float64") if dtype == "float64" else np.dtype("float32")
+
+    def wrapped(xs: list[Array]) -> Array:
+        return function([x.view(value).astype(wide) for x in xs]).astype(value).view(raw)
+
+    return wrapped
+
+
+def _blocks(node: Node, limit: int, itemsize: int) -> Iterator[Array]:
+    size = math.prod(node.shape) * itemsize
+    axis = next((k for k, n in enumerate(node.shape) if n > 1), None)
+    if size <= limit or axis is None:
+        if size:
+            yield np.ascontiguousarray(node.read())
+        return
+    rows = max(1, limit // (size // node.shape[axis]))
+    for start in range(0, node.shape[axis], rows):
+        yield from _blocks(node.slice(axis, start, min(start + rows, node.shape[axis])), limit, itemsize)

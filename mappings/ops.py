@@ -1,0 +1,94 @@
+"""The closed vocabulary of operations: each knows its shape, how to apply itself, and its inverse.
+
+An operation is bound: its sizes are integers (:mod:`.schema` holds the unbound form that YAML spells with names).
+``apply`` works on :class:`~.lazy.Lazy` arrays, which move no data until they are read, so a plan can be carried
+out tile by tile whatever the tensor's size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
+
+from .tensors import Shape
+
+if TYPE_CHECKING:
+    from .lazy import Lazy
+
+
+class OpError(ValueError):
+    """An operation does not fit the shapes it is given. The text says which size does not fit which."""
+
+
+@dataclass(frozen=True)
+class Op:
+    """Base of all operations."""
+
+    name: ClassVar[str] = ""
+
+    @property
+    def one_way(self) -> bool:
+        """Whether the operation loses something, so that no plan can be reversed through it."""
+        return False
+
+    def shape(self, shapes: list[Shape]) -> list[Shape]:
+        """Shapes out for shapes in; raises OpError."""
+        raise NotImplementedError
+
+    def apply(self, xs: list[Lazy]) -> list[Lazy]:
+        """The operation itself, lazily."""
+        raise NotImplementedError
+
+    def inverse(self, shapes: list[Shape]) -> Op:
+        """The operation that undoes this one on outputs, given the shapes it was applied to."""
+        raise NotImplementedError
+
+    def dtype(self, dtype: str) -> str:
+        """Element type out for element type in."""
+        return dtype
+
+
+@dataclass(frozen=True)
+class Single(Op):
+    """An operation on one tensor; of several, each gets it."""
+
+    def shape(self, shapes: list[Shape]) -> list[Shape]:
+        return [self.shape1(shape) for shape in shapes]
+
+    def apply(self, xs: list[Lazy]) -> list[Lazy]:
+        self.shape([x.shape for x in xs])
+        return [self.apply1(x) for x in xs]
+
+    def shape1(self, shape: Shape) -> Shape:
+        """Shape out for shape in."""
+        return shape
+
+    def apply1(self, x: Lazy) -> Lazy:
+        """The operation on one tensor."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a pipeline does to shapes and dtype, step by step; ``shapes[k]`` goes into operation k."""
+
+    shapes: list[list[Shape]] = field(default_factory=list[list[Shape]])
+    dtype: str = ""
+
+
+def trace(ops: tuple[Op, ...], shapes: list[Shape], dtype: str) -> Trace:
+    """Follow shapes and dtype through a pipeline. Raises OpError at the first operation that does not fit."""
+    steps = [shapes]
+    for op in ops:
+        steps.append(op.shape(steps[-1]))
+        dtype = op.dtype(dtype)
+    return Trace(steps, dtype)
+
+
+def invert(ops: tuple[Op, ...], shapes: list[Shape], dtype: str) -> tuple[Op, ...]:
+    """The pipeline that undoes ``ops`` on tensors of these input shapes. Raises OpError at a one-way operation."""
+    steps = trace(ops, shapes, dtype).shapes
+    for op in ops:
+        if op.one_way:
+            raise OpError(f"{op.name} cannot be undone exactly")
+    return tuple(op.inverse(steps[k]) for k, op in reversed(list(enumerate(ops))))

@@ -1,0 +1,182 @@
+"""Reads a mapping file: strict YAML in, a checked :class:`Mapping` out, or every error at once with its position."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from pydantic import ValidationError
+from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+
+from ..errors import Kind, MdlError, Problem
+from .schema import MappingFile
+
+Loc = tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Mapping:
+    """A parsed mapping with the positions of its rules and the hash of its text."""
+
+    path: str
+    sha256: str
+    file: MappingFile
+    positions: dict[Loc, tuple[int, int]]
+
+    def where(self, loc: Loc) -> str:
+        """``file:line:column`` of the nearest known node at or above ``loc``."""
+        while loc and loc not in self.positions:
+            loc = loc[:-1]
+        line, column = self.positions.get(loc, (1, 1))
+        return f"{Path(self.path).name}:{line}:{column}"
+
+
+def load_mapping(path: Path) -> Mapping:
+    """Read and check one mapping file. Raises MdlError (INPUT) that lists all errors as ``file:line:col``."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise MdlError(Kind.INPUT, [Problem(f"cannot read the mapping: {error}", str(path))]) from error
+    return parse_mapping(text, str(path))
+
+
+def parse_mapping(text: str, path: str = "<mapping>") -> Mapping:
+    """Check the text of a mapping; ``path`` is only named in errors."""
+    root = _compose(text, path)
+    reader = _Reader(path)
+    data = reader.value(root, ())
+    if reader.problems:
+        raise MdlError(Kind.INPUT, reader.problems)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    try:
+        file = MappingFile.model_validate(data)
+    except ValidationError as error:
+        problems = [_problem(reader, cast("dict[str, Any]", e)) for e in error.errors(include_url=False)]
+        raise MdlError(Kind.INPUT, sorted(problems, key=lambda p: _line(p.where))) from None
+    return Mapping(path, digest, file, reader.positions)
+
+
+def _compose(text: str, path: str) -> Node:
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f"{Path(path).name}:{mark.line + 1}:{mark.column + 1}" if mark else path
+        raise MdlError(Kind.INPUT, [Problem(f"not YAML: {error.problem or error}", where)]) from None
+    except yaml.YAMLError as error:
+        raise MdlError(Kind.INPUT, [Problem(f"not YAML: {error}", path)]) from None
+    if root is None:
+        raise MdlError(Kind.INPUT, [Problem("the mapping is empty", path)])
+    return root
+
+
+class _Reader:
+    """Turns YAML nodes into plain values, remembering where each stood; refuses what YAML lets pass."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.positions: dict[Loc, tuple[int, int]] = {}
+        self.problems: list[Problem] = []
+
+    def value(self, node: Node, loc: Loc) -> Any:
+        self.positions[loc] = (node.start_mark.line + 1, node.start_mark.column + 1)
+        if isinstance(node, MappingNode):
+            return self._mapping(node, loc)
+        if isinstance(node, SequenceNode):
+            items = (self.value(child, (*loc, k)) for k, child in enumerate(node.value))
+            values = tuple(items)
+            return tuple(_named_op(v) for v in values) if loc and loc[-1] == "ops" else values
+        return self._scalar(cast("ScalarNode", node))
+
+    def _mapping(self, node: MappingNode, loc: Loc) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        for key_node, child in node.value:
+            key = key_node.value if isinstance(key_node, ScalarNode) else None
+            if not isinstance(key, str):
+                self._refuse(key_node, "a key must be plain text")
+                continue
+            if key in result:
+                self._refuse(key_node, f"duplicate key {key!r}")
+                continue
+            result[key] = self.value(child, (*loc, key))
+            self.positions[(*loc, key)] = (key_node.start_mark.line + 1, key_node.start_mark.column + 1)
+        return result
+
+    def _scalar(self, node: ScalarNode) -> Any:
+        text: str = node.value
+        if node.style is not None:
+            return text
+        for tag, convert in (("int", int), ("float", float)):
+            if node.tag == f"tag:yaml.org,2002:{tag}":
+                try:
+                    return convert(text)
+                except ValueError:
+                    return text
+        return None if node.tag.endswith(":null") and not text else text
+
+    def _refuse(self, node: Node, what: str) -> None:
+        mark = node.start_mark
+        self.problems.append(Problem(what, f"{Path(self.path).name}:{mark.line + 1}:{mark.column + 1}"))
+
+
+def _named_op(value: Any) -> Any:
+    """``transpose`` and ``{permute_rope: {heads: 4}}`` both become ``{op: name, **arguments}``."""
+    if isinstance(value, str):
+        return {"op": value}
+    if isinstance(value, dict) and len(cast("dict[str, Any]", value)) == 1:
+        ((name, arguments),) = cast("dict[str, Any]", value).items()
+        if isinstance(arguments, dict):
+            return {**cast("dict[str, Any]", arguments), "op": name}
+        if arguments is None:
+            return {"op": name}
+    return cast("Any", value)
+
+
+def _problem(reader: _Reader, error: dict[str, Any]) -> Problem:
+    loc, shown = _resolve(reader, error["loc"])
+    line, column = reader.positions.get(loc, (1, 1))
+    return Problem(f"{shown}: {_message(error)}", f"{Path(reader.path).name}:{line}:{column}")
+
+
+def _resolve(reader: _Reader, loc: Sequence[int | str]) -> tuple[Loc, str]:
+    """Pydantic's location, which also names union members, to the nearest YAML node and a readable path."""
+    at: Loc = ()
+    for part in loc:
+        for step in _candidates(reader, at, part):
+            at = step
+            break
+    shown = ".".join(str(p) for p in at) or "mapping"
+    last = loc[-1] if loc else ""
+    return at, shown if not at or at[-1] == last or not isinstance(last, str) else f"{shown} ({last})"
+
+
+def _candidates(reader: _Reader, at: Loc, part: int | str) -> Iterator[Loc]:
+    if (*at, part) in reader.positions:
+        yield (*at, part)
+    elif at and isinstance(at[-1], int) and (*at, at[-1], part) in reader.positions:
+        yield (*at, at[-1], part)
+
+
+def _message(error: dict[str, Any]) -> str:
+    text = str(error["msg"]).removeprefix("Value error, ")
+    if error["type"] == "extra_forbidden":
+        return "unknown key"
+    if error["type"] == "union_tag_invalid":
+        context = cast("dict[str, str]", error["ctx"])
+        return f"unknown operation {context['tag']!r}; known: {context['expected_tags'].replace(chr(39), '')}"
+    if error["type"] == "union_tag_not_found":
+        return "an operation is a name, or {name: {argument: value}}"
+    if error["type"] == "missing":
+        return "missing"
+    if error["type"] == "string_too_short":
+        return "a reason is needed"
+    return text[0].lower() + text[1:]
+
+
+def _line(where: str) -> tuple[int, int]:
+    _, line, column = where.rsplit(":", 2)
+    return int(line), int(column)

@@ -1,0 +1,277 @@
+"""The mapping file's shape: pydantic models that refuse what they do not know.
+
+Field names are the YAML's own keys. Sizes may be integers or expressions of the family's size names
+(:mod:`.expr`); :meth:`OpSpec.bind` turns a spec into an operation with integers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping as Map
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from . import expr, moves, values
+from .ops import Op
+
+Size = int | str
+
+
+class Strict(BaseModel):
+    """Unknown keys are errors, values are immutable, and 1 is not "1"."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+def _check_size(size: Size) -> Size:
+    if isinstance(size, str):
+        expr.parse(size)
+    return size
+
+
+class OpSpec(Strict):
+    """Base of the operations as YAML spells them: ``transpose`` or ``{permute_rope: {heads: heads}}``."""
+
+    def bind(self, sizes: Map[str, int], ranges: Map[str, int]) -> Op:
+        """The operation with integers. Raises ExprError for unknown names."""
+        raise NotImplementedError
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _sizes_parse(cls, value: object, info: object) -> object:
+        name = getattr(info, "field_name", "")
+        if name in _SIZE_FIELDS:
+            for one in value if isinstance(value, tuple) else (value,):
+                _check_size(one)  # type: ignore[arg-type]  # the field's own type says Size
+        return value
+
+
+_SIZE_FIELDS = frozenset({"heads", "kv_heads", "groups", "rotary", "sizes", "stop", "to"})
+
+
+class TransposeSpec(OpSpec):
+    op: Literal["transpose"]
+
+    def bind(self, sizes: Map[str, int], ranges: Map[str, int]) -> Op:
+        return moves.Transpose()
+
+
+class PermuteRopeSpec(OpSpec):
+    op: Literal["permute_rope"]
+    heads: Size
+    rotary: Size = 0
+
+    def bind(self, sizes: Map[str, int], ranges: Map[str, int]) -> Op:
+        return moves.PermuteRope(expr.evaluate(self.heads, sizes), expr.evaluate(self.rotary, sizes))
+
+
+class NegateHalfSpec(OpSpec):
+    op: Literal["negate_half"]
+    heads: Size
+
+    def bind(self, sizes: Map[str, int], ranges: Map[str, int]) -> Op:
+        return moves.NegateHalf(expr.evaluate(self.heads, sizes))
+
+
+class ReshapeSpec(OpSpec):
+    op: Literal["reshape"]
+    to: tuple[Size, ...]
+
+    def bind(self, sizes: Map[str, int], ranges: Map[str, int]) -> Op:
+        return moves.Reshape(tuple(expr.evaluate(n, sizes) for n in self.to))
+
+
+class SplitSpec(OpSpec):
+    op: Literal["split"]
+    axis: int = 0
+    sizes: tuple[Size, ...]
+
+    def bind(self, sizes: Map[str, int], ranges: Map[str, int]) -> Op:
+        return moves.Split(self.axis, tuple(expr.evaluate(n, sizes) for n in self.sizes))
+
+
+class ConcatSpec(OpSpec):
+    op: Literal["concat"]
+    axis: int = 0
+
+    def bind(self, sizes: Map[str, int], ranges: Map[str, int]) -> Op:
+        return moves.Concat(self.axis)
+
+
+class DeinterleaveQkvSpec(OpSpec):
+    op: Literal["deinterleave_qkv"]
+    heads: Size
+    kv_heads: Size
+
+    def bind(self, sizes: Map[str, int], ranges: Map[str, int]) -> Op:
+        return moves.DeinterleaveQkv(expr.evaluate(self.heads, sizes), expr.evaluate(self.kv_heads, sizes))
+
+
+class ReorderHeadsSpec(OpSpec):
+    op: Literal["reorder_heads"]
+    heads: Size
+    groups: Size
+    axis: int = 0
+
+    def bind(self, sizes: Map[str, int], ranges: Map[str, int]) -> Op:
+        return moves.ReorderHeads(expr.evaluate(self.heads, sizes), expr.evaluate(self.groups, sizes), self.axis)
+
+
+class StackSpec(OpSpec):
+    op: Literal["stack"]
+    axis: int = 0
+    over: str
+
+    def bind(self, sizes: Map[str, int], ranges: Map[str, int]) -> Op:
+        return moves.Stack(self.axis, ranges[self.over])
+
+
+class UnstackSpec(OpSpec):
+    op: Literal["unstack"]
+    axis: int = 0
+    over: str
+
+    def bind(self, sizes: Map[str, int], ranges: Map[str, int]) -> Op:
+        return moves.Unstack(self.axis, ranges[self.over])
+
+
+class SliceSpec(OpSpec):
+    op: Literal["slice"]
+    axis: int = 0
+    stop: Size
+
+    def bind(self, sizes: Map[str, int], ranges: Map[str, int]) -> Op:
+        return values.Slice(self.axis, expr.evaluate(self.stop, sizes))
+
+
+class PadSpec(OpSpec):
+    op: Literal["pad"]
+    axis: int = 0
+    to: Size
+
+    def bind(self, sizes: Map[str, int], ranges: Map[str, int]) -> Op:
+        return values.Pad(self.axis, expr.evaluate(self.to, sizes))
+
+
+class AddSpec(OpSpec):
+    op: Literal["add"]
+    value: float
+
+    def bind(self, sizes: Map[str, int], ranges: Map[str, int]) -> Op:
+        return values.Add(self.value)
+
+
+class ScaleSpec(OpSpec):
+    op: Literal["scale"]
+    value: float
+
+    def bind(self, sizes: Map[str, int], ranges: Map[str, int]) -> Op:
+        return values.Scale(self.value)
+
+
+class CastSpec(OpSpec):
+    op: Literal["cast"]
+    dtype: Literal["float32", "float16", "bfloat16", "float64"]
+
+    def bind(self, sizes: Map[str, int], ranges: Map[str, int]) -> Op:
+        return values.Cast(self.dtype)
+
+
+AnyOp = Annotated[
+    TransposeSpec
+    | PermuteRopeSpec
+    | NegateHalfSpec
+    | ReshapeSpec
+    | SplitSpec
+    | ConcatSpec
+    | DeinterleaveQkvSpec
+    | ReorderHeadsSpec
+    | StackSpec
+    | UnstackSpec
+    | SliceSpec
+    | PadSpec
+    | AddSpec
+    | ScaleSpec
+    | CastSpec,
+    Field(discriminator="op"),
+]
+
+Names = str | tuple[str, ...]
+
+
+class Transform(Strict):
+    """Tensors that change on their way. ``to`` defaults to ``from``; ``each`` writes a rule several times."""
+
+    from_: Names = Field(alias="from")
+    to: Names | None = None
+    each: tuple[str, ...] = ()
+    ops: tuple[AnyOp, ...] = ()
+
+
+class Tie(Strict):
+    """A tensor that must equal another, bit for bit; ``otherwise`` names its target when it does not."""
+
+    to: str
+    otherwise: str
+
+
+class Fill(Strict):
+    """Targets that the source lacks."""
+
+    zeros: tuple[str, ...] = ()
+
+
+class Blocks(Strict):
+    """Fused tensors of which each rank holds its own full set of blocks: cut in each rank, joined block by block."""
+
+    names: tuple[str, ...]
+    axis: int = 0
+    sizes: tuple[Size, ...]
+
+    @field_validator("sizes")
+    @classmethod
+    def _sizes_parse(cls, sizes: tuple[Size, ...]) -> tuple[Size, ...]:
+        return tuple(_check_size(n) for n in sizes)
+
+
+class Shards(Strict):
+    """How the rank files of one tensor become that tensor; needed only where there is more than one rank."""
+
+    cat0: tuple[str, ...] = ()
+    cat1: tuple[str, ...] = ()
+    equal: tuple[str, ...] = ()
+    sum: tuple[str, ...] = ()
+    mean: tuple[str, ...] = ()
+    disjoint: tuple[str, ...] = ()
+    blocks: tuple[Blocks, ...] = ()
+
+
+Reason = Annotated[str, Field(min_length=1)]
+
+
+class Section(Strict):
+    """The rules proper; the top level of a file is one section, ``when`` holds conditional ones."""
+
+    keep: tuple[str, ...] = ()
+    rename: dict[str, str] = Field(default_factory=dict)
+    transform: tuple[Transform, ...] = ()
+    fill: Fill = Fill()
+    tie: dict[str, str | Tie] = Field(default_factory=dict)
+    drop: dict[str, Reason] = Field(default_factory=dict)
+    shards: Shards = Shards()
+
+
+class MappingFile(Section):
+    """One mapping file."""
+
+    format: Literal[1]
+    title: Reason
+    strip: tuple[str, ...] = ()
+    ranges: dict[str, Size] = Field(default_factory=dict)
+    when: dict[str, Section] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _ranges_parse(self) -> MappingFile:
+        for size in self.ranges.values():
+            _check_size(size)
+        return self
