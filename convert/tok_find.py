@@ -1,0 +1,122 @@
+"""Which tokenizer a path holds, told by the files' names and first bytes, and its rebuilding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import input_error
+from . import tok_char, tok_gpt2, tok_ready, tok_sentencepiece, tok_tiktoken
+from .tok_base import Built
+
+NONE = "none"
+GPT2 = "gpt2"
+_DO = (
+    "name one with --tokenizer PATH: tokenizer.json; meta.pkl of nanoGPT; a SentencePiece .model; Llama 3's "
+    "tokenizer.model or another tiktoken rank file; a directory with vocab.json and merges.txt; or --tokenizer none"
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A tokenizer that was found: its kind (as in ``TokenizerInfo``) and the files that make it."""
+
+    kind: str
+    files: tuple[Path, ...]
+
+    @property
+    def directory(self) -> Path | None:
+        """Where further files of the same tokenizer may lie."""
+        return self.files[0].parent if self.files else None
+
+
+def find_source(source: str | Path) -> Source:
+    """The tokenizer at ``source``: a file, a directory with exactly one, or the names ``none`` and ``gpt2``.
+
+    A file or directory that bears such a name is meant by ``./none`` or ``./gpt2``.
+
+    Raises:
+        MdlError: INPUT when there is none or more than one; MACHINE when ``gpt2`` is not on this machine.
+    """
+    if source == NONE:
+        return Source(NONE, ())
+    if source == GPT2:
+        files = tok_gpt2.find_on_machine()
+        return Source(tok_gpt2.KIND if len(files) == 2 else tok_tiktoken.KIND, files)
+    path = Path(source)
+    if not path.exists():
+        raise input_error("there is no such tokenizer file or directory", str(path), _DO)
+    if not path.is_dir():
+        found = _file(path)
+        if found is None:
+            raise input_error(f"{path.name} is no tokenizer that mdl reads", str(path), _DO)
+        return found
+    candidates = _in_directory(path)
+    if not candidates:
+        raise input_error("no tokenizer in this directory", str(path), _DO)
+    if len(candidates) > 1 and candidates[0].kind != tok_ready.KIND:
+        names = ", ".join(c.files[0].name for c in candidates)
+        raise input_error(f"several tokenizers in this directory: {names}", str(path), "name one: --tokenizer FILE")
+    return candidates[0]
+
+
+def find_beside(checkpoint: Path) -> Source | None:
+    """The tokenizer that lies beside a checkpoint (in it, if it is a directory), or None if there is none.
+
+    Raises:
+        MdlError: INPUT when there are several and none is a tokenizer.json.
+    """
+    directory = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    return find_source(directory) if _in_directory(directory) else None
+
+
+def build(source: Source, model_vocab: int) -> Built:
+    """The tokenizer of a found source other than ``none``; ``model_vocab`` is the rows of the model's embedding."""
+    first = source.files[0]
+    match source.kind:
+        case tok_ready.KIND:
+            return tok_ready.build(first)
+        case tok_char.KIND:
+            return tok_char.build(first)
+        case tok_sentencepiece.KIND:
+            return tok_sentencepiece.build(first)
+        case tok_gpt2.KIND:
+            return tok_gpt2.build(first, source.files[1])
+        case _:
+            return tok_tiktoken.build(first, model_vocab=model_vocab)
+
+
+def _in_directory(directory: Path) -> list[Source]:
+    """Every tokenizer in a directory; a tokenizer.json comes first, because it is ready and says the most."""
+    paths = [directory / "tokenizer.json", directory / "meta.pkl"]
+    for pattern in ("*.model", "tokenizer.model.v*", "*.tiktoken"):
+        paths += sorted(directory.glob(pattern))
+    found = [s for s in (_file(p) for p in paths if p.is_file()) if s is not None]
+    pair = tok_gpt2.find_pair(directory)
+    if pair is not None:
+        found.append(Source(tok_gpt2.KIND, pair))
+    return found
+
+
+def _file(path: Path) -> Source | None:
+    if path.suffix == ".pkl":
+        return Source(tok_char.KIND, (path,))
+    with path.open("rb") as file:
+        head = file.read(4096)
+    if path.suffix == ".json" or path.name in ("merges.txt", "vocab.bpe"):
+        return _json(path)
+    if tok_tiktoken.looks_like_ranks(head):
+        return Source(tok_tiktoken.KIND, (path,))
+    # A SentencePiece model begins with its first piece: field 1, length-delimited.
+    return Source(tok_sentencepiece.KIND, (path,)) if head[:1] == b"\n" else None
+
+
+def _json(path: Path) -> Source | None:
+    """A file of a pair names its whole pair; any other .json is taken for a tokenizer.json under another name."""
+    if path.name not in {name for pair in tok_gpt2.PAIRS for name in pair}:
+        return Source(tok_ready.KIND, (path,))
+    pair = tok_gpt2.find_pair(path.parent)
+    if pair is None:
+        do = "put its partner beside it: vocab.json needs merges.txt, encoder.json needs vocab.bpe"
+        raise input_error(f"{path.name} is half of a tokenizer", str(path), do)
+    return Source(tok_gpt2.KIND, pair)
