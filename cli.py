@@ -1,0 +1,304 @@
+"""The command line: parse, call one function, render. No logic lives here."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from . import render
+from .errors import MdlError, Problem, usage_error
+
+app = typer.Typer(
+    name="mdl",
+    help="Raw PyTorch checkpoints into vLLM, with proof that vLLM computes what the original code computed.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@dataclass
+class _State:
+    quiet: bool = False
+    debug: bool = False
+    json: bool = False
+
+
+state = _State()
+
+Checkpoint = Annotated[Path, typer.Argument(help="Checkpoint: a .pt/.pth/.bin/.safetensors file or a folder.")]
+Layout = Annotated[Path, typer.Argument(help="A folder that `mdl convert` wrote.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
+ArchOption = Annotated[str | None, typer.Option("--arch", help="Family (see `mdl archs`), or a .py file with yours.")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE that is not in the checkpoint.")]
+WeightsOption = Annotated[str | None, typer.Option("--weights", help="Which state dict, where a file holds several.")]
+DtypeOption = Annotated[str | None, typer.Option("--dtype", help="Round weights: float32, bfloat16 or float16.")]
+TokenizerOption = Annotated[
+    str | None, typer.Option("--tokenizer", help="Tokenizer file or folder, or `none` (default: the one beside it).")
+]
+ShardOption = Annotated[str, typer.Option("--max-shard-size", help="Largest weight file, such as 5GB or 500MB.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Replace what mdl wrote there before.")]
+ReferenceOption = Annotated[
+    str | None, typer.Option("--reference", help="Your own forward, FILE.py:FUNCTION; its code runs. See docs/verify.md.")
+]
+PromptsOption = Annotated[list[str] | None, typer.Option("--prompt", help="Also compare on this text (repeatable).")]
+SeedOption = Annotated[int, typer.Option("--seed", help="Seed of the test inputs.")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print mdl's version.")] = False,
+) -> None:
+    state.quiet, state.debug = quiet, debug
+    if version:
+        from .convert.manifest import own_version
+
+        typer.echo(f"mdl {own_version()}")
+        raise typer.Exit
+
+
+@app.command()
+def inspect(
+    checkpoint: Checkpoint,
+    arch: ArchOption = None,
+    set_: SetOption = None,
+    weights: WeightsOption = None,
+    json: Json = False,
+) -> None:
+    """Say what is in a checkpoint, which architecture it is, and why we think so. Reads metadata only."""
+    state.json = json
+    from . import views
+    from .convert.prepare import recognise
+
+    recognised = recognise(checkpoint, _options(arch, set_, weights, None))
+    _show(json, lambda: views.inspection(recognised), lambda: views.show_inspection(recognised))
+
+
+@app.command()
+def plan(
+    checkpoint: Checkpoint,
+    arch: ArchOption = None,
+    set_: SetOption = None,
+    weights: WeightsOption = None,
+    dtype: DtypeOption = None,
+    reverse: Annotated[bool, typer.Option("--reverse", help="Show the plan backwards, as `mdl export` runs it.")] = False,
+    json: Json = False,
+) -> None:
+    """Say what becomes of every tensor: from where, by which operation, to where. Writes nothing."""
+    state.json = json
+    from . import views
+    from .convert.prepare import prepare
+
+    prepared = prepare(checkpoint, _options(arch, set_, weights, dtype))
+    _show(json, lambda: views.planned(prepared), lambda: views.show_plan(prepared, reverse=reverse))
+    if not json or prepared.plan.problems:
+        prepared.plan.refuse() if not json else _exit(3)
+
+
+@app.command()
+def convert(
+    checkpoint: Checkpoint,
+    out: Annotated[Path, typer.Argument(help="Folder to write; it must not exist yet.")],
+    arch: ArchOption = None,
+    set_: SetOption = None,
+    weights: WeightsOption = None,
+    dtype: DtypeOption = None,
+    tokenizer: TokenizerOption = None,
+    max_shard_size: ShardOption = "5GB",
+    force: ForceOption = False,
+    json: Json = False,
+) -> None:
+    """Write a folder that vLLM serves: safetensors, config.json, tokenizer and manifest."""
+    state.json = json
+    from . import views
+    from .convert.prepare import prepare
+    from .convert.run import convert as run
+    from .convert.shards import parse_size
+
+    limit = parse_size(max_shard_size)
+    options = _options(arch, set_, weights, dtype)
+    prepared = prepare(checkpoint, options)
+    with render.byte_progress("converting", prepared.plan.nbytes, quiet=state.quiet or json) as progress:
+        done = run(
+            prepared,
+            out,
+            options=options,
+            tokenizer=tokenizer,
+            max_shard_size=limit,
+            force=force,
+            progress=progress,
+        )
+    _show(json, lambda: done, lambda: views.show_converted(done))
+
+
+@app.command()
+def verify(
+    layout: Layout,
+    against: Annotated[Path | None, typer.Option("--against", help="The raw checkpoint, if it was moved.")] = None,
+    reference: ReferenceOption = None,
+    prompt: PromptsOption = None,
+    seed: SeedOption = 0,
+    json: Json = False,
+) -> None:
+    """Run the layout under vLLM and the original forward on the same tokens; exit 1 if they differ."""
+    state.json = json
+    from . import views
+    from .validate.report import save_report
+    from .validate.verify import Settings, verify as run
+
+    settings = Settings(against, reference, tuple(prompt or ()), seed, shlex.join(["mdl", *sys.argv[1:]]))
+    with render.steps(quiet=state.quiet or json) as say:
+        report = run(layout, settings, say=say)
+    save_report(report, layout)
+    _show(json, lambda: report, lambda: views.show_report(report))
+    _exit(0 if report.ok else 1)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": False})
+def serve(
+    context: typer.Context,
+    layout: Annotated[Path, typer.Argument(help="A layout, or a raw checkpoint (converted and verified first).")],
+    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", help="Port to listen on.")] = 8000,
+    prompt: Annotated[str | None, typer.Option("--prompt", help="Answer this once, then exit.")] = None,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", help="Length of the answer to --prompt.")] = 64,
+    unverified: Annotated[bool, typer.Option("--unverified", help="Serve although no verification passed.")] = False,
+    json: Json = False,
+) -> None:
+    """Start vLLM's OpenAI-compatible server on a verified layout. What follows `--` goes to vLLM."""
+    state.json = json
+    from .serve import serve as run
+    from .validate.ready import ready_layout
+
+    with render.steps(quiet=state.quiet or json) as say:
+        ready = ready_layout(layout, unverified=unverified, say=say)
+    extra = tuple(context.args)
+    _exit(run(ready, host=host, port=port, prompt=prompt, max_tokens=max_tokens, extra=extra, quiet=state.quiet))
+
+
+@app.command()
+def export(
+    layout: Layout,
+    out: Annotated[Path, typer.Argument(help="File to write; a folder where there were several rank files.")],
+    force: ForceOption = False,
+    json: Json = False,
+) -> None:
+    """Run the plan backwards: the original names and bytes again, from a layout alone."""
+    state.json = json
+    from . import views
+    from .convert.export import export as run
+
+    with render.steps(quiet=state.quiet or json) as say:
+        say("exporting")
+        done = run(layout, out, force=force)
+    _show(json, lambda: done, lambda: views.show_exported(done))
+
+
+@app.command()
+def check(layout: Layout, json: Json = False) -> None:
+    """Compare a layout with its manifest: every file, header, index entry and byte. Needs nothing else."""
+    state.json = json
+    from . import views
+    from .convert.check import check_layout
+    from .convert.manifest import read_manifest
+
+    manifest = read_manifest(layout)
+    total = sum(p.stat().st_size for p in layout.glob("*.safetensors"))
+    with render.byte_progress("checking", total, quiet=state.quiet or json) as progress:
+        problems = check_layout(layout, manifest, progress)
+    good = f"{layout}: {len(manifest.tensors)} tensors and {len(manifest.files)} files are as mdl convert wrote them"
+    _show(json, lambda: {"ok": not problems, "problems": problems}, lambda: views.show_problems(problems, good))
+    _exit(3 if problems else 0)
+
+
+@app.command()
+def archs(json: Json = False) -> None:
+    """List the checkpoint families that mdl knows."""
+    state.json = json
+    from . import views
+    from .archs.registry import all_archs
+
+    known = list(all_archs().values())
+    facts = [{"name": a.name, "title": a.title, "source": a.source, "target": a.target} for a in known]
+    _show(json, lambda: facts, lambda: views.show_archs(known))
+
+
+@app.command()
+def doctor(json: Json = False) -> None:
+    """Say what this machine can do, and how to mend what it can't."""
+    state.json = json
+    from . import views
+    from .validate.doctor import examine
+
+    findings = examine()
+    _show(json, lambda: findings, lambda: views.show_findings(findings))
+    _exit(4 if any(finding.state == "fail" for finding in findings) else 0)
+
+
+def _options(arch: str | None, given: list[str] | None, weights: str | None, dtype: str | None) -> Any:
+    from .convert.prepare import Options
+
+    pairs = [text.partition("=") for text in given or ()]
+    wrong = [name for name, equals, _ in pairs if not equals or not name]
+    if wrong:
+        raise usage_error(f"--set {wrong[0]}: expected NAME=VALUE", do="for example --set n_head=12")
+    if arch is not None and arch.endswith(".py"):
+        arch = str(Path(arch).resolve())
+    return Options(arch, {name: value for name, _, value in pairs}, weights, dtype)
+
+
+def _show(as_json: bool, document: Callable[[], Any], table: Callable[[], None]) -> None:
+    if as_json:
+        render.print_json(document())
+    else:
+        table()
+
+
+def _exit(code: int) -> None:
+    if code:
+        raise typer.Exit(code)
+
+
+def main() -> NoReturn:
+    """The console script. Turns failures into messages and exit codes; a traceback only with --debug."""
+    import click
+
+    command = typer.main.get_command(app)
+    try:
+        code = command.main(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except MdlError as error:
+        if state.debug:
+            raise
+        render.print_error(error, as_json=state.json)
+        sys.exit(error.kind.value)
+    except click.exceptions.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except (KeyboardInterrupt, click.exceptions.Abort):
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(141)
+    except Exception as error:
+        if state.debug:
+            raise
+        _bug(error)
+
+
+def _bug(error: Exception) -> NoReturn:
+    """Something that we did not foresee: say so plainly, and how to report it."""
+    from .errors import Kind
+
+    problem = Problem(f"{type(error).__name__}: {error}", "inside mdl", "run again with `mdl --debug …` and report it")
+    render.print_error(MdlError(Kind.INPUT, [problem]), as_json=state.json)
+    sys.exit(Kind.INPUT.value)

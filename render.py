@@ -1,0 +1,153 @@
+"""What people see: tables on stdout, progress on stderr. Every figure comes from a record that --json prints whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from .errors import Kind, MdlError
+
+SHOWN = 10
+_NUMBER = re.compile(r"(?<![^./])\d+(?![^./])")
+
+
+def out() -> Console:
+    """stdout. Piped output is never cut to a terminal's width."""
+    return Console(width=None if sys.stdout.isatty() else 200, highlight=False, soft_wrap=True)
+
+
+def err() -> Console:
+    """stderr."""
+    return Console(stderr=True, width=None if sys.stderr.isatty() else 200, highlight=False, soft_wrap=True)
+
+
+def print_json(document: Any) -> None:
+    """One JSON document on stdout; dataclasses become objects."""
+    sys.stdout.write(json.dumps(plain(document), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def plain(value: Any) -> Any:
+    """JSON values: dataclasses and mappings as objects, sequences as arrays, what JSON lacks as text."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in cast("Mapping[Any, Any]", value).items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(v) for v in cast("Iterable[Any]", value)]
+    if isinstance(value, float) and value in (float("inf"), float("-inf")):
+        return str(value)
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+def print_error(error: MdlError, *, as_json: bool) -> None:
+    """The problems: on stderr for people, as a document on stdout for programs. Long lists are cut for people."""
+    if as_json:
+        print_json({"ok": False, "kind": error.kind.name.lower(), "problems": error.problems})
+        return
+    console = err()
+    label = {Kind.PARITY: "not the same", Kind.USAGE: "usage", Kind.INPUT: "error", Kind.MACHINE: "this machine"}
+    shown = _grouped(error)
+    for what, where, do in shown[:SHOWN]:
+        console.print(Text(f"{label[error.kind]}: ", style="bold red") + Text(what))
+        if where:
+            console.print(Text(f"  where: {where}"))
+        if do:
+            console.print(Text(f"  do:    {do}", style="bold"))
+    if len(shown) > SHOWN:
+        console.print(f"… and {len(shown) - SHOWN} more (--json for all)")
+
+
+def _grouped(error: MdlError) -> list[tuple[str, str, str]]:
+    """Problems that differ only in layer numbers, as one line each: ``h.{0..31}``."""
+    groups: dict[tuple[str, str, str], list[str]] = {}
+    for p in error.problems:
+        key = (_NUMBER.sub("#", p.what), p.where, p.do)
+        groups.setdefault(key, []).append(p.what)
+    return [(" / ".join(collapse(whats)), where, do) for (_, where, do), whats in groups.items()]
+
+
+def collapse(names: Iterable[str]) -> list[str]:
+    """Names that differ in one number become one with a range: a.0.b, a.1.b → a.{0..1}.b."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(_NUMBER.sub("#", name), []).append(name)
+    return [_collapsed(group) for group in groups.values()]
+
+
+def _collapsed(group: list[str]) -> str:
+    if len(group) == 1:
+        return group[0]
+    columns = list(zip(*(_NUMBER.findall(name) for name in group), strict=True))
+    parts = iter(_range([int(n) for n in column]) for column in columns)
+    return _NUMBER.sub(lambda _: next(parts), group[0])
+
+
+def _range(numbers: list[int]) -> str:
+    distinct = sorted(set(numbers))
+    if len(distinct) == 1:
+        return str(distinct[0])
+    if distinct == list(range(distinct[0], distinct[-1] + 1)):
+        return f"{{{distinct[0]}..{distinct[-1]}}}"
+    return "{" + ",".join(map(str, distinct)) + "}"
+
+
+def size(nbytes: float) -> str:
+    """Bytes for people, in powers of 1000 as disks are sold."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.3g} {unit}" if unit != "B" else f"{nbytes:.0f} B"
+        nbytes /= 1000
+    return f"{nbytes:.3g} TB"
+
+
+def table(*headers: str) -> Table:
+    """A plain table: no boxes, so that it pastes well."""
+    made = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for header in headers:
+        made.add_column(header, overflow="fold")
+    return made
+
+
+def facts(pairs: Iterable[tuple[str, str | Iterable[str]]]) -> Table:
+    """Name and value lines, values possibly on several lines."""
+    made = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
+    made.add_column(style="bold", no_wrap=True)
+    made.add_column(overflow="fold")
+    for name, value in pairs:
+        lines = [value] if isinstance(value, str) else list(value)
+        for k, line in enumerate(lines):
+            made.add_row(name if k == 0 else "", Text(line))
+    return made
+
+
+@contextmanager
+def byte_progress(title: str, total: int, *, quiet: bool) -> Iterator[Callable[[int], None]]:
+    """A progress bar with bytes, rate and time left, on a terminal's stderr only."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn(title), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err(), transient=True) as progress:
+        task = progress.add_task(title, total=total)
+        yield lambda n: progress.advance(task, n)
+
+
+@contextmanager
+def steps(*, quiet: bool) -> Iterator[Callable[[str], None]]:
+    """A spinner that says what is being done, on a terminal's stderr only."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    with err().status("starting") as status:
+        yield lambda text: status.update(text)

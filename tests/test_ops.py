@@ -1,0 +1,208 @@
+"""Operations: what apply does to integers that spell the answer, that inverse undoes it, that shape tells the truth."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mdl.mappings import moves, values
+from mdl.mappings.lazy import Array, Lazy, raw_dtype, value_dtype
+from mdl.mappings.ops import Op, OpError, invert, trace
+
+
+def numbered(*shape: int) -> Array:
+    """Integers 0, 1, 2 … in C order, so that each value names the place it came from."""
+    return np.arange(math.prod(shape), dtype="float32").reshape(shape)
+
+
+def run(op: Op, *arrays: Array) -> list[Array]:
+    out = op.apply([Lazy.of(a, str(a.dtype)) for a in arrays])
+    assert [x.shape for x in out] == op.shape([a.shape for a in arrays])
+    return [x.read() for x in out]
+
+
+def rows(op: Op, *arrays: Array) -> list[int]:
+    """Where each row of the first output came from, for arrays whose rows are constant."""
+    return [int(r) for r in run(op, *arrays)[0].reshape(-1, arrays[0].shape[-1])[:, 0]]
+
+
+def tall(count: int, width: int = 3) -> Array:
+    return np.repeat(np.arange(count, dtype="float32"), width).reshape(count, width)
+
+
+def test_permute_rope_puts_even_rows_before_odd_ones_in_each_head() -> None:
+    assert rows(moves.PermuteRope(heads=2), tall(8)) == [0, 2, 1, 3, 4, 6, 5, 7]
+
+
+def test_permute_rope_leaves_the_unrotated_rows_of_each_head() -> None:
+    assert rows(moves.PermuteRope(heads=2, rotary=4), tall(12)) == [0, 2, 1, 3, 4, 5, 6, 8, 7, 9, 10, 11]
+
+
+def test_permute_rope_works_on_biases() -> None:
+    assert run(moves.PermuteRope(heads=1), numbered(6))[0].tolist() == [0, 2, 4, 1, 3, 5]
+
+
+def test_negate_half_flips_the_upper_half_of_each_head() -> None:
+    got = run(moves.NegateHalf(heads=2), np.ones((8, 1), "float32"))[0].ravel().tolist()
+    assert got == [1, 1, -1, -1, 1, 1, -1, -1]
+
+
+def test_deinterleave_qkv_gathers_groups() -> None:
+    # two groups of two query heads, one key, one value, one row each: q0 q1 k0 v0 q2 q3 k1 v1
+    assert rows(moves.DeinterleaveQkv(heads=4, kv_heads=2), tall(8)) == [0, 1, 4, 5, 2, 6, 3, 7]
+
+
+def test_reorder_heads_brings_strided_groups_together() -> None:
+    # heads 0..5 in strided groups of 2 (head h reads key h mod 2): 0 2 4 | 1 3 5
+    assert rows(moves.ReorderHeads(heads=6, groups=2), tall(6)) == [0, 2, 4, 1, 3, 5]
+
+
+def test_stack_counts_runs() -> None:
+    a, b, c, d = (np.full((2, 2), k, "float32") for k in range(4))
+    first, second = run(moves.Stack(axis=0, count=2), a, b, c, d)
+    assert first.shape == (2, 2, 2)
+    assert [first[0, 0, 0], first[1, 0, 0], second[0, 0, 0], second[1, 0, 0]] == [0, 1, 2, 3]
+
+
+def test_split_and_concat_along_columns() -> None:
+    left, right = run(moves.Split(axis=1, sizes=(1, 2)), numbered(2, 3))
+    assert left.tolist() == [[0], [3]]
+    assert right.tolist() == [[1, 2], [4, 5]]
+    assert run(moves.Concat(axis=1), left, right)[0].tolist() == numbered(2, 3).tolist()
+
+
+def test_pad_and_slice() -> None:
+    assert run(values.Pad(axis=0, to=3), numbered(2, 2))[0].tolist() == [[0, 1], [2, 3], [0, 0]]
+    assert run(values.Slice(axis=1, stop=1), numbered(2, 2))[0].tolist() == [[0], [2]]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
+def test_add_computes_in_float32_and_rounds_once(dtype: str) -> None:
+    stored = np.array([0.5, -1.0, 3.0e-3, 100.0]).astype(value_dtype(dtype))
+    out = values.Add(1.0).apply([Lazy.of(stored.view(raw_dtype(dtype)), dtype)])[0]
+    want = (stored.astype("float64" if dtype == "float64" else "float32") + 1).astype(value_dtype(dtype))
+    assert out.dtype == dtype
+    assert out.read().view(value_dtype(dtype)).tolist() == want.tolist()
+
+
+def test_cast_rounds_to_nearest_even_like_torch() -> None:
+    import torch
+
+    x = np.random.default_rng(0).standard_normal(4096).astype("float32") * np.float32(1e3)
+    ours = values.Cast("bfloat16").apply([Lazy.of(x, "float32")])[0].read()
+    assert np.array_equal(ours, torch.from_numpy(x).to(torch.bfloat16).view(torch.uint16).numpy())
+
+
+def test_mean_and_sum_of_ranks() -> None:
+    a, b = numbered(2, 2), numbered(2, 2) * 3
+    lazy = Lazy.of(a, "float32")
+    assert lazy.summed([Lazy.of(b, "float32")], mean=True).read().tolist() == (a * 2).tolist()
+    assert lazy.summed([Lazy.of(b, "float32")], mean=False).read().tolist() == (a * 4).tolist()
+
+
+HEADS = st.sampled_from([1, 2, 3, 4])
+
+
+@st.composite
+def reversible(draw: st.DrawFn) -> tuple[Op, list[tuple[int, ...]]]:
+    """An operation with shapes that fit it."""
+    heads, half, width = draw(HEADS), draw(st.integers(1, 4)), draw(st.integers(1, 5))
+    tail = draw(st.sampled_from([(), (width,)]))
+    makers: list[Callable[[], tuple[Op, list[tuple[int, ...]]]]] = [
+        lambda: (moves.Transpose(), [(heads, width)]),
+        lambda: (moves.PermuteRope(heads), [(heads * half * 2, *tail)]),
+        lambda: (moves.PermuteRope(heads, rotary=2), [(heads * (half + 2), *tail)]),
+        lambda: (moves.NegateHalf(heads), [(heads * half * 2, *tail)]),
+        lambda: (moves.Reshape((width, heads, half)), [(heads * half, width)]),
+        lambda: (moves.Split(0, (heads, half)), [(heads + half, *tail)]),
+        lambda: (moves.Concat(0), [(heads, *tail), (half, *tail)]),
+        lambda: (moves.DeinterleaveQkv(heads * half, heads), [((heads * half + 2 * heads) * 2, *tail)]),
+        lambda: (moves.ReorderHeads(heads * half, heads), [(heads * half * 2, *tail)]),
+        lambda: (moves.ReorderHeads(heads * half, half, axis=1), [(width, heads * half * 3)]),
+        lambda: (moves.Stack(0, 2), [(heads, *tail)] * 4),
+        lambda: (moves.Unstack(0, heads), [(heads, *tail), (heads, *tail)]),
+        lambda: (values.Pad(0, heads + half), [(heads, *tail)]),
+        lambda: (values.Scale(0.25), [(heads, *tail)]),
+    ]
+    return draw(st.sampled_from(makers))()
+
+
+@settings(max_examples=400, deadline=None)
+@given(reversible(), st.sampled_from(["float32", "bfloat16"]), st.integers(0, 3))
+def test_inverse_undoes_apply(case: tuple[Op, list[tuple[int, ...]]], dtype: str, ranks: int) -> None:
+    op, shapes = case
+    rng = np.random.default_rng(1)
+    arrays = [rng.standard_normal(s).astype(value_dtype(dtype)).view(raw_dtype(dtype)) for s in shapes]
+    lazies = [joined(a, dtype, ranks) for a in arrays]
+    out = op.apply(lazies)
+    assert [x.shape for x in out] == op.shape(shapes)
+    again = [Lazy.of(streamed(x), dtype) for x in out]
+    back = op.inverse(shapes).apply(again)
+    assert [x.shape for x in back] == shapes
+    for x, a in zip(back, arrays, strict=True):
+        assert np.array_equal(streamed(x), a)
+
+
+def joined(array: Array, dtype: str, ranks: int) -> Lazy:
+    """The same values as several pieces, as rank files hold them."""
+    if ranks < 2 or array.shape[0] < ranks:
+        return Lazy.of(array, dtype)
+    cut = [Lazy.of(a, dtype) for a in np.array_split(array, ranks)]
+    return cut[0].concat(cut[1:], 0)
+
+
+def streamed(x: Lazy) -> Array:
+    """The values as the writer sees them: tiny blocks, in order."""
+    raw = b"".join(block.tobytes() for block in x.blocks(16))
+    return np.frombuffer(raw, raw_dtype(x.dtype)).reshape(x.shape)
+
+
+def test_pipelines_invert_in_reverse_order() -> None:
+    ops = (moves.PermuteRope(heads=2), moves.Transpose(), moves.Split(1, (4, 4)))
+    x = numbered(8, 3)
+    out = [Lazy.of(x, "float32")]
+    for op in ops:
+        out = op.apply(out)
+    for op in invert(ops, [x.shape], "float32"):
+        out = op.apply(out)
+    assert out[0].read().tolist() == x.tolist()
+
+
+@pytest.mark.parametrize("op", [values.Slice(0, 1), values.Add(1.0), values.Cast("bfloat16"), values.Scale(0.3)])
+def test_one_way_operations_stop_a_reversal(op: Op) -> None:
+    with pytest.raises(OpError, match="cannot be undone"):
+        invert((op,), [(2, 2)], "float32")
+
+
+@pytest.mark.parametrize(
+    ("op", "shape"),
+    [
+        (moves.Transpose(), (3,)),
+        (moves.PermuteRope(heads=3), (8, 2)),
+        (moves.PermuteRope(heads=2, rotary=3), (8, 2)),
+        (moves.NegateHalf(heads=4), (4,)),
+        (moves.Reshape((4, 4)), (3, 5)),
+        (moves.Split(0, (1, 2)), (4, 2)),
+        (moves.DeinterleaveQkv(4, 2), (9, 2)),
+        (moves.DeinterleaveQkv(3, 2), (7, 2)),
+        (moves.ReorderHeads(6, 4), (6, 2)),
+        (moves.Unstack(0, 3), (2, 2)),
+        (values.Slice(0, 5), (4,)),
+        (values.Pad(0, 3), (4,)),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(op: Op, shape: tuple[int, ...]) -> None:
+    with pytest.raises(OpError):
+        trace((op,), [shape], "float32")
+
+
+def test_a_large_transpose_is_read_in_bounded_blocks() -> None:
+    x = Lazy.of(numbered(512, 512), "float32").transpose(1, 0)
+    sizes = [block.nbytes for block in x.blocks(1 << 14)]
+    assert max(sizes) <= 1 << 14
+    assert sum(sizes) == x.nbytes

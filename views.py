@@ -1,0 +1,220 @@
+"""The tables of each command, from the records that the rooms return."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from rich.text import Text
+
+from . import render
+from .errors import Problem
+
+if TYPE_CHECKING:
+    from .archs.base import Arch, Dims
+    from .convert.export import Exported
+    from .convert.plan import Plan, Step
+    from .convert.prepare import Prepared, Recognised
+    from .convert.run import Converted
+    from .validate.doctor import Finding
+    from .validate.report import Report
+
+
+def inspection(r: Recognised) -> dict[str, Any]:
+    """What `mdl inspect --json` prints."""
+    inv = r.inventory
+    return {
+        "path": inv.path,
+        "format": inv.format,
+        "files": inv.files,
+        "ranks": inv.ranks,
+        "arch": r.arch.name,
+        "target": r.arch.target,
+        "because": r.match.because,
+        "dims": r.dims.entries,
+        "tokenizers": r.checkpoint.tokenizers,
+        "notes": inv.notes,
+        "tensors": [
+            {"name": name, "shape": info.shape, "dtype": info.dtype, "rank": info.rank, "raw": info.raw}
+            for name, infos in inv.tensors.items()
+            for info in infos
+        ],
+    }
+
+
+def show_inspection(r: Recognised) -> None:
+    """The table of `mdl inspect`."""
+    inv, console = r.inventory, render.out()
+    infos = [info for ranks in inv.tensors.values() for info in ranks]
+    dtypes = ", ".join(sorted({info.dtype for info in infos}))
+    total = render.size(sum(info.nbytes for info in infos))
+    ranks = f", {inv.ranks} ranks" if inv.ranks > 1 else ""
+    lines: list[tuple[str, str | Iterable[str]]] = [
+        ("checkpoint", f"{inv.path} ({inv.format}, {len(inv.tensors)} tensors, {dtypes}, {total}{ranks})"),
+        ("architecture", f"{r.arch.name}: {r.arch.title} ({r.arch.source}) → {r.arch.target}"),
+        ("because", r.match.because),
+        ("tokenizer", r.checkpoint.tokenizers or ("none beside it",)),
+        ("notes", inv.notes or ("nothing was unwrapped or ignored",)),
+    ]
+    console.print(render.facts(lines))
+    console.print()
+    show_dims(r.dims)
+
+
+def show_dims(dims: Dims) -> None:
+    """Every size and constant with where it comes from."""
+    made = render.table("value", "", "from", "because")
+    for name, dim in dims.entries.items():
+        style = "yellow" if dim.source in ("default", "user") else ""
+        made.add_row(name, str(dim.value), Text(dim.source, style=style), dim.because)
+    render.out().print(made)
+
+
+def planned(p: Prepared) -> dict[str, Any]:
+    """What `mdl plan --json` prints."""
+    from .convert.manifest import describe_step
+
+    return {
+        "arch": p.arch.name,
+        "target": p.arch.target,
+        "mapping": p.mapping.path,
+        "nbytes": p.plan.nbytes,
+        "dtype": p.plan.dtype,
+        "config": p.config,
+        "steps": [describe_step(step) for step in p.plan.steps],
+        "problems": p.plan.problems,
+    }
+
+
+def show_plan(p: Prepared, *, reverse: bool) -> None:
+    """The table of `mdl plan`: one line per rule, layers collapsed."""
+    made = render.table("from", "by", "to", "shape", "type", "rule")
+    for steps in _by_rule(p.plan):
+        made.add_row(*_plan_row(steps, reverse=reverse))
+    console = render.out()
+    console.print(made)
+    count = sum(len(step.targets) for step in p.plan.steps)
+    console.print(f"\n{count} tensors, {render.size(p.plan.nbytes)}, {p.arch.name} → {p.arch.target}")
+
+
+def _by_rule(plan: Plan) -> list[list[Step]]:
+    groups: dict[tuple[object, ...], list[Step]] = {}
+    for step in plan.steps:
+        shapes = step.shapes or tuple(s.shape for s in step.sources)
+        key = (step.kind, step.rule, step.ops, shapes, step.dtype)
+        groups.setdefault((*key, _pattern(step)), []).append(step)
+    return list(groups.values())
+
+
+def _pattern(step: Step) -> str:
+    import re
+
+    names = [s.name for s in step.sources] or list(step.targets)
+    return re.sub(r"(?<![^./])\d+(?![^./])", "#", ",".join(names))
+
+
+def _plan_row(steps: list[Step], *, reverse: bool) -> tuple[str, ...]:
+    first = steps[0]
+    sources = " + ".join(render.collapse(s.name for step in steps for s in step.sources)) or "zeros"
+    targets = " + ".join(render.collapse(t for step in steps for t in step.targets))
+    if first.kind in ("drop", "tie"):
+        return sources, first.kind, first.reason, _shape(first.sources[0].shape), "", first.rule
+    joins = [f"{s.join.how}{s.join.axis if s.join.how == 'cat' else ''} of {len(s.infos)}" for s in first.sources if s.join]
+    by = [*dict.fromkeys(joins), *(str(op.name) for op in _ops(first, reverse=reverse))]
+    if first.source_dtype and first.dtype != first.source_dtype:
+        by.append(f"{first.source_dtype} → {first.dtype}")
+    ends = (targets, sources) if reverse else (sources, targets)
+    return ends[0], ", ".join(by) or first.kind, ends[1], _shape(first.shapes[0]), first.dtype, first.rule
+
+
+def _ops(step: Step, *, reverse: bool) -> Iterable[Any]:
+    from .mappings.ops import OpError, invert
+
+    if not reverse:
+        return step.ops
+    try:
+        return invert(step.ops, [s.shape for s in step.sources], step.source_dtype or step.dtype)
+    except OpError:
+        return (_OneWay(),)
+
+
+class _OneWay:
+    name = "ONE WAY: can't be undone"
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "[" + ", ".join(map(str, shape)) + "]"
+
+
+def show_converted(c: Converted) -> None:
+    """The summary of `mdl convert`."""
+    rate = c.nbytes / max(c.seconds, 1e-9)
+    lines: list[tuple[str, str | Iterable[str]]] = [
+        ("wrote", f"{c.out}: {len(c.manifest.tensors)} tensors, {render.size(c.nbytes)} in {c.seconds:.1f} s ({render.size(rate)}/s)"),
+        ("files", ", ".join(c.files)),
+        ("tokenizer", (c.tokenizer.kind, *c.tokenizer.notes)),
+        ("notes", c.manifest.notes or ("none",)),
+        ("next", f"mdl verify {c.out}"),
+    ]
+    render.out().print(render.facts(lines))
+
+
+def show_report(report: Report) -> None:
+    """The table of `mdl verify`."""
+    console = render.out()
+    made = render.table("check", "", "measured", "limit")
+    marks = {True: Text("pass", style="green"), False: Text("FAIL", style="bold red"), None: Text("–")}
+    for check in report.checks:
+        made.add_row(check.name, marks[check.ok], check.measured, check.limit)
+        for line in check.detail:
+            made.add_row("", "", Text(line, style="dim" if check.ok else ""), "")
+    console.print(made)
+    console.print()
+    lines: list[tuple[str, str | Iterable[str]]] = [
+        ("reference", f"{report.reference} on {report.checkpoint}"),
+        ("inputs", f"{report.inputs}, seed {report.seed}"),
+        ("versions", ", ".join(f"{k} {v}" for k, v in report.versions.items())),
+        ("seconds", ", ".join(f"{k} {v:.1f}" for k, v in report.seconds.items())),
+    ]
+    if report.trusted:
+        lines.append(("on trust", report.trusted))
+    if report.notes:
+        lines.append(("notes", report.notes))
+    lines.append(("verdict", report.verdict))
+    console.print(render.facts(lines))
+
+
+def show_exported(e: Exported) -> None:
+    """The summary of `mdl export`."""
+    lines: list[tuple[str, str | Iterable[str]]] = [("wrote", e.files), ("tensors", str(e.tensors))]
+    lines.append(("lost", [f"{p.what} ({p.where})" for p in e.lost] or ("nothing",)))
+    render.out().print(render.facts(lines))
+
+
+def show_archs(archs: Iterable[Arch]) -> None:
+    """The table of `mdl archs`."""
+    made = render.table("name", "checkpoints of", "written by", "served as")
+    for arch in archs:
+        made.add_row(arch.name, arch.title, arch.source, arch.target)
+    render.out().print(made)
+
+
+def show_findings(findings: Iterable[Finding]) -> None:
+    """The table of `mdl doctor`."""
+    made = render.table("", "what", "found", "do")
+    marks = {"ok": Text("ok", style="green"), "warn": Text("warn", style="yellow"), "fail": Text("FAIL", style="bold red")}
+    for finding in findings:
+        made.add_row(marks[finding.state], finding.what, finding.found, finding.do)
+    render.out().print(made)
+
+
+def show_problems(problems: Iterable[Problem], good: str) -> None:
+    """A list of problems, or the good news."""
+    console = render.out()
+    found = list(problems)
+    for p in found[: render.SHOWN]:
+        console.print(f"{p.where}: {p.what}" + (f" ({p.do})" if p.do else ""))
+    if not found:
+        console.print(good)
+
+
