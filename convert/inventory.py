@@ -1,0 +1,298 @@
+"""Finds the weights inside a checkpoint, takes wrappers and prefixes off, and lists what lies beside them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..archs.base import Inventory
+from ..errors import Kind, MdlError, Problem, input_error, usage_error
+from ..mappings.tensors import TensorInfo
+from .inert import NumpyArray, Stub, Unreadable
+from .open import Checkpoint
+from .pause import collector_paused
+from .plain import TooLargeError, is_tensor, plain, tensors_in
+
+WRAPPERS = ("model", "state_dict", "model_state_dict", "module", "net", "weights", "params")
+WRAPPERS_EMA = ("ema", "ema_model", "model_ema", "ema_state_dict")
+"""Keys under which training scripts store a state dict."""
+_TRAINING = re.compile(
+    r"(optim|opt_state|lr_sched|sched|scaler|grad_scaler|rng|random_state|callbacks|loops|dataloader)"
+)
+WRAPPER_PARTS = frozenset(
+    {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
+)
+"""Name parts that torch.compile, DDP, FSDP, activation checkpointing and Fabric put into tensor names, anywhere."""
+ATTRIBUTES = frozenset({"model", "net", "lm", "backbone"})
+"""Leading name parts that are the attribute of an outer module if all tensors share them."""
+
+Path = tuple[str, ...]
+
+
+@collector_paused()
+def take_inventory(ckpt: Checkpoint, *, weights: str | None = None) -> Inventory:
+    """The tensors of a checkpoint under their family's own names, and everything beside them as plain values.
+
+    ``weights`` is the path of the state dict, joined by "/", for a file that holds several. Raises MdlError: USAGE if
+    ``weights`` names nothing, INPUT if there are no weights or several candidates, if a tensor can't be read, or if
+    taking prefixes off makes two names equal.
+    """
+    wrapper = _choose(ckpt, weights)
+    findings = _Findings(list(ckpt.notes))
+    if wrapper:
+        findings.notes.append(f"the weights lie under {'/'.join(wrapper)}")
+    ranks = [_weights_of(tree, wrapper, rank, ckpt, findings) for rank, tree in enumerate(ckpt.trees)]
+    names, prefixes = _strip({name: None for held in ranks for name in held}, findings)
+    tensors: dict[str, list[TensorInfo]] = {}
+    for rank, held in enumerate(ranks):
+        for raw, leaf in held.items():
+            tensors.setdefault(names[raw], []).append(_located(leaf, names[raw], rank, "/".join((*wrapper, raw))))
+    _check_whole(tensors, ckpt, findings)
+    if findings.problems:
+        raise MdlError(Kind.INPUT, findings.problems)
+    if ckpt.trees:
+        _beside(ckpt.trees[0], wrapper, findings)
+    return Inventory(
+        path=ckpt.path,
+        tensors={name: tuple(found) for name, found in tensors.items()},
+        extras=_with_sidecars(findings.extras, ckpt),
+        ranks=len(ckpt.trees),
+        wrapper=wrapper,
+        prefixes=prefixes,
+        notes=tuple(findings.notes),
+        format=ckpt.format,
+        files=ckpt.files,
+    )
+
+
+@dataclass
+class _Findings:
+    """What is collected on the way."""
+
+    notes: list[str]
+    problems: list[Problem] = field(default_factory=list[Problem])
+    extras: dict[str, Any] = field(default_factory=dict[str, Any])
+
+
+def _located(leaf: TensorInfo, name: str, rank: int, raw: str) -> TensorInfo:
+    return TensorInfo(name, leaf.shape, leaf.dtype, leaf.file, leaf.offset, leaf.stride, leaf.storage, rank, raw)
+
+
+def _choose(ckpt: Checkpoint, weights: str | None) -> Path:
+    """The path of the state dict in the first rank's tree; the other ranks must have it too."""
+    tree = ckpt.trees[0]
+    if weights is not None:
+        path = tuple(part for part in weights.split("/") if part)
+        if _has_weights(_at(tree, path)):
+            return path
+        known = ", ".join("/".join(p) or "(the top level)" for p in _everywhere(tree)) or "none"
+        raise usage_error(f"--weights {weights}: there are no tensors under that key", ckpt.path, f"found: {known}")
+    _refuse_module(tree, ckpt.path)
+    found = list(_candidates(tree, (), set()))
+    if len(found) == 1:
+        return found[0]
+    everywhere = [path for path in (found or _everywhere(tree)) if path]
+    flags = "; ".join(f"--weights {'/'.join(p)} ({tensors_in(_at(tree, p)):,} tensors)" for p in everywhere)
+    if found:
+        raise input_error("this checkpoint holds several sets of weights", ckpt.path, f"choose one: {flags}")
+    raise input_error(
+        "no weights were found in this checkpoint under a known key",
+        ckpt.path,
+        f"choose one: {flags}" if flags else "save model.state_dict(), a table of names to tensors",
+    )
+
+
+def _refuse_module(tree: Any, path: str) -> None:
+    for value in (tree, *(_table(tree).get(key) for key in WRAPPERS + WRAPPERS_EMA)):
+        if isinstance(value, Stub) and "_modules" in value.state:
+            raise input_error(
+                f"this file holds a whole module ({value.qualname}), whose meaning is in its source code",
+                path,
+                "load it where that code is, and save model.state_dict() instead of the model",
+            )
+
+
+def _table(node: Any) -> dict[Any, Any]:
+    """The entries of a dict or of an unknown subclass of dict; empty for anything else."""
+    if isinstance(node, Stub):
+        return node.entries
+    return node if isinstance(node, dict) else {}
+
+
+def _at(tree: Any, path: Path) -> Any:
+    for key in path:
+        tree = _table(tree).get(key)
+    return tree
+
+
+def _is_training(key: object) -> bool:
+    """Whether a key names training state. A dotted key is a tensor's name, whatever its first part is called."""
+    return "." not in str(key) and _TRAINING.match(str(key)) is not None
+
+
+def _has_weights(node: Any) -> bool:
+    """Whether a table holds tensors of at least one dimension under names that are not training state."""
+    return any(
+        is_tensor(value) and getattr(value, "shape", (1,)) != () and not _is_training(key)
+        for key, value in _table(node).items()
+    )
+
+
+def _candidates(node: Any, path: Path, seen: set[int]) -> Iterator[Path]:
+    """Paths of state dicts. A wrapper key beats tensors beside it (a loss history, an RNG state)."""
+    table = _table(node)
+    if not table or id(node) in seen or len(path) > 4:
+        return
+    seen.add(id(node))
+    below = [found for key in WRAPPERS + WRAPPERS_EMA for found in _candidates(table.get(key), (*path, key), seen)]
+    if below:
+        yield from below
+    elif _has_weights(node):
+        yield path
+
+
+def _everywhere(tree: Any) -> list[Path]:
+    """State dicts under any key of the first two levels, training state aside: for advice."""
+    found: list[Path] = [()] if _has_weights(tree) else []
+    for key, value in _table(tree).items():
+        if isinstance(key, str) and not _is_training(key):
+            found += [(key,)] if _has_weights(value) else []
+            found += [(key, str(k)) for k, v in _table(value).items() if not _is_training(k) and _has_weights(v)]
+    return found
+
+
+def _weights_of(tree: Any, wrapper: Path, rank: int, ckpt: Checkpoint, findings: _Findings) -> dict[str, TensorInfo]:
+    """The tensors of one rank by the name their writer gave; what can't be read becomes a problem."""
+    node = _table(_at(tree, wrapper))
+    where = ckpt.files[rank] if len(ckpt.trees) > 1 else ckpt.path
+    if not node:
+        findings.problems.append(Problem(f"rank {rank} has no weights under {'/'.join(wrapper) or 'its top'}", where))
+    held: dict[str, TensorInfo] = {}
+    left_out: list[str] = []
+    entries = [(key, value) for key, value in node.items() if not _is_outside(key, value, wrapper)]
+    for name, value in _flat(entries, ""):
+        if isinstance(value, TensorInfo):
+            if name in held:
+                findings.problems.append(Problem(f"{name} occurs twice in the weights", where, "save one of them only"))
+            held[name] = value
+        elif is_tensor(value) or tensors_in(value):
+            findings.problems.append(
+                Problem(f"{name} can't be read ({_reason(value)})", where, "save it as a plain torch tensor")
+            )
+        else:
+            left_out.append(name)
+    if left_out and rank == 0:
+        findings.notes.append(f"not tensors, left out: {_some(left_out)}")
+    return held
+
+
+def _reason(value: Any) -> str:
+    if isinstance(value, Unreadable):
+        return value.reason
+    if isinstance(value, NumpyArray):
+        return f"numpy array {value.dtype.code} {list(value.shape)}"
+    return "an object that holds tensors"
+
+
+def _is_outside(key: object, value: Any, wrapper: Path) -> bool:
+    """Whether an entry of the table that holds the weights is none of them: training state or, if bare, settings."""
+    if _is_training(key):
+        return not (wrapper and isinstance(value, TensorInfo))
+    return not wrapper and "." not in str(key) and not is_tensor(value) and not tensors_in(value)
+
+
+def _flat(entries: Iterable[tuple[Any, Any]], prefix: str) -> Iterator[tuple[str, Any]]:
+    """Entries of a state dict; tables of tensors inside it are entered, their names joined by a dot."""
+    for key, value in entries:
+        if isinstance(value, dict) and tensors_in(value):
+            yield from _flat(dict.items(value), f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _strip(raws: dict[str, None], findings: _Findings) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Names without wrapper parts and shared attributes, by raw name; and what was taken off."""
+    names = {raw: raw for raw in raws}
+    prefixes: list[str] = []
+    for part in sorted(WRAPPER_PARTS):
+        hits = [raw for raw in names if f"{part}." in names[raw]]
+        touched = [raw for raw in hits if part in names[raw].split(".")[:-1]]
+        for raw in touched:
+            *path, leaf = names[raw].split(".")
+            names[raw] = ".".join([*(p for p in path if p != part), leaf])
+        if touched:
+            prefixes.append(f"{part}.")
+            findings.notes.append(f"took {part}. off {len(touched):,} of {len(names):,} tensor names")
+    while len(names) > 1:
+        first = {name.partition(".")[0] if "." in name else "" for name in names.values()}
+        shared = first.pop()
+        if first or shared not in ATTRIBUTES:
+            break
+        names = {raw: name.partition(".")[2] for raw, name in names.items()}
+        prefixes.append(f"{shared}.")
+        findings.notes.append(f"took {shared}. off all tensor names, which share it")
+    _check_collisions(names, findings)
+    return names, tuple(prefixes)
+
+
+def _check_collisions(names: dict[str, str], findings: _Findings) -> None:
+    if len(set(names.values())) == len(names):
+        return
+    raws: dict[str, list[str]] = {}
+    for raw, name in names.items():
+        raws.setdefault(name, []).append(raw)
+    for name, several in raws.items():
+        if len(several) > 1:
+            what = f"{' and '.join(several)} would both be named {name} without their prefixes"
+            findings.problems.append(Problem(what, do="save one of them only"))
+
+
+def _check_whole(tensors: dict[str, list[TensorInfo]], ckpt: Checkpoint, findings: _Findings) -> None:
+    """Notes and problems that concern all tensors at once."""
+    partial = [name for name, found in tensors.items() if len(found) < len(ckpt.trees)]
+    if partial:
+        findings.notes.append(f"present in some rank files only: {_some(partial)}")
+    empty = [name for name, found in tensors.items() if not found[0].numel]
+    if tensors and 2 * len(empty) > len(tensors):
+        findings.problems.append(
+            Problem(
+                f"{len(empty):,} of {len(tensors):,} tensors are empty, like the placeholders of DeepSpeed ZeRO-3",
+                ckpt.path,
+                "gather the weights with the zero_to_fp32.py that DeepSpeed put beside the checkpoint",
+            )
+        )
+
+
+def _beside(tree: Any, wrapper: Path, findings: _Findings) -> None:
+    """Everything on the way to the weights that is not weights, as extras or, if too large, as a note."""
+    for depth in range(len(wrapper) + 1):
+        for key, value in _table(_at(tree, wrapper[:depth])).items():
+            within = depth == len(wrapper)
+            if _is_outside(key, value, wrapper) if within else key != wrapper[depth]:
+                _note_or_keep(str(key), "/".join((*wrapper[:depth], str(key))), value, findings)
+
+
+def _note_or_keep(key: str, path: str, value: Any, findings: _Findings) -> None:
+    if _is_training(key):
+        findings.notes.append(f"{path}: not touched (training state)")
+    elif not is_tensor(value) and (count := tensors_in(value)):
+        findings.notes.append(f"{path}: not touched ({count:,} tensors)")
+    else:
+        try:
+            findings.extras[path if key in findings.extras else key] = plain(value)
+        except TooLargeError:
+            findings.notes.append(f"{path}: left out, for it has too many values")
+
+
+def _with_sidecars(extras: dict[str, Any], ckpt: Checkpoint) -> dict[str, Any]:
+    for name, value in ckpt.sidecars.items():
+        extras[f"{name}.json" if name in extras else name] = value
+    if ckpt.metadata:
+        extras["safetensors_metadata" if "metadata" in extras else "metadata"] = dict(ckpt.metadata)
+    return extras

@@ -1,0 +1,85 @@
+"""Reads the stream that torch.save wrote before 1.6 (and still does when asked to): positions only, never the data."""
+
+from __future__ import annotations
+
+import os
+import struct
+from io import BufferedReader
+from pathlib import Path
+from typing import Any
+
+from ..errors import input_error
+from .unpickle import unpickle
+
+MAGIC = 0x1950A86A20F9469CFC6C
+MAGIC_BYTES = MAGIC.to_bytes(10, "little")
+"""How the magic number looks in a pickle: found within the first bytes of every such file."""
+_PROTOCOL = 1001
+_AGAIN = "copy or download the file again, and compare its size with the original"
+
+
+def read_legacy(path: Path) -> Any:
+    """The object that torch.save wrote, tensors as TensorInfo. Raises MdlError (INPUT), naming what is wrong.
+
+    The storages lie behind the object, so the object is read twice: first for the sizes of the storages, then, when
+    their positions are known, for the tensors.
+    """
+    file = os.path.abspath(path)  # noqa: PTH100 - Path.resolve would follow symlinks and lose the name of the file
+    with path.open("rb") as stream:
+        _check_head(stream, file)
+        begin = stream.tell()
+        sizes: dict[str, tuple[int, int]] = {}
+
+        def note(key: str, nbytes: int, itemsize: int) -> int:
+            sizes[key] = (nbytes, itemsize)
+            return 0
+
+        unpickle(stream, file, note)
+        keys = unpickle(stream, file, note)
+        starts = _starts(stream, file, keys, sizes)
+        stream.seek(begin)
+        return unpickle(stream, file, lambda key, _nbytes, _itemsize: starts[key])
+
+
+def _check_head(stream: BufferedReader, file: str) -> None:
+    magic, protocol, system = (unpickle(stream, file, _nowhere) for _ in range(3))
+    if magic != MAGIC or protocol != _PROTOCOL:
+        raise input_error("this pickle was not written by torch.save", file, "give the checkpoint itself")
+    if not isinstance(system, dict) or system.get("little_endian") is not True:
+        raise input_error(
+            "this file was written on a big-endian machine; only little-endian data is read",
+            file,
+            "load it with torch.load on that machine, and save it again on a little-endian one (x86, Arm)",
+        )
+
+
+def _nowhere(_key: str, _nbytes: int, _itemsize: int) -> int:
+    return 0
+
+
+def _starts(stream: BufferedReader, file: str, keys: object, sizes: dict[str, tuple[int, int]]) -> dict[str, int]:
+    """Byte position of each storage: per key, in the list's order, an int64 element count and then the bytes."""
+    if not isinstance(keys, list) or {str(key) for key in keys} != set(sizes) or len(keys) != len(sizes):
+        raise input_error("the list of storages does not match the tensors of this file", file, _AGAIN)
+    position = stream.tell()
+    total = os.fstat(stream.fileno()).st_size
+    starts: dict[str, int] = {}
+    for key in map(str, keys):
+        nbytes, itemsize = sizes[key]
+        head = os.pread(stream.fileno(), 8, position)
+        if len(head) < 8 or position + 8 + nbytes > total:
+            raise input_error(f"this file is cut short: storage {key} ends behind its {total:,} bytes", file, _AGAIN)
+        (count,) = struct.unpack("<q", head)
+        if count * itemsize != nbytes:
+            raise input_error(
+                f"storage {key} says {count:,} elements, its tensors say {nbytes // itemsize:,}", file, _AGAIN
+            )
+        starts[key] = position + 8
+        position += 8 + nbytes
+    if position != total:
+        raise input_error(
+            f"{total - position:,} bytes follow the last storage: this file holds more than one object",
+            file,
+            "save every object to a file of its own",
+        )
+    return starts

@@ -1,0 +1,233 @@
+"""Opens a checkpoint, file or folder, whatever its container: which files belong to it and what they hold."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import Kind, MdlError, Problem, input_error
+from .beside import find_sidecars, find_tokenizers
+from .legacy import read_legacy
+from .pause import collector_paused
+from .safetensors_file import check_index, read_safetensors, read_shards
+from .sniff import LEGACY, ZIP, is_checkpoint, sniff
+from .torch_zip import read_torch_zip
+
+_SUFFIXES = frozenset({".pt", ".pth", ".bin", ".ckpt", ".safetensors"})
+_RANK = re.compile(r"consolidated\.(\d+)\.(?:pth|pt)")
+_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.(safetensors|bin)")
+_NOT_WEIGHTS = re.compile(r"(optim|scheduler|training_args|rng_state|random_state|scaler|grad_scaler)")
+_INDEX = ".index.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint.
+
+    ``trees`` holds one raw tree per rank file, in rank order (the shards of one model are one tree). ``sidecars`` maps
+    the stem of a settings file beside the weights (``params``, ``config``, ``meta``) to its parsed content;
+    ``metadata`` is what safetensors headers carry beside the tensors. ``tokenizers`` lists files beside the weights
+    that look like a tokenizer. All paths are absolute.
+    """
+
+    path: str
+    format: str
+    files: tuple[str, ...]
+    trees: tuple[Any, ...]
+    sidecars: dict[str, Any] = field(default_factory=dict[str, Any])
+    tokenizers: tuple[str, ...] = ()
+    metadata: dict[str, str] = field(default_factory=dict[str, str])
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Files that make up one checkpoint: ``ranks`` one tree each, otherwise one tree together."""
+
+    name: str
+    files: tuple[Path, ...]
+    ranks: bool = False
+    index: Path | None = None
+    weight_map: dict[str, str] = field(default_factory=dict[str, str])
+
+
+@collector_paused()
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Read the metadata of a checkpoint file or folder. Raises MdlError (INPUT) that says what to give instead."""
+    notes: list[str] = []
+    group = _group_of_folder(path, notes) if path.is_dir() else _group_of_file(path, notes)
+    formats: set[str] = set()
+    metadata: dict[str, str] = {}
+    read = [_read(file, formats, metadata) for file in group.files]
+    if len(formats) > 1:
+        raise input_error(f"the files of {group.name} have different formats: {', '.join(sorted(formats))}", str(path))
+    trees = tuple(read) if group.ranks or len(read) == 1 else (_join(group, read),)
+    if group.index is not None and len(read) == 1:
+        check_index(group.index, group.weight_map, {name: [group.files[0].name] for name in read[0]})
+    folder = group.files[0].parent
+    return Checkpoint(
+        path=_absolute(path),
+        format=formats.pop(),
+        files=tuple(_absolute(file) for file in group.files),
+        trees=trees,
+        sidecars=find_sidecars(folder, group.files[0].stem),
+        tokenizers=find_tokenizers(folder),
+        metadata=metadata,
+        notes=tuple(notes),
+    )
+
+
+def _absolute(path: Path) -> str:
+    return os.path.abspath(path)  # noqa: PTH100 - Path.resolve would follow symlinks and lose the name of the file
+
+
+def _read(file: Path, formats: set[str], metadata: dict[str, str]) -> Any:
+    kind = sniff(file)
+    formats.add(kind)
+    if kind == ZIP:
+        return read_torch_zip(file)
+    if kind == LEGACY:
+        return read_legacy(file)
+    tensors, found = read_safetensors(file)
+    metadata.update(found)
+    return tensors
+
+
+def _join(group: _Group, trees: list[Any]) -> dict[Any, Any]:
+    """The shards of one model as one tree, checked against the index if there is one."""
+    joined: dict[Any, Any] = {}
+    held: dict[str, list[str]] = {}
+    for file, tree in zip(group.files, trees, strict=True):
+        if not isinstance(tree, dict):
+            raise input_error("this shard holds no table of tensors", str(file))
+        joined.update(tree)
+        for name in tree:
+            held.setdefault(str(name), []).append(file.name)
+    if group.index is not None:
+        check_index(group.index, group.weight_map, held)
+    doubled = [
+        Problem(f"{name} is in several shards: {', '.join(files)}", str(group.files[0].parent))
+        for name, files in held.items()
+        if len(files) > 1
+    ]
+    if doubled:
+        raise MdlError(Kind.INPUT, doubled)
+    return joined
+
+
+def _group_of_file(path: Path, notes: list[str]) -> _Group:
+    """The checkpoint that a given file belongs to: itself, or all rank files or shards of which it is one."""
+    if path.name.endswith(_INDEX) and path.is_file():
+        return _indexed(path)
+    if not path.exists():
+        raise input_error("there is no such file or folder", str(path), "check the path")
+    siblings = sorted(file for file in path.parent.iterdir() if file.is_file())
+    shard = _SHARD.fullmatch(path.name)
+    group = _Group(path.name, (path,))
+    if _RANK.fullmatch(path.name):
+        group = _ranked([file for file in siblings if _RANK.fullmatch(file.name)])
+    elif shard:
+        indices = [file for file in siblings if file.name.endswith(_INDEX)]
+        listing = [index for index in indices if path.name in read_shards(index)[0].values()]
+        group = _indexed(listing[0]) if listing else _numbered(*_split(shard), _same_set(siblings, shard))
+    if len(group.files) > 1:
+        notes.append(f"{path.name} is one of the {len(group.files)} files of {group.name}: all of them were read")
+    return group
+
+
+def _split(shard: re.Match[str]) -> tuple[str, str, str]:
+    return shard[1], shard[3], shard[4]
+
+
+def _same_set(files: list[Path], shard: re.Match[str]) -> list[Path]:
+    matches = [(file, _SHARD.fullmatch(file.name)) for file in files]
+    return [file for file, match in matches if match and _split(match) == _split(shard)]
+
+
+def _group_of_folder(path: Path, notes: list[str]) -> _Group:
+    files = sorted(file for file in path.iterdir() if file.is_file())
+    if any(file.name == ".metadata" or file.suffix == ".distcp" for file in files):
+        raise input_error(
+            "this folder is a torch.distributed.checkpoint, which is not supported yet",
+            str(path),
+            "turn it into one file: python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE.pt",
+        )
+    beside = [file.name for file in files if file.suffix in _SUFFIXES and _NOT_WEIGHTS.match(file.name)]
+    notes.extend(f"{name}: not touched (training state, by its name)" for name in beside)
+    groups = _gather([file for file in files if file.name not in beside and not file.name.startswith(".")])
+    if len(groups) == 1:
+        return groups[0]
+    if groups:
+        raise input_error(
+            f"this folder holds several checkpoints: {', '.join(group.name for group in groups)}",
+            str(path),
+            "give the one you mean by its file name",
+        )
+    below = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
+    hint = f"; it has the folders {', '.join(below[:8])}" if below else ""
+    raise input_error(f"this folder holds no checkpoint{hint}", str(path), "give the file or folder with the weights")
+
+
+def _gather(files: list[Path]) -> list[_Group]:
+    """Every checkpoint among the files of one folder."""
+    groups = [_indexed(file) for file in files if file.name.endswith(_INDEX)]
+    taken = {file for group in groups for file in group.files}
+    rest = [file for file in files if file not in taken and _may_be_weights(file)]
+    ranks = [file for file in rest if _RANK.fullmatch(file.name)]
+    if ranks:
+        groups.append(_ranked(ranks))
+    sharded: dict[tuple[str, str, str], list[Path]] = {}
+    for file in rest:
+        found = _SHARD.fullmatch(file.name)
+        if found:
+            sharded.setdefault(_split(found), []).append(file)
+        elif file not in ranks:
+            groups.append(_Group(file.name, (file,)))
+    groups.extend(_numbered(*key, shards) for key, shards in sharded.items())
+    return groups
+
+
+def _may_be_weights(file: Path) -> bool:
+    return file.suffix in _SUFFIXES or (file.suffix not in (".json", ".model", ".txt") and is_checkpoint(file))
+
+
+def _indexed(index: Path) -> _Group:
+    weight_map, shards = read_shards(index)
+    return _Group(index.name, tuple(shards), index=index, weight_map=weight_map)
+
+
+def _ranked(files: list[Path]) -> _Group:
+    """Rank files in the order of their numbers, which must be 0, 1, 2, … without a hole."""
+    numbers: dict[int, Path] = {}
+    for file in files:
+        found = _RANK.fullmatch(file.name)
+        number = int(found[1]) if found else 0
+        if number in numbers:
+            raise input_error(f"{numbers[number].name} and {file.name} are the same rank", str(file.parent))
+        numbers[number] = file
+    missing = [f"{n:02d}" for n in range(max(numbers)) if n not in numbers]
+    if missing:
+        raise input_error(
+            f"rank files are missing: consolidated.{{{','.join(missing)}}}.pth",
+            str(files[0].parent),
+            "download them again: every rank holds a part of each tensor",
+        )
+    ordered = tuple(numbers[n] for n in sorted(numbers))
+    return _Group(f"consolidated.{{00..{max(numbers):02d}}}.pth", ordered, ranks=True)
+
+
+def _numbered(stem: str, total: str, suffix: str, shards: list[Path]) -> _Group:
+    """Shards named ``…-00001-of-00003…`` that no index lists."""
+    wanted = [f"{stem}-{n:05d}-of-{total}.{suffix}" for n in range(1, int(total) + 1)]
+    names = {shard.name for shard in shards}
+    missing = [name for name in wanted if name not in names]
+    if missing or len(names) != len(wanted):
+        raise input_error(
+            f"shards are missing or misnumbered: {', '.join(missing) or stem}",
+            str(shards[0].parent),
+            "download the folder again",
+        )
+    return _Group(f"{stem}-*-of-{total}.{suffix}", tuple(sorted(shards)))

@@ -1,0 +1,182 @@
+"""Reads the headers of safetensors files and the index of a sharded folder. Strict: a header that lies is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections import Counter
+from pathlib import Path
+from typing import Any, cast
+
+from ..errors import Kind, MdlError, Problem, input_error
+from ..mappings.tensors import ITEMSIZE, TensorInfo, dense
+
+DTYPES = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "U16": "uint16",
+    "I16": "int16",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "U32": "uint32",
+    "I32": "int32",
+    "F32": "float32",
+    "U64": "uint64",
+    "I64": "int64",
+    "F64": "float64",
+    "C64": "complex64",
+}
+"""The format's element types and torch's names of them."""
+MAX_HEADER = 100_000_000
+"""Bytes a header may have; the format's own limit."""
+_AGAIN = "copy or download the file again, and compare its size with the original"
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """Tensors by name, in the order of their bytes, and the file's metadata.
+
+    Every tensor is contiguous; ``storage`` is its own name, for the format knows no shared memory. Raises MdlError
+    (INPUT) with all problems of the header at once.
+    """
+    file = os.path.abspath(path)  # noqa: PTH100 - Path.resolve would follow symlinks and lose the name of the file
+    with path.open("rb") as stream:
+        total = os.fstat(stream.fileno()).st_size
+        head = stream.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else total
+        if not 2 <= length <= min(MAX_HEADER, total - 8):
+            raise input_error("the length of this safetensors header is out of bounds", file, _AGAIN)
+        entries, doubled = _parse(stream.read(length), file)
+    problems = [Problem(f"the name {name} occurs twice in the header", file) for name in doubled]
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        problems.append(Problem("__metadata__ is not a table of strings", file))
+        metadata = {}
+    tensors = [_tensor(name, entry, file, 8 + length, problems) for name, entry in entries.items()]
+    found = sorted((t for t in tensors if t is not None), key=lambda t: (t.offset, t.nbytes))
+    if not problems:
+        _check_layout(found, 8 + length, total, file, problems)
+    if problems:
+        raise MdlError(Kind.INPUT, problems)
+    return {t.name: t for t in found}, cast("dict[str, str]", metadata)
+
+
+def _parse(header: bytes, file: str) -> tuple[dict[str, Any], list[str]]:
+    doubled: list[str] = []
+
+    def table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(pairs)
+        if len(made) != len(pairs):
+            doubled.extend(name for name, n in Counter(name for name, _ in pairs).items() if n > 1)
+        return made
+
+    try:
+        entries = json.loads(header.decode("utf-8"), object_pairs_hook=table)
+    except (ValueError, RecursionError) as error:
+        raise input_error(f"this safetensors header is not JSON ({error})", file, _AGAIN) from None
+    if not isinstance(entries, dict):
+        raise input_error("this safetensors header is not a table", file, _AGAIN)
+    return cast("dict[str, Any]", entries), doubled
+
+
+def _whole(values: object) -> list[int] | None:
+    """The list if it holds whole numbers ≥ 0 only."""
+    if isinstance(values, list) and all(type(n) is int and n >= 0 for n in values):
+        return cast("list[int]", values)
+    return None
+
+
+def _tensor(name: str, entry: object, file: str, base: int, problems: list[Problem]) -> TensorInfo | None:
+    table = cast("dict[str, Any]", entry) if isinstance(entry, dict) else {}
+    shape, offsets = _whole(table.get("shape")), _whole(table.get("data_offsets"))
+    if set(table) != {"dtype", "shape", "data_offsets"} or shape is None or offsets is None or len(offsets) != 2:
+        problems.append(Problem(f"the header's entry of {name} is not a dtype, a shape and two offsets", file))
+        return None
+    dtype = DTYPES.get(str(table["dtype"]))
+    if dtype is None:
+        problems.append(Problem(f"{name} has the unknown dtype {table['dtype']!r}", file))
+        return None
+    begin, end = offsets
+    needed = math.prod(shape) * ITEMSIZE[dtype]
+    if end - begin != needed:
+        problems.append(
+            Problem(f"{name} {dtype} {shape} needs {needed:,} bytes, the header gives {end - begin:,}", file)
+        )
+    size = tuple(shape)
+    return TensorInfo(name, size, dtype, file, base + begin, dense(size), f"{file}:{name}", raw=name)
+
+
+def _check_layout(tensors: list[TensorInfo], base: int, total: int, file: str, problems: list[Problem]) -> None:
+    """The format demands that the tensors fill the file behind the header without gaps or overlaps."""
+    position = base
+    for tensor in tensors:
+        if tensor.offset != position:
+            kind = "a gap before" if tensor.offset > position else "another tensor in the bytes of"
+            problems.append(Problem(f"the header leaves {kind} {tensor.name}", file, _AGAIN))
+        position = tensor.offset + tensor.nbytes
+    if position != total:
+        problems.append(
+            Problem(f"by its header this file ends at byte {position:,}, but it has {total:,}", file, _AGAIN)
+        )
+
+
+def read_shards(index: Path) -> tuple[dict[str, str], list[Path]]:
+    """The ``weight_map`` of a ``*.index.json`` (tensor name to file name) and the shards' paths, sorted.
+
+    Raises MdlError (INPUT) with every missing shard and every name that leads out of the folder.
+    """
+    try:
+        content: Any = json.loads(index.read_text("utf-8"))
+    except ValueError as error:
+        raise input_error(f"this index is not JSON ({error})", str(index), _AGAIN) from None
+    entries: Any = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(entries, dict) or not entries or not all(isinstance(name, str) for name in entries.values()):
+        raise input_error("this index has no weight_map of tensor names to file names", str(index), _AGAIN)
+    weight_map = cast("dict[str, str]", entries)
+    shards = sorted(set(weight_map.values()))
+    problems: list[Problem] = []
+    for shard in shards:
+        if not shard or shard in (".", "..") or "/" in shard or "\\" in shard or "\0" in shard:
+            problems.append(Problem(f"the index names a file outside its folder: {shard!r}", str(index)))
+        elif not (index.parent / shard).is_file():
+            problems.append(Problem(f"the shard {shard} is missing", str(index.parent), "download it again"))
+    if problems:
+        raise MdlError(Kind.INPUT, problems)
+    return weight_map, [index.parent / shard for shard in shards]
+
+
+def check_index(index: Path, weight_map: dict[str, str], held: dict[str, list[str]]) -> None:
+    """Raise MdlError (INPUT) with every difference between an index and the shards.
+
+    ``held`` maps each tensor name to the names of the files whose headers hold it.
+    """
+    problems: list[Problem] = []
+    for name in sorted(weight_map.keys() | held.keys()):
+        named, files = weight_map.get(name), held.get(name, [])
+        if len(files) > 1:
+            problems.append(Problem(f"{name} is in several shards: {', '.join(files)}", str(index)))
+        elif named is None:
+            problems.append(Problem(f"{name} is in {files[0]} but not in the index", str(index)))
+        elif named not in files:
+            place = f"it is in {files[0]}" if files else "no shard holds it"
+            problems.append(Problem(f"the index says that {name} is in {named}, but {place}", str(index)))
+    if problems:
+        raise MdlError(Kind.INPUT, problems)
+
+
+def read_index(folder: Path) -> dict[str, TensorInfo]:
+    """All tensors of a folder with ``model.safetensors.index.json``. Raises MdlError (INPUT), all problems at once."""
+    index = folder / "model.safetensors.index.json"
+    weight_map, shards = read_shards(index)
+    tensors: dict[str, TensorInfo] = {}
+    held: dict[str, list[str]] = {}
+    for shard in shards:
+        for name, tensor in read_safetensors(shard)[0].items():
+            tensors[name] = tensor
+            held.setdefault(name, []).append(shard.name)
+    check_index(index, weight_map, held)
+    return tensors

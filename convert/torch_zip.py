@@ -1,0 +1,147 @@
+"""Reads what a zip of torch.save (torch 1.6 and later) holds: names, shapes, positions; never the data."""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+import zipfile
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from ..errors import input_error
+from .inert import RefusedError
+from .unpickle import unpickle
+
+_LOCAL_HEADER = struct.Struct("<4sHHHHHIIIHH")
+_RESAVE = "load it with torch.load where it was made, and save it again with torch.save"
+MAX_PICKLE = 1 << 30
+"""Bytes that data.pkl may have. Tensors are not in it, so a larger one holds arrays pickled as numpy objects."""
+
+
+def read_torch_zip(path: Path) -> Any:
+    """The object that torch.save wrote, tensors as TensorInfo. Raises MdlError (INPUT), naming what is wrong."""
+    file = os.path.abspath(path)  # noqa: PTH100 - Path.resolve would follow symlinks and lose the name of the file
+    with path.open("rb") as stream:
+        try:
+            archive = _Archive(file, stream.fileno(), *_directory(stream, file))
+            pickled = archive.pickled()
+        except RefusedError as problem:
+            raise input_error(problem.what, file, problem.do) from None
+        tree = unpickle(io.BufferedReader(io.BytesIO(pickled)), file, archive.locate)
+        _refuse_overlaps(archive.ranges, file)
+        return tree
+
+
+def _directory(stream: io.BufferedReader, file: str) -> tuple[str, dict[str, zipfile.ZipInfo], int]:
+    """Root folder, members by full name, and where the members' bytes must end."""
+    try:
+        with zipfile.ZipFile(stream) as archive:
+            infos = archive.infolist()
+            end = archive.start_dir
+    except (zipfile.BadZipFile, struct.error, NotImplementedError, ValueError, OSError, EOFError) as error:
+        raise input_error(
+            f"this zip archive can't be read ({error}); the file is probably cut short",
+            file,
+            "copy or download it again, and compare its size with the original",
+        ) from None
+    members = {info.filename: info for info in infos}
+    if len(members) != len(infos):
+        raise input_error("two members of this archive have the same name", file, _RESAVE)
+    return _root(members, file), members, end
+
+
+def _root(members: dict[str, zipfile.ZipInfo], file: str) -> str:
+    roots = [name.removesuffix("data.pkl") for name in members if name.endswith("/data.pkl") and name.count("/") == 1]
+    if len(roots) != 1:
+        some = ", ".join(list(members)[:5]) or "nothing"
+        raise input_error(
+            f"this zip archive was not written by torch.save: it has no data.pkl (it holds {some})",
+            file,
+            "give the checkpoint itself; if it lies inside this archive, unpack that first",
+        )
+    root = roots[0]
+    if f"{root}constants.pkl" in members or any(name.startswith(f"{root}code/") for name in members):
+        raise input_error(
+            "this is a TorchScript archive (torch.jit.save), which holds a program",
+            file,
+            "save its weights alone: torch.save(torch.jit.load(path, map_location='cpu').state_dict(), 'weights.pt')",
+        )
+    return root
+
+
+@dataclass
+class _Archive:
+    """An open archive; ``ranges`` collects (start, end, member) of every storage that was asked for."""
+
+    file: str
+    descriptor: int
+    root: str
+    members: dict[str, zipfile.ZipInfo]
+    end: int
+
+    def __post_init__(self) -> None:
+        self.ranges: list[tuple[int, int, str]] = []
+
+    def pickled(self) -> bytes:
+        """The bytes of data.pkl, after the marks beside it were checked."""
+        order = self.root + "byteorder"
+        if order in self.members and (found := self._read(order)) != b"little":
+            raise RefusedError(
+                f"the byte order of this file is {found.decode('latin-1')!r}; only little-endian data is read",
+                "save it again on a little-endian machine (x86, Arm)",
+            )
+        size = self.members[self.root + "data.pkl"].file_size
+        if size > MAX_PICKLE:
+            raise RefusedError(
+                f"data.pkl has {size:,} bytes: its arrays are pickled as numpy objects, not as torch tensors",
+                "convert them with torch.from_numpy, and save the file again with torch.save",
+            )
+        return self._read(self.root + "data.pkl")
+
+    def locate(self, key: str, nbytes: int, itemsize: int) -> int:
+        """Where the bytes of storage ``key`` start (a :data:`~.unpickle.Locate`)."""
+        member = f"{self.root}data/{key}"
+        if member not in self.members:
+            raise RefusedError(
+                f"storage {key} is named but not in the archive", "the file is incomplete: copy it again"
+            )
+        size = self.members[member].file_size
+        if size != nbytes:
+            raise RefusedError(f"storage {key} has {size:,} bytes in the archive, but {nbytes:,} by its description")
+        start = self._start(member)
+        if nbytes:
+            self.ranges.append((start, start + nbytes, member))
+        return start
+
+    def _read(self, member: str) -> bytes:
+        # Not zipfile's own read: torch can be told to write no checksums, and zipfile would then refuse the member.
+        return os.pread(self.descriptor, self.members[member].file_size, self._start(member))
+
+    def _start(self, member: str) -> int:
+        info = self.members[member]
+        if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
+            raise RefusedError(
+                f"{member} is compressed or encrypted; torch.save stores its members as they are",
+                f"somebody packed this archive anew; {_RESAVE}",
+            )
+        if not 0 <= info.header_offset < self.end:
+            raise RefusedError(f"{member} lies outside the archive", "copy the file again")
+        header = os.pread(self.descriptor, _LOCAL_HEADER.size, info.header_offset)
+        if len(header) < _LOCAL_HEADER.size or header[:4] != b"PK\x03\x04":
+            raise RefusedError(f"{member} has no header where the archive's directory says", "copy the file again")
+        # The length of the extra field differs from the directory's copy: torch pads it to align the data.
+        *_, name_length, extra_length = _LOCAL_HEADER.unpack(header)
+        start = info.header_offset + _LOCAL_HEADER.size + name_length + extra_length
+        if start + info.file_size > self.end or info.compress_size != info.file_size:
+            raise RefusedError(f"{member} ends behind the end of the archive", "copy the file again")
+        return start
+
+
+def _refuse_overlaps(ranges: list[tuple[int, int, str]], file: str) -> None:
+    ranges.sort()
+    for (_, end, first), (start, _, second) in pairwise(ranges):
+        if start < end:
+            raise input_error(f"{first} and {second} claim the same bytes", file, _RESAVE)
