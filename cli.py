@@ -46,7 +46,8 @@ TokenizerOption = Annotated[
 ShardOption = Annotated[str, typer.Option("--max-shard-size", help="Largest weight file, such as 5GB or 500MB.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace what mdl wrote there before.")]
 ReferenceOption = Annotated[
-    str | None, typer.Option("--reference", help="Your own forward, FILE.py:FUNCTION; its code runs. See docs/verify.md.")
+    str | None,
+    typer.Option("--reference", help="Your own forward, FILE.py:FUNCTION; its code runs. See docs/verify.md."),
 ]
 PromptsOption = Annotated[list[str] | None, typer.Option("--prompt", help="Also compare on this text (repeatable).")]
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of the test inputs.")]
@@ -90,7 +91,9 @@ def plan(
     set_: SetOption = None,
     weights: WeightsOption = None,
     dtype: DtypeOption = None,
-    reverse: Annotated[bool, typer.Option("--reverse", help="Show the plan backwards, as `mdl export` runs it.")] = False,
+    reverse: Annotated[
+        bool, typer.Option("--reverse", help="Show the plan backwards, as `mdl export` runs it.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Say what becomes of every tensor: from where, by which operation, to where. Writes nothing."""
@@ -100,8 +103,9 @@ def plan(
 
     prepared = prepare(checkpoint, _options(arch, set_, weights, dtype))
     _show(json, lambda: views.planned(prepared), lambda: views.show_plan(prepared, reverse=reverse))
-    if not json or prepared.plan.problems:
-        prepared.plan.refuse() if not json else _exit(3)
+    if json:
+        _exit(3 if prepared.plan.problems else 0)  # the document lists them
+    prepared.plan.refuse()
 
 
 @app.command()
@@ -270,29 +274,32 @@ def _exit(code: int) -> None:
 
 def main() -> NoReturn:
     """The console script. Turns failures into messages and exit codes; a traceback only with --debug."""
-    import click
-
-    command = typer.main.get_command(app)
     try:
-        code = command.main(standalone_mode=False)
+        code = typer.main.get_command(app).main(standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
     except MdlError as error:
         if state.debug:
             raise
         render.print_error(error, as_json=state.json)
         sys.exit(error.kind.value)
-    except click.exceptions.ClickException as error:
-        error.show()
-        sys.exit(2)
-    except (KeyboardInterrupt, click.exceptions.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(141)
     except Exception as error:
+        if isinstance(error, _usage_exception()):
+            error.show()  # type: ignore[attr-defined]  # every ClickException can show itself
+            sys.exit(2)
         if state.debug:
             raise
         _bug(error)
+
+
+def _usage_exception() -> type[Exception]:
+    """The base of all complaints about the command line: Click's own class, or Typer's copy of it."""
+    bases = (cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
+    return next(bases, typer.BadParameter)  # type: ignore[return-value]  # found by name, so not known to be one
 
 
 def _bug(error: Exception) -> NoReturn:

@@ -6,8 +6,9 @@ import dataclasses
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, cast
 
 from rich.console import Console
@@ -59,7 +60,7 @@ def print_error(error: MdlError, *, as_json: bool) -> None:
     for what, where, do in shown[:SHOWN]:
         console.print(Text(f"{label[error.kind]}: ", style="bold red") + Text(what))
         if where:
-            console.print(Text(f"  where: {where}"))
+            console.print(Text(f"  where: {shown(where)}"))
         if do:
             console.print(Text(f"  do:    {do}", style="bold"))
     if len(shown) > SHOWN:
@@ -100,6 +101,12 @@ def _range(numbers: list[int]) -> str:
     return "{" + ",".join(map(str, distinct)) + "}"
 
 
+def shown(path: str) -> str:
+    """A path as a person would type it: relative to the working directory where it lies below."""
+    here = Path.cwd()
+    return str(Path(path).relative_to(here)) if Path(path).is_absolute() and Path(path).is_relative_to(here) else path
+
+
 def size(nbytes: float) -> str:
     """Bytes for people, in powers of 1000 as disks are sold."""
     for unit in ("B", "kB", "MB", "GB"):
@@ -130,7 +137,7 @@ def facts(pairs: Iterable[tuple[str, str | Iterable[str]]]) -> Table:
 
 
 @contextmanager
-def byte_progress(title: str, total: int, *, quiet: bool) -> Iterator[Callable[[int], None]]:
+def byte_progress(title: str, total: int, *, quiet: bool) -> Generator[Callable[[int], None]]:
     """A progress bar with bytes, rate and time left, on a terminal's stderr only."""
     if quiet or not sys.stderr.isatty():
         yield lambda _: None
@@ -144,10 +151,10 @@ def byte_progress(title: str, total: int, *, quiet: bool) -> Iterator[Callable[[
 
 
 @contextmanager
-def steps(*, quiet: bool) -> Iterator[Callable[[str], None]]:
+def steps(*, quiet: bool) -> Generator[Callable[[str], None]]:
     """A spinner that says what is being done, on a terminal's stderr only."""
     if quiet or not sys.stderr.isatty():
         yield lambda _: None
         return
     with err().status("starting") as status:
-        yield lambda text: status.update(text)
+        yield status.update

@@ -49,11 +49,12 @@ def show_inspection(r: Recognised) -> None:
     dtypes = ", ".join(sorted({info.dtype for info in infos}))
     total = render.size(sum(info.nbytes for info in infos))
     ranks = f", {inv.ranks} ranks" if inv.ranks > 1 else ""
+    what = f"{inv.format}, {len(inv.tensors)} tensors, {dtypes}, {total}{ranks}"
     lines: list[tuple[str, str | Iterable[str]]] = [
-        ("checkpoint", f"{inv.path} ({inv.format}, {len(inv.tensors)} tensors, {dtypes}, {total}{ranks})"),
+        ("checkpoint", f"{render.shown(inv.path)} ({what})"),
         ("architecture", f"{r.arch.name}: {r.arch.title} ({r.arch.source}) → {r.arch.target}"),
         ("because", r.match.because),
-        ("tokenizer", r.checkpoint.tokenizers or ("none beside it",)),
+        ("tokenizer", [render.shown(p) for p in r.checkpoint.tokenizers] or ("none beside it",)),
         ("notes", inv.notes or ("nothing was unwrapped or ignored",)),
     ]
     console.print(render.facts(lines))
@@ -119,12 +120,17 @@ def _plan_row(steps: list[Step], *, reverse: bool) -> tuple[str, ...]:
     targets = " + ".join(render.collapse(t for step in steps for t in step.targets))
     if first.kind in ("drop", "tie"):
         return sources, first.kind, first.reason, _shape(first.sources[0].shape), "", first.rule
-    joins = [f"{s.join.how}{s.join.axis if s.join.how == 'cat' else ''} of {len(s.infos)}" for s in first.sources if s.join]
-    by = [*dict.fromkeys(joins), *(str(op.name) for op in _ops(first, reverse=reverse))]
+    joins = [(s.join.how + str(s.join.axis) * (s.join.how == "cat"), len(s.infos)) for s in first.sources if s.join]
+    by = [
+        *(f"{how} of {count}" for how, count in dict.fromkeys(joins)),
+        *(str(op.name) for op in _ops(first, reverse=reverse)),
+    ]
     if first.source_dtype and first.dtype != first.source_dtype:
         by.append(f"{first.source_dtype} → {first.dtype}")
-    ends = (targets, sources) if reverse else (sources, targets)
-    return ends[0], ", ".join(by) or first.kind, ends[1], _shape(first.shapes[0]), first.dtype, first.rule
+    if reverse:
+        shape = _shape(first.sources[0].shape) if first.sources else ""
+        return targets, ", ".join(by) or first.kind, sources, shape, first.source_dtype, first.rule
+    return sources, ", ".join(by) or first.kind, targets, _shape(first.shapes[0]), first.dtype, first.rule
 
 
 def _ops(step: Step, *, reverse: bool) -> Iterable[Any]:
@@ -148,9 +154,10 @@ def _shape(shape: tuple[int, ...]) -> str:
 
 def show_converted(c: Converted) -> None:
     """The summary of `mdl convert`."""
-    rate = c.nbytes / max(c.seconds, 1e-9)
+    rate = render.size(c.nbytes / max(c.seconds, 1e-9))
+    what = f"{len(c.manifest.tensors)} tensors, {render.size(c.nbytes)} in {c.seconds:.1f} s ({rate}/s)"
     lines: list[tuple[str, str | Iterable[str]]] = [
-        ("wrote", f"{c.out}: {len(c.manifest.tensors)} tensors, {render.size(c.nbytes)} in {c.seconds:.1f} s ({render.size(rate)}/s)"),
+        ("wrote", f"{c.out}: {what}"),
         ("files", ", ".join(c.files)),
         ("tokenizer", (c.tokenizer.kind, *c.tokenizer.notes)),
         ("notes", c.manifest.notes or ("none",)),
@@ -171,7 +178,7 @@ def show_report(report: Report) -> None:
     console.print(made)
     console.print()
     lines: list[tuple[str, str | Iterable[str]]] = [
-        ("reference", f"{report.reference} on {report.checkpoint}"),
+        ("reference", f"{report.reference} on {render.shown(report.checkpoint)}"),
         ("inputs", f"{report.inputs}, seed {report.seed}"),
         ("versions", ", ".join(f"{k} {v}" for k, v in report.versions.items())),
         ("seconds", ", ".join(f"{k} {v:.1f}" for k, v in report.seconds.items())),
@@ -202,9 +209,9 @@ def show_archs(archs: Iterable[Arch]) -> None:
 def show_findings(findings: Iterable[Finding]) -> None:
     """The table of `mdl doctor`."""
     made = render.table("", "what", "found", "do")
-    marks = {"ok": Text("ok", style="green"), "warn": Text("warn", style="yellow"), "fail": Text("FAIL", style="bold red")}
+    styles = {"ok": "green", "warn": "yellow", "fail": "bold red"}
     for finding in findings:
-        made.add_row(marks[finding.state], finding.what, finding.found, finding.do)
+        made.add_row(Text(finding.state, style=styles[finding.state]), finding.what, finding.found, finding.do)
     render.out().print(made)
 
 
@@ -213,8 +220,6 @@ def show_problems(problems: Iterable[Problem], good: str) -> None:
     console = render.out()
     found = list(problems)
     for p in found[: render.SHOWN]:
-        console.print(f"{p.where}: {p.what}" + (f" ({p.do})" if p.do else ""))
+        console.print(f"{render.shown(p.where)}: {p.what}" + (f" ({p.do})" if p.do else ""))
     if not found:
         console.print(good)
-
-

@@ -91,7 +91,7 @@ def choose_tokenizer(checkpoint: Checkpoint, given: str | None) -> tuple[str, tu
     if len(found) > 1:
         what = f"several tokenizers lie beside the checkpoint: {', '.join(found)}"
         raise input_error(what, checkpoint.path, "choose one with --tokenizer PATH")
-    return found[0], (f"tokenizer: {found[0]}, found beside the checkpoint",)
+    return found[0], (f"tokenizer: {Path(found[0]).name}, found beside the checkpoint",)
 
 
 def _tokenizer(source: str, folder: Path, prepared: Prepared) -> TokenizerInfo:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import xxhash
@@ -48,7 +48,7 @@ def write_shard(shard: Shard, folder: Path, files: Files, progress: Progress) ->
             if value.shape != entry.shape or value.dtype != entry.dtype:
                 raise OpError(f"{entry.name} became {value.dtype} {list(value.shape)}, planned was {list(entry.shape)}")
             for block in value.blocks(BLOCK):
-                view = memoryview(block).cast("B") if block.ndim else memoryview(block.tobytes())
+                view = block.reshape(-1).view("uint8").data
                 digest.update(view)
                 _put(out.fileno(), view)
                 progress(len(view))
@@ -64,7 +64,7 @@ def _put(descriptor: int, view: memoryview) -> None:
 
 
 @contextlib.contextmanager
-def committed(out: Path, *, force: bool, need: int) -> Iterator[Path]:
+def committed(out: Path, *, force: bool, need: int) -> Generator[Path]:
     """A scratch folder beside ``out`` that becomes ``out`` by one rename, or vanishes if anything goes wrong.
 
     Raises MdlError: USAGE if ``out`` exists and is not to be replaced, MACHINE if the disk has not ``need`` bytes.
