@@ -1,0 +1,1 @@
+"""Prove it: the only room that runs models."""

