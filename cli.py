@@ -157,7 +157,8 @@ def verify(
     state.json = json
     from . import views
     from .validate.report import save_report
-    from .validate.verify import Settings, verify as run
+    from .validate.verify import Settings
+    from .validate.verify import verify as run
 
     settings = Settings(against, reference, tuple(prompt or ()), seed, shlex.join(["mdl", *sys.argv[1:]]))
     with render.steps(quiet=state.quiet or json) as say:
@@ -185,8 +186,19 @@ def serve(
 
     with render.steps(quiet=state.quiet or json) as say:
         ready = ready_layout(layout, unverified=unverified, say=say)
-    extra = tuple(context.args)
-    _exit(run(ready, host=host, port=port, prompt=prompt, max_tokens=max_tokens, extra=extra, quiet=state.quiet))
+    _exit(
+        run(
+            ready,
+            host=host,
+            port=port,
+            prompt=prompt,
+            max_tokens=max_tokens,
+            extra=tuple(context.args),
+            served_name=layout.resolve().stem,
+            quiet=state.quiet,
+            as_json=json,
+        )
+    )
 
 
 @app.command()

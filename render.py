@@ -56,15 +56,15 @@ def print_error(error: MdlError, *, as_json: bool) -> None:
         return
     console = err()
     label = {Kind.PARITY: "not the same", Kind.USAGE: "usage", Kind.INPUT: "error", Kind.MACHINE: "this machine"}
-    shown = _grouped(error)
-    for what, where, do in shown[:SHOWN]:
+    groups = _grouped(error)
+    for what, where, do in groups[:SHOWN]:
         console.print(Text(f"{label[error.kind]}: ", style="bold red") + Text(what))
         if where:
             console.print(Text(f"  where: {shown(where)}"))
         if do:
             console.print(Text(f"  do:    {do}", style="bold"))
-    if len(shown) > SHOWN:
-        console.print(f"… and {len(shown) - SHOWN} more (--json for all)")
+    if len(groups) > SHOWN:
+        console.print(f"… and {len(groups) - SHOWN} more (--json for all)")
 
 
 def _grouped(error: MdlError) -> list[tuple[str, str, str]]:

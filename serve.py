@@ -47,13 +47,15 @@ def serve(
     extra: Sequence[str] = (),
     served_name: str | None = None,
     quiet: bool = False,
+    as_json: bool = False,
     max_tokens: int = 64,
     timeout: float = 900,
 ) -> int:
     """Serve ``layout`` until a signal comes, or answer ``prompt`` once; the exit code.
 
     ``extra`` are arguments of vLLM's own server; they come last and win. The server's log goes to stderr unless
-    ``quiet``. ``port`` 0 means any free one. ``timeout`` is how long the server may take to start, in seconds.
+    ``quiet``; with ``as_json`` stdout gets one JSON document. ``port`` 0 means any free one. ``timeout`` is how long
+    the server may take to start, in seconds.
 
     Raises:
         MdlError: MACHINE, if vLLM is missing or does not start; USAGE, if the port is taken; INPUT, if there is no
@@ -66,20 +68,24 @@ def serve(
     name = served_name or layout.resolve().name
     arguments = [*server_arguments(layout, name), *extra]
     if prompt is not None:
-        return answer_once(layout, prompt, arguments, max_tokens=max_tokens, timeout=timeout)
+        answer = answer_once(layout, prompt, arguments, max_tokens=max_tokens, timeout=timeout)
+        sys.stdout.write((json.dumps({"prompt": prompt, "answer": answer}) if as_json else answer) + "\n")
+        return 0
     if importlib.util.find_spec("vllm") is None:
         raise machine_error("vLLM is not installed", sys.executable, INSTALL)
     port = free_port(host, port)
     command = [sys.executable, "-m", SERVER, "--host", host, "--port", str(port), *arguments]
     with Server(command, quiet=quiet) as server:
         if server.wait_ready("127.0.0.1" if host in ("0.0.0.0", "::", "") else host, port, timeout):  # noqa: S104 - a comparison
-            sys.stdout.write(ready_text(layout, name, host, port))
+            url, curl = how_to_ask(layout, name, host, port)
+            text = f"ready: {url}  model {name}\n{curl}"
+            sys.stdout.write((json.dumps({"url": url, "model": name, "curl": curl}) if as_json else text) + "\n")
             sys.stdout.flush()
         return server.wait()
 
 
-def answer_once(layout: Path, prompt: str, arguments: Sequence[str], *, max_tokens: int, timeout: float) -> int:
-    """Print vLLM's greedy answer. The engine is asked without a server around it: that takes half the time."""
+def answer_once(layout: Path, prompt: str, arguments: Sequence[str], *, max_tokens: int, timeout: float) -> str:
+    """vLLM's greedy answer. The engine is asked without a server around it: that takes half the time."""
     if not has_tokenizer(layout):
         raise input_error(
             "this layout has no tokenizer, so it can't read a text",
@@ -95,8 +101,7 @@ def answer_once(layout: Path, prompt: str, arguments: Sequence[str], *, max_toke
         raise machine_error(
             f"vLLM can't answer: {answer.type}: {answer.message}", str(layout), "run `mdl verify` on it"
         )
-    sys.stdout.write(answer + "\n")
-    return 0
+    return answer
 
 
 # --- vLLM's arguments --------------------------------------------------------------------------------------------
@@ -188,15 +193,14 @@ def free_port(host: str, port: int) -> int:
         return int(probe.getsockname()[1])
 
 
-def ready_text(layout: Path, name: str, host: str, port: int) -> str:
-    """Where the server is, and a command to try it with."""
+def how_to_ask(layout: Path, name: str, host: str, port: int) -> tuple[str, str]:
+    """The URL of the server, and a command to try it with."""
     known = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "": "127.0.0.1"}  # noqa: S104 - names to replace, not to listen on
     url = f"http://{known.get(host, f'[{host}]' if ':' in host else host)}:{port}/v1"
     body = {"model": name, "prompt": "Once upon a time", "max_tokens": 32, "temperature": 0}
     if not has_tokenizer(layout):
         body |= {"prompt": [1, 2, 3], "return_token_ids": True}
-    curl = f"curl -s {url}/completions -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}"
-    return f"ready: {url}  model {name}\n{curl}\n"
+    return url, f"curl -s {url}/completions -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}"
 
 
 class Server:

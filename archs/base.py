@@ -157,6 +157,10 @@ class Measure:
         self._entries[name] = found[0]
         return found[0].value
 
+    def unsettled(self, *names: str) -> None:
+        """Names of one dim that ``--set`` may give, although it can't be settled before something else is."""
+        self._aliases |= dict.fromkeys(names, names[0])
+
     def done(self) -> Dims:
         """The dims. Raises MdlError (INPUT) with every contradiction and everything that is missing."""
         for key in self._given.keys() - self._aliases.keys():
@@ -167,14 +171,17 @@ class Measure:
         return Dims(self._entries)
 
     def _from_user(self, name: str, keys: tuple[str, ...], kind: Callable[[str], Value]) -> Dim | None:
-        for key in (name, *keys):
+        said: dict[str, Dim] = {}
+        for key in dict.fromkeys((name, *keys)):
             if key in self._given:
                 text = self._given[key]
                 try:
-                    return Dim(kind(text), "user", f"--set {key}={text}")
+                    said[key] = Dim(_finite(kind(text)), "user", f"--set {key}={text}")
                 except ValueError:
                     self.problem(f"--set {key}={text}: not a value for {name}", do=f"expected {_kind_name(kind)}")
-        return None
+        if len({dim.value for dim in said.values()}) > 1:
+            self.problem(" and ".join(d.because for d in said.values()), do=f"both are {name}: give one of them")
+        return next(iter(said.values()), None)
 
     def _from_shape(self, shape: tuple[Value, str] | None) -> Dim | None:
         return Dim(shape[0], "shapes", shape[1]) if shape is not None and shape[0] is not None else None
@@ -186,7 +193,7 @@ class Measure:
                 continue
             if kind is float and type(value) is int:
                 value = float(value)
-            expected = {int: int, float: float, str: str}.get(kind, bool)  # type: ignore[call-overload]
+            expected = _TYPES.get(kind, bool)
             if type(value) is expected and (expected is not float or math.isfinite(value)):
                 return Dim(value, "file", path)
             self.problem(f"{path} is {value!r}: not a value for {name}", do=f"expected {_kind_name(kind)}")
@@ -208,8 +215,18 @@ class Measure:
         self.problem(f"{name} is neither in the checkpoint nor in its shapes{reason}", do=f"pass --set {key}=VALUE")
 
 
+def _finite(value: Value) -> Value:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(value)
+    return value
+
+
+_TYPES: dict[object, type] = {int: int, float: float, str: str}
+_NAMES: dict[object, str] = {int: "an integer", float: "a number", str: "a word"}
+
+
 def _kind_name(kind: Callable[[str], Value]) -> str:
-    return {int: "an integer", float: "a number"}.get(kind, getattr(kind, "__doc__", None) or "another value")  # type: ignore[call-overload]
+    return _NAMES.get(kind) or kind.__doc__ or "another value"
 
 
 def boolean(text: str) -> bool:

@@ -21,7 +21,7 @@ def detect(inv: Inventory) -> list[str]:
 def dims(m: Measure) -> None:
     """Sizes from shapes, checked against model_args; what llama2.c hard-wires is said as such."""
     block_sizes(m, ("model_args",))
-    vocab = (m.inventory.shape("tok_embeddings.weight") or (0,))[0]
+    vocab = (m.inventory.shape("tok_embeddings.weight") or (None,))[0]
     m.set("vocab", file=("model_args.vocab_size",), shape=(vocab, "rows of tok_embeddings"))
     m.set("context", file=("model_args.max_seq_len",), ask="rotary positions leave no trace in the shapes")
     m.set("norm_eps", kind=float, file=("model_args.norm_eps",), default=(1e-5, "ModelArgs' default in llama2.c"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .base import Arch, Dims, Inventory, Measure, lookup
+from .base import Arch, Dims, Inventory, Measure, boolean, lookup
 
 _NOT_META = ("sliding_window", "moe", "head_dim", "hidden_dim", "quantization_args", "lora_args", "moe_args")
 _LLAMA32 = {(2048, 16): "1B", (3072, 28): "3B"}
@@ -51,18 +51,34 @@ def block_sizes(m: Measure, where: tuple[str, ...]) -> None:
     m.set("layers", file=_in(where, "n_layers"), shape=(layers, "blocks layers.0 … with an attention_norm"))
     m.set("hidden", file=_in(where, "dim"), shape=(hidden, "norm.weight"))
     heads = m.set("heads", file=_in(where, "n_heads"), ask="wq is square, so no shape tells")
-    rows = {k: (inv.shape(f"layers.0.{k}.weight") or (0,))[0] * ranks for k in ("attention.wq", "attention.wk")}
     if isinstance(heads, int) and isinstance(hidden, int):
-        if heads < 1 or hidden % heads or rows["attention.wq"] != hidden:
-            m.problem(f"{heads} heads do not fit wq with {rows['attention.wq']} rows", do="pass --set n_heads=N")
-            return
-        head = hidden // heads
-        m.set("head_dim", shape=(head, "dim / n_heads, as Meta's code computes it"))
-        kv = rows["attention.wk"] / head
-        why = f"{rows['attention.wk']} rows of wk / head_dim {head}"
-        m.set("kv_heads", file=_in(where, "n_kv_heads"), shape=(int(kv) if kv == int(kv) else kv, why))
-    ffn = (inv.shape("layers.0.feed_forward.w1.weight") or (0,))[0] * ranks
-    m.set("ffn", shape=(ffn, "rows of feed_forward.w1"))
+        _head_sizes(m, where, heads, hidden)
+    else:
+        m.unsettled("head_dim")
+        m.unsettled("kv_heads", "n_kv_heads")
+    w1 = inv.shape("layers.0.feed_forward.w1.weight")
+    m.set("ffn", shape=(w1[0] * ranks if w1 else None, "rows of feed_forward.w1"))
+
+
+def _head_sizes(m: Measure, where: tuple[str, ...], heads: int, hidden: int) -> None:
+    ranks = m.inventory.ranks
+    wq, wk = (m.inventory.shape(f"layers.0.attention.{k}.weight") for k in ("wq", "wk"))
+    m.unsettled("head_dim")
+    m.unsettled("kv_heads", "n_kv_heads")
+    if not wq or not wk:
+        m.problem(f"layers.0.attention.{'wk' if wq else 'wq'}.weight is missing")
+        return
+    if heads < 1 or hidden % heads or wq[0] * ranks != hidden:
+        m.problem(f"{heads} heads do not fit wq with {wq[0] * ranks} rows", do="pass --set n_heads=N")
+        return
+    head = hidden // heads
+    kv, rest = divmod(wk[0] * ranks, head)
+    if rest or not kv or heads % kv:
+        what = f"{heads} heads of {head} channels do not fit wk with {wk[0] * ranks} rows"
+        m.problem(what, do="pass --set n_heads=N with the right number")
+        return
+    m.set("head_dim", shape=(head, "dim / n_heads, as Meta's code computes it"))
+    m.set("kv_heads", file=_in(where, "n_kv_heads"), shape=(kv, f"{wk[0] * ranks} rows of wk / head_dim {head}"))
 
 
 def dims(m: Measure) -> None:
@@ -74,12 +90,12 @@ def dims(m: Measure) -> None:
     hidden = m["hidden"]
     by_columns = inv.ranks > 1 and b * inv.ranks == hidden
     why = f"a rank's tok_embeddings is {[a, b]}, the width is {hidden}"
-    m.set("embedding_by_columns", shape=(by_columns, why))
+    m.set("embedding_by_columns", kind=boolean, shape=(by_columns, why))
     stored = params_of(inv).get("vocab_size", -1)  # Llama 1 and 2 write -1: "ask the tokenizer"
-    vocab = a if by_columns else a * inv.ranks
+    vocab = (a if by_columns else a * inv.ranks) or None
     m.set("vocab", file=_in(where, "vocab_size") if stored != -1 else (), shape=(vocab, "rows of tok_embeddings"))
     m.set("norm_eps", kind=float, file=_in(where, "norm_eps"), default=(1e-5, "ModelArgs' default in Meta's code"))
-    third = vocab >= 100_000
+    third = (vocab or 0) >= 100_000
     theta = (500_000.0, "Llama 3's default") if third else (10_000.0, "fixed in Llama 1 and 2's code")
     m.set("rope_theta", kind=float, file=_in(where, "rope_theta"), default=theta)
     _scaling(m)

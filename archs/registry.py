@@ -8,10 +8,11 @@ import sys
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import lru_cache
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
+from types import ModuleType
 
-from ..errors import MdlError, Problem, input_error, usage_error
+from ..errors import MdlError, input_error, machine_error, usage_error
 from .base import Arch, Inventory, Match
 
 _NOT_FAMILIES = {"__init__", "base", "registry"}
@@ -25,11 +26,21 @@ def all_archs() -> dict[str, Arch]:
     stems = sorted(path.stem for path in folder.glob("*.py") if path.stem not in _NOT_FAMILIES)
     found = {stem: _arch_of(importlib.import_module(f".{stem}", __package__), stem) for stem in stems}
     for point in entry_points(group=GROUP):
-        module = importlib.import_module(point.module)
+        module = _imported(point)
         arch = _arch_of(module, point.name)
+        if arch.name in found:
+            raise machine_error(f"two architectures are called {arch.name}", point.value, "uninstall one of them")
         mapping = arch.mapping or str(Path(str(module.__file__)).with_suffix(".yaml"))
         found[arch.name] = replace(arch, mapping=mapping)
     return found
+
+
+def _imported(point: EntryPoint) -> ModuleType:
+    try:
+        return importlib.import_module(point.module)
+    except Exception as error:
+        what = f"the installed architecture {point.name} raised {type(error).__name__}: {error}"
+        raise machine_error(what, point.value, "mend or uninstall the package that brings it") from error
 
 
 def load_arch(spec: str) -> Arch:
@@ -92,6 +103,5 @@ def _nothing(inventory: Inventory, candidates: list[Arch]) -> MdlError:
 def _arch_of(module: object, name: str) -> Arch:
     arch = getattr(module, "ARCH", None)
     if not isinstance(arch, Arch):
-        problem = Problem("defines no ARCH = Arch(…)", name, "end the file with ARCH = Arch(name=…, …)")
-        raise input_error(problem.what, problem.where, problem.do)
+        raise input_error("defines no ARCH = Arch(…)", name, "end the file with ARCH = Arch(name=…, …)")
     return arch

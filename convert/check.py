@@ -13,6 +13,7 @@ from .manifest import Manifest
 from .safetensors_file import read_safetensors
 
 _CHUNK = 4 << 20
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".index.json")
 
 
 def check_layout(layout: Path, manifest: Manifest, progress: Callable[[int], None] = lambda _: None) -> list[Problem]:
@@ -40,11 +41,9 @@ def _check_files(layout: Path, manifest: Manifest) -> list[Problem]:
         elif hashlib.sha256(path.read_bytes()).hexdigest() != digest:
             problems.append(Problem("was changed after mdl convert wrote it", str(path), "convert again"))
     known = {fact["file"] for fact in manifest.tensors.values()}
-    for path in sorted(layout.iterdir()):  # vLLM loads every weight file that it finds
-        if path.suffix in (".safetensors", ".bin", ".pt", ".pth") and path.name not in known:
-            problems.append(
-                Problem("is a weight file that mdl did not write; vLLM would load it", str(path), "move it")
-            )
+    for path in sorted(layout.iterdir()):  # vLLM loads every weight file that it finds, or those of an index
+        if path.name.endswith(_WEIGHTS) and path.name not in known and path.name not in manifest.files:
+            problems.append(Problem("was not written by mdl convert, and vLLM would read it", str(path), "move it"))
     return problems
 
 

@@ -39,6 +39,15 @@ def from_class(config: Mapping[str, Any]) -> dict[str, Shape]:
     plain = {k: v for k, v in config.items() if k not in ("architectures", "model_type")}
     with torch.device("meta"):
         model = cls(cls.config_class(**plain))
-    state = model.state_dict()
-    tied = (getattr(model, "_tied_weights_keys", None) or ()) if config["tie_word_embeddings"] else ()
-    return {name: tuple(tensor.shape) for name, tensor in state.items() if name not in set(tied)}
+    tied = (getattr(model, "_tied_weights_keys", None) or ()) if config.get("tie_word_embeddings") else ()
+    state = {name: tensor for name, tensor in model.state_dict().items() if name not in set(tied)}
+    return {name: tuple(tensor.shape) for name, tensor in _as_stored(model, state).items()}
+
+
+def _as_stored(model: Any, state: dict[str, Any]) -> dict[str, Any]:
+    """The state dict under the names of files, which vLLM reads: transformers 5 renames and fuses while it loads."""
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:  # transformers 4 keeps the names of files
+        return state
+    return revert_weight_conversion(model, state)

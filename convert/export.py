@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-from ..errors import Problem, usage_error
+from ..errors import Kind, MdlError, Problem, usage_error
 from ..mappings.lazy import Lazy
 from ..mappings.ops import Op, OpError, invert
 from ..mappings.tensors import ITEMSIZE, TensorInfo
 from .check import check_layout
-from .manifest import Manifest, read_manifest, revive_join, revive_op
+from .manifest import NAME, Manifest, read_manifest, revive_join, revive_op
 from .safetensors_file import read_safetensors
 from .sources import Files
 
@@ -48,17 +48,19 @@ def export(
     """Write the original checkpoint. ``out`` is a .pt/.pth file, or a folder when there were several rank files.
 
     The state dict comes back under its wrapper with the plain hyperparameters beside it; tensors that a rule
-    dropped are listed in ``lost``. Needs torch (its own format is best written by its own code).
+    dropped, and hyperparameters that had no wrapper to lie beside, are listed in
+    ``lost``. Needs torch (its own format is best written by its own code).
     """
     if out.exists() and not force:
         raise usage_error("exists already; nothing was written", str(out), "choose another name, or pass --force")
     manifest = read_manifest(layout)
     problems = check_layout(layout, manifest)
     if problems:
-        from ..errors import Kind, MdlError
-
         raise MdlError(Kind.INPUT, problems)
     backs, lost = _reverse(manifest)
+    if manifest.source["extras"] and not _has_room(manifest):
+        names = ", ".join(manifest.source["extras"])
+        lost.append(Problem(f"what lay beside the weights ({names}) is not written", str(layout / NAME)))
     with Files() as files:
         stored: dict[str, TensorInfo] = {}
         for file in sorted({fact["file"] for fact in manifest.tensors.values()}):
@@ -154,8 +156,9 @@ def _write(
         for rank, (raw, file) in enumerate(zip(back.raws, back.files, strict=True)):
             per_file.setdefault(file, {})[raw] = _rank_value(whole, back.join, rank, len(back.raws))
     wrapper = tuple(manifest.source["wrapper"])
-    extras = manifest.source["extras"] if wrapper and ranks == 1 else {}
-    aliases = {s["sources"][0]["ranks"][0]["raw"]: _twin_raw(manifest, s) for s in manifest.steps if s["kind"] == "tie"}
+    extras = manifest.source["extras"] if _has_room(manifest) else {}
+    ties = (step for step in manifest.steps if step["kind"] == "tie")
+    aliases = {s["sources"][0]["ranks"][0]["raw"]: raw for s in ties if (raw := _twin_raw(manifest, s))}
     targets = {file: out / file if ranks > 1 else out for file in per_file}
     for file, tensors in sorted(per_file.items()):
         save_torch(targets[file], tensors, wrapper=wrapper, extras=extras, aliases=aliases, progress=progress)
@@ -163,9 +166,17 @@ def _write(
 
 
 def _twin_raw(manifest: Manifest, tie: Map[str, Any]) -> str:
+    """The twin's path in the file; empty where rank files cut the two differently, so that they share no memory."""
     twin = tie["reason"].removeprefix("equal to ")
-    for step in manifest.steps:
-        for source in step["sources"]:
-            if source["name"] == twin:
-                return source["ranks"][0]["raw"]
-    return ""
+    sources = (source for step in manifest.steps for source in step["sources"])
+    found = next((source for source in sources if source["name"] == twin), None)
+    return found["ranks"][0]["raw"] if found and _cut(found) == _cut(tie["sources"][0]) else ""
+
+
+def _cut(source: Map[str, Any]) -> list[Any]:
+    return [rank["shape"] for rank in source["ranks"]]
+
+
+def _has_room(manifest: Manifest) -> bool:
+    """Whether the file written has a place for hyperparameters: beside the state dict, under its wrapper."""
+    return bool(manifest.source["wrapper"]) and manifest.source["ranks"] == 1

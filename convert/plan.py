@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from ..archs.base import Inventory
 from ..errors import Kind, MdlError, Problem
-from ..mappings.expand import Expanded, Join, Rule, Ties
+from ..mappings.expand import Expanded, Join, Rule
 from ..mappings.ops import Op, OpError, trace
 from ..mappings.tensors import FLOATING, ITEMSIZE, Shape, TensorInfo
 
@@ -83,12 +83,14 @@ def make_plan(
     """
     work = _Planner(expanded, inventory, expected, dtype)
     rules = [*expanded.rules, *work.ties(tied)]
-    steps = [*work.run(rules), *work.fills()]
+    steps = work.run(rules)
+    main = dtype or _majority(steps)
+    steps += work.fills(main)
     work.leftovers()
     order = {name: k for k, name in enumerate(expected)}
     steps.sort(key=lambda step: order.get(step.targets[0], len(order)) if step.targets else len(order) + 1)
     steps += work.drops()
-    return Plan(tuple(steps), tuple(work.problems), work.majority, inventory.ranks)
+    return Plan(tuple(steps), tuple(work.problems), main, inventory.ranks)
 
 
 class _Planner:
@@ -97,7 +99,6 @@ class _Planner:
         self.inventory = inventory
         self.expected = expected
         self.dtype = dtype
-        self.majority = dtype or _majority(inventory)
         self.claimed: dict[str, str] = {}
         self.made: dict[str, str] = {}
         self.problems: list[Problem] = list(expanded.problems)
@@ -126,17 +127,18 @@ class _Planner:
             elif tie.otherwise:
                 rules.append(Rule("rename", (tie.source,), (tie.otherwise,), (), tie.where))
             else:
+                self._claim(tie.source, tie.where)
                 self._problem(f"{tie.source} differs from {tie.twin}, which it should equal bit for bit", tie.where)
         return rules
 
-    def fills(self) -> list[Step]:
+    def fills(self, dtype: str) -> list[Step]:
         steps: list[Step] = []
         for name, where in self.expanded.fills.items():
             if name not in self.expected:
                 self._problem(f"fill makes {name}, which the target class does not have", where)
                 continue
             self._make(name, where)
-            steps.append(Step("fill", (name,), (self.expected[name],), self.majority, rule=where, reason="zeros"))
+            steps.append(Step("fill", (name,), (self.expected[name],), dtype, rule=where, reason="zeros"))
         return steps
 
     def drops(self) -> list[Step]:
@@ -247,7 +249,7 @@ def joined_shape(join: Join, shapes: list[Shape]) -> Shape:
     first = shapes[0]
     if join.how in ("cat", "blocks"):
         rests = {(*s[: join.axis], *s[join.axis + 1 :]) for s in shapes}
-        if len(rests) != 1 or join.axis >= len(first):
+        if len(rests) != 1 or not 0 <= join.axis < len(first):
             raise OpError(f"rank files {[list(s) for s in shapes]} do not join along dimension {join.axis}")
         total = sum(s[join.axis] for s in shapes)
         if join.how == "blocks" and (sum(join.sizes) != total or any(n % len(shapes) for n in join.sizes)):
@@ -258,16 +260,10 @@ def joined_shape(join: Join, shapes: list[Shape]) -> Shape:
     return first
 
 
-def _majority(inventory: Inventory) -> str:
-    """The floating type that most bytes of the matrices have: what config.json calls the model's dtype."""
+def _majority(steps: Iterable[Step]) -> str:
+    """The type of most bytes of the matrices written: what config.json calls the model's dtype."""
     count: Counter[str] = Counter()
-    for infos in inventory.tensors.values():
-        for info in infos:
-            if info.dtype in FLOATING:
-                count[info.dtype] += info.nbytes if len(info.shape) > 1 else 1
+    for step in steps:
+        for shape in step.shapes:
+            count[step.dtype] += math.prod(shape) * ITEMSIZE[step.dtype] if len(shape) > 1 else 1
     return count.most_common(1)[0][0] if count else "float32"
-
-
-def tie_pairs(expanded: Expanded, inventory: Inventory) -> list[Ties]:
-    """The ties whose both tensors are there, so that their values decide."""
-    return [t for t in expanded.ties if t.source in inventory and t.twin in inventory]

@@ -13,11 +13,14 @@ from ..errors import input_error, usage_error
 from ..mappings.expand import Expanded, expand
 from ..mappings.ops import OpError
 from ..mappings.parse import Mapping, load_mapping
-from ..mappings.tensors import FLOATING, TensorInfo
+from ..mappings.tensors import TensorInfo
 from .expected import expected_tensors
 from .inventory import take_inventory
 from .open import Checkpoint, open_checkpoint
-from .plan import Plan, Source, joined_shape, make_plan, tie_pairs
+from .plan import Plan, Source, joined_shape, make_plan
+
+DTYPES = ("float32", "bfloat16", "float16")
+"""What ``dtype`` may ask for: float8 needs scales, and no engine serves float64."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +79,8 @@ def recognise(path: Path, options: Options | None = None) -> Recognised:
 def prepare(path: Path, options: Options | None = None) -> Prepared:
     """Recognise and plan. Problems of the plan are in ``plan.problems``: call ``plan.refuse()`` before writing."""
     options = options or Options()
-    if options.dtype is not None and options.dtype not in FLOATING:
-        raise usage_error(f"--dtype {options.dtype}: not a floating type", do="float32, bfloat16 or float16")
+    if options.dtype is not None and options.dtype not in DTYPES:
+        raise usage_error(f"--dtype {options.dtype}: not a type to write", do=f"one of: {', '.join(DTYPES)}")
     r = recognise(path, options)
     config = r.arch.hf_config(r.dims)
     tied = bool(r.dims["tied"])
@@ -95,33 +98,37 @@ def _match(inventory: Inventory, name: str | None) -> Match:
 
 def _tied(expanded: Expanded, inventory: Inventory, given: str | None) -> Dim:
     """Whether the output head is the embedding: by absence, by shared memory, or by comparing every bit."""
-    found = _compare_ties(expanded, inventory)
     if given is None:
-        return found
+        return _compare_ties(expanded, inventory)
     try:
         said = boolean(given)
     except ValueError:
         raise usage_error(f"--set tied={given}: expected true or false") from None
-    if said and not found.value:
-        raise input_error(f"--set tied=true, but {found.because}", inventory.path, "leave it out: both will be written")
+    if said:
+        found = _compare_ties(expanded, inventory)
+        if not found.value:
+            what = f"--set tied=true, but {found.because}"
+            raise input_error(what, inventory.path, "leave it out: both will be written")
     return Dim(said, "user", f"--set tied={given}")
 
 
 def _compare_ties(expanded: Expanded, inventory: Inventory) -> Dim:
     if not expanded.ties:
         return Dim(False, "default", "the family ties nothing")
-    pairs = tie_pairs(expanded, inventory)
-    first = expanded.ties[0]
-    if not pairs:
+    present = [tie for tie in expanded.ties if tie.source in inventory]
+    first = (present or expanded.ties)[0]
+    if not present:
         return Dim(True, "shapes", f"there is no {first.source}: the head is {first.twin}")
     because = "share one storage"
-    for tie in pairs:
+    for tie in present:
+        if tie.twin not in inventory:
+            return Dim(False, "shapes", f"there is {tie.source}, but no {tie.twin}")
         if _one_storage(inventory.tensors[tie.source], inventory.tensors[tie.twin]):
             continue
         if not _equal(expanded, inventory, tie.source, tie.twin):
             return Dim(False, "values", f"{tie.source} and {tie.twin} differ")
         because = "are equal, bit for bit"
-    return Dim(True, "values", f"{pairs[0].source} and {pairs[0].twin} {because}")
+    return Dim(True, "values", f"{first.source} and {first.twin} {because}")
 
 
 def _one_storage(a: tuple[TensorInfo, ...], b: tuple[TensorInfo, ...]) -> bool:
@@ -146,5 +153,5 @@ def _equal(expanded: Expanded, inventory: Inventory, a: str, b: str) -> bool:
     from .sources import Files, lazy_source, same_values
 
     with Files() as files:
-        sources = (Source(n, i, s, j) for n, i, s, j in zip((a, b), infos, shapes, joins, strict=True))
-        return same_values(*(lazy_source(files, source) for source in sources))
+        one, other = (Source(n, i, s, j) for n, i, s, j in zip((a, b), infos, shapes, joins, strict=True))
+        return same_values(lazy_source(files, one), lazy_source(files, other))

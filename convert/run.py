@@ -88,10 +88,11 @@ def choose_tokenizer(checkpoint: Checkpoint, given: str | None) -> tuple[str, tu
     found = checkpoint.tokenizers
     if not found:
         return "none", ("no tokenizer lies beside the checkpoint: the layout takes token ids (give --tokenizer PATH)",)
-    if len(found) > 1:
+    only, *others = found
+    if others:
         what = f"several tokenizers lie beside the checkpoint: {', '.join(found)}"
         raise input_error(what, checkpoint.path, "choose one with --tokenizer PATH")
-    return found[0], (f"tokenizer: {Path(found[0]).name}, found beside the checkpoint",)
+    return only, (f"tokenizer: {Path(only).name}, found beside the checkpoint",)
 
 
 def _tokenizer(source: str, folder: Path, prepared: Prepared) -> TokenizerInfo:

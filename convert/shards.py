@@ -18,7 +18,7 @@ _NAMES = {
     "float8_e4m3fn": "F8_E4M3",
     "float8_e5m2": "F8_E5M2",
 }
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,8 @@ def parse_size(text: str) -> int:
     """Bytes from text such as ``5GB``, ``500MiB`` or ``1000000``. Raises MdlError (USAGE)."""
     digits = text.strip().rstrip("BbKkMmGgTtIi")
     unit = text.strip()[len(digits) :].upper()
-    unit = unit if unit in _UNITS else unit + "B"
     try:
-        value = float(digits)
-        size = int(value * _UNITS["" if unit == "B" else unit])
+        size = int(float(digits) * _UNITS[unit.removesuffix("B")])
     except (ValueError, KeyError, OverflowError):
         raise usage_error(f"{text!r} is not a size", do="write it like 5GB, 500MB or 2GiB") from None
     if size <= 0:
@@ -90,7 +88,8 @@ def assign(plan: Plan, limit: int) -> tuple[Shard, ...]:
 def _shard(k: int, count: int, content: list[tuple[str, Shape, Step, int]]) -> Shard:
     entries: list[Entry] = []
     at = 0
-    for name, shape, step, index in content:
+    # Wide types first: every tensor then starts at a multiple of its element size, which readers rely on.
+    for name, shape, step, index in sorted(content, key=lambda item: -ITEMSIZE[item[2].dtype]):
         size = math.prod(shape) * ITEMSIZE[step.dtype]
         entries.append(Entry(name, shape, step.dtype, step, index, at, at + size))
         at += size

@@ -86,7 +86,7 @@ def _join_blocks(ranks: list[Lazy], axis: int, sizes: tuple[int, ...]) -> Lazy:
 def _demand_equal(name: str) -> Callable[[list[Array]], Array]:
     def first_of(values: list[Array]) -> Array:
         for rank, other in enumerate(values[1:], start=1):
-            if not np.array_equal(values[0], other):
+            if not same_bits(values[0], other):
                 what = f"{name} should be the same in every rank file, but rank {rank} differs from rank 0"
                 raise input_error(
                     what, do="these rank files are not of one checkpoint, or training let them drift apart"
@@ -96,15 +96,21 @@ def _demand_equal(name: str) -> Callable[[list[Array]], Array]:
     return first_of
 
 
+def same_bits(a: Array, b: Array) -> bool:
+    """Whether two arrays of one type hold the same bytes: equal NaNs are equal, 0.0 and -0.0 are not."""
+    one, other = (np.ascontiguousarray(x).reshape(-1).view(np.uint8) for x in (a, b))
+    return a.shape == b.shape and bool(np.array_equal(one, other))
+
+
 def same_values(a: Lazy, b: Lazy, limit: int = 1 << 20) -> bool:
     """Whether two arrays are equal bit for bit; stops at the first difference."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     if not a.shape:
-        return bool(np.array_equal(a.read(), b.read()))
+        return same_bits(a.read(), b.read())
     rows = max(1, limit * a.shape[0] // max(a.nbytes, 1))
     for start in range(0, a.shape[0], rows):
         stop = min(start + rows, a.shape[0])
-        if not np.array_equal(a.slice(0, start, stop).read(), b.slice(0, start, stop).read()):
+        if not same_bits(a.slice(0, start, stop).read(), b.slice(0, start, stop).read()):
             return False
     return True

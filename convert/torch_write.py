@@ -42,7 +42,7 @@ def save_torch(
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(path.name + ".partial")
     try:
-        torch.save({**document, **extras} if wrapper else document, scratch)
+        torch.save({**extras, **document} if wrapper else document, scratch)
         scratch.replace(path)
     finally:
         scratch.unlink(missing_ok=True)
@@ -57,4 +57,5 @@ def _tensor(value: Lazy) -> torch.Tensor:
 
     with warnings.catch_warnings():  # the map is read-only, and so is our use of it
         warnings.simplefilter("ignore", UserWarning)
-        return torch.from_numpy(np.ascontiguousarray(value.read())).view(getattr(torch, value.dtype))
+        values = np.ascontiguousarray(value.read()).reshape(value.shape)  # contiguous arrays of numpy are never 0-d
+        return torch.from_numpy(values).view(getattr(torch, value.dtype))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import shutil
 from collections.abc import Callable, Generator
@@ -69,8 +70,8 @@ def committed(out: Path, *, force: bool, need: int) -> Generator[Path]:
 
     Raises MdlError: USAGE if ``out`` exists and is not to be replaced, MACHINE if the disk has not ``need`` bytes.
     """
+    _tidy(out)
     _check_out(out, force)
-    _remove_stale(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(out.parent).free
     if free < need:
@@ -102,12 +103,27 @@ def _check_out(out: Path, force: bool) -> None:
         )
 
 
-def _remove_stale(out: Path) -> None:
-    """Remove the leftovers of runs that were killed: scratch folders whose process is gone."""
-    for path in out.parent.glob(f"{out.name}.partial-*"):
-        pid = path.name.rpartition("-")[2]
-        if pid.isdigit() and not Path(f"/proc/{pid}").exists() and Path("/proc/self").exists():
+def _tidy(out: Path) -> None:
+    """Clear up after runs that were killed. A layout that one of them had just set aside comes back."""
+    for path in out.parent.glob(f"{glob.escape(out.name)}.partial-*"):
+        pid, _, aside = path.name.removeprefix(f"{out.name}.partial-").partition("-")
+        if not pid.isdigit() or _alive(int(pid)):
+            continue
+        if aside and not out.exists():
+            path.rename(out)
+        else:
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    """Whether another process has this id. Our own says nothing: in containers every run may have the same."""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return pid != os.getpid()
 
 
 def _swap(scratch: Path, out: Path) -> None:
@@ -119,7 +135,7 @@ def _swap(scratch: Path, out: Path) -> None:
         except OSError:
             old.rename(out)
             raise
-        shutil.rmtree(old)
+        shutil.rmtree(old, ignore_errors=True)  # the new layout is in place; the next run tries again
     else:
         scratch.rename(out)
 

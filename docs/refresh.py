@@ -3,16 +3,19 @@
     python docs/refresh.py            run every command again (minutes: some start vLLM)
     python docs/refresh.py --check    only the quick ones, and fail if a page differs (tests call this)
 
-A block between ``<!-- run: COMMAND -->`` and ``<!-- end -->`` holds the command's output; ``run quick:`` marks those
-that need no vLLM. ``<!-- table: archs -->`` holds the table of architectures.
+Commands run one after another in a scratch folder that holds a copy of examples/. A block between
+``<!-- run: COMMAND -->`` and ``<!-- end -->`` holds the command's output; ``run quick:`` marks those that need no vLLM.
+``<!-- table: archs -->`` holds the table of architectures.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,12 +25,19 @@ ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"<!-- (run quick|run|table): (.*?) -->\n(.*?)<!-- end -->", re.DOTALL)
 
 
-def output_of(command: str) -> str:
+def output_of(command: str, folder: Path) -> str:
     """The command's stdout and stderr as a terminal shows them, and its exit code if that is not 0."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     env = {**os.environ, "PATH": path, "COLUMNS": "120"}
     done = subprocess.run(  # noqa: S602  (the commands are those in our own pages)
-        command, shell=True, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+        command,
+        shell=True,
+        cwd=folder,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
     )
     lines = "\n".join(line.rstrip() for line in done.stdout.rstrip().splitlines())
     code = f"\n$ echo $?\n{done.returncode}" if done.returncode else ""
@@ -40,14 +50,14 @@ def archs_table() -> str:
     return "\n".join(["| name | checkpoints of | written by | served as |", "|---|---|---|---|", *rows]) + "\n"
 
 
-def refreshed(text: str, *, quick: bool) -> str:
+def refreshed(text: str, folder: Path, *, quick: bool) -> str:
     """The page with its blocks made anew."""
 
     def replace(match: re.Match[str]) -> str:
         kind, argument, _ = match.groups()
         if kind == "run" and quick:
             return match[0]
-        made: Callable[[], str] = archs_table if kind == "table" else lambda: output_of(argument)
+        made: Callable[[], str] = archs_table if kind == "table" else lambda: output_of(argument, folder)
         return f"<!-- {kind}: {argument} -->\n{made()}<!-- end -->"
 
     return BLOCK.sub(replace, text)
@@ -56,13 +66,15 @@ def refreshed(text: str, *, quick: bool) -> str:
 def main() -> int:
     check = "--check" in sys.argv
     stale: list[str] = []
-    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
-        old = page.read_text(encoding="utf-8")
-        new = refreshed(old, quick=check)
-        if new != old:
-            stale.append(page.name)
-            if not check:
-                page.write_text(new, encoding="utf-8")
+    with tempfile.TemporaryDirectory() as scratch:
+        shutil.copytree(ROOT / "examples", Path(scratch) / "examples")
+        for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+            old = page.read_text(encoding="utf-8")
+            new = refreshed(old, Path(scratch), quick=check)
+            if new != old:
+                stale.append(page.name)
+                if not check:
+                    page.write_text(new, encoding="utf-8")
     if check and stale:
         sys.stderr.write(f"out of date: {', '.join(stale)}; run `make docs`\n")
     return 1 if check and stale else 0

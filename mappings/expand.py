@@ -109,13 +109,11 @@ class _Expander:
         for k, transform in enumerate(section.transform):
             self._transform(transform, (*loc, "transform", k))
         for k, pattern in enumerate(section.fill.zeros):
-            at = (*loc, "fill", "zeros", k)
-            self.fills |= {name: self.mapping.where(at) for name in self._names(pattern, at)}
+            self._fill(pattern, (*loc, "fill", "zeros", k))
         for source, tie in section.tie.items():
             self._tie(source, tie, (*loc, "tie", source))
         for pattern, reason in section.drop.items():
-            at = (*loc, "drop", pattern)
-            self.drops |= {name: (reason, self.mapping.where(at)) for name in self._names(pattern, at)}
+            self._drop(pattern, reason, (*loc, "drop", pattern))
         self._shards(section, (*loc, "shards"))
 
     def _plain(self, kind: str, source: str, target: str, loc: Loc) -> None:
@@ -156,13 +154,28 @@ class _Expander:
 
     def _tie(self, source: str, tie: str | Tie, loc: Loc) -> None:
         to, otherwise = (tie, "") if isinstance(tie, str) else (tie.to, tie.otherwise)
-        for s, t, o in zip(
-            self._names(source, loc),
-            self._names(to, loc),
-            self._names(otherwise, loc) if otherwise else itertools.repeat(""),
-            strict=False,
-        ):
-            self.ties.append(Ties(s, t, o, self.mapping.where(loc)))
+        captures = self._captures([source], loc)
+        # Many sources may equal one twin, but each needs a target of its own where it does not.
+        if not self._captures([to], loc) <= captures or (otherwise and self._captures([otherwise], loc) != captures):
+            self._problem(loc, f"{source}, {to} and {otherwise or 'no target'} have not the same captures")
+            return
+        for values in self._assignments(captures):
+            names = (self._fill_in(pattern, values, loc) for pattern in (source, to, otherwise))
+            self.ties.append(Ties(*names, where=self.mapping.where(loc)))
+
+    def _fill(self, pattern: str, loc: Loc) -> None:
+        where = self.mapping.where(loc)
+        for name in self._names(pattern, loc):
+            if name in self.fills:
+                self.problems.append(Problem(f"{name} is made twice", f"{self.fills[name]} and {where}"))
+            self.fills[name] = where
+
+    def _drop(self, pattern: str, reason: str, loc: Loc) -> None:
+        where = self.mapping.where(loc)
+        for name in self._names(pattern, loc):
+            if name in self.drops:
+                self.problems.append(Problem(f"{name} is claimed twice", f"{self.drops[name][1]} and {where}"))
+            self.drops[name] = (reason, where)
 
     def _shards(self, section: Section, loc: Loc) -> None:
         for how in ("cat0", "cat1", "equal", "sum", "mean", "disjoint"):
@@ -187,6 +200,8 @@ class _Expander:
     def _captures(self, patterns: Iterable[str], loc: Loc) -> set[str]:
         found: set[str] = set()
         for pattern in patterns:
+            if any(brace in _FIELD.sub("", pattern) for brace in "{}"):
+                self._problem(loc, f"{pattern}: a brace has no partner")
             for field in _FIELD.findall(pattern):
                 try:
                     found |= expr.names(field)

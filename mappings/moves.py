@@ -46,11 +46,11 @@ class PermuteRope(Single):
     back: bool = False
 
     def shape1(self, shape: Shape) -> Shape:
-        if not shape or shape[0] % self.heads:
+        if self.heads < 1 or not shape or shape[0] % self.heads:
             raise OpError(f"permute_rope: {list(shape)} does not split into {self.heads} heads along dimension 0")
         head = shape[0] // self.heads
         rotary = self.rotary or head
-        if rotary > head or rotary % 2:
+        if not 0 <= rotary <= head or rotary % 2:
             raise OpError(f"permute_rope: cannot rotate {rotary} of the {head} rows of a head")
         return shape
 
@@ -77,7 +77,7 @@ class NegateHalf(Single):
     heads: int
 
     def shape1(self, shape: Shape) -> Shape:
-        if not shape or shape[0] % (2 * self.heads):
+        if self.heads < 1 or not shape or shape[0] % (2 * self.heads):
             raise OpError(f"negate_half: {list(shape)} does not split into {self.heads} heads of even size")
         return shape
 
@@ -125,7 +125,7 @@ class Split(Op):
         if len(shapes) != 1:
             raise OpError(f"split takes one tensor, got {len(shapes)}")
         shape = shapes[0]
-        if not 0 <= self.axis < len(shape) or sum(self.sizes) != shape[self.axis]:
+        if not 0 <= self.axis < len(shape) or sum(self.sizes) != shape[self.axis] or min(self.sizes, default=0) < 0:
             raise OpError(f"split: sizes {list(self.sizes)} do not add up to dimension {self.axis} of {list(shape)}")
         return [(*shape[: self.axis], n, *shape[self.axis + 1 :]) for n in self.sizes]
 
@@ -176,7 +176,7 @@ class DeinterleaveQkv(Single):
 
     def shape1(self, shape: Shape) -> Shape:
         rows = self.heads + 2 * self.kv_heads
-        if self.heads % self.kv_heads or not shape or shape[0] % rows:
+        if min(self.heads, self.kv_heads) < 1 or self.heads % self.kv_heads or not shape or shape[0] % rows:
             raise OpError(
                 f"deinterleave_qkv: {list(shape)} does not hold {self.heads} query and twice {self.kv_heads} key heads"
             )
@@ -213,7 +213,8 @@ class ReorderHeads(Single):
     axis: int = 0
 
     def shape1(self, shape: Shape) -> Shape:
-        if self.heads % self.groups or not 0 <= self.axis < len(shape) or shape[self.axis] % self.heads:
+        fits = 0 <= self.axis < len(shape) and min(self.heads, self.groups) > 0 and self.heads % self.groups == 0
+        if not fits or shape[self.axis] % self.heads:
             raise OpError(
                 f"reorder_heads: {list(shape)} does not split into {self.heads} heads in {self.groups} groups"
             )

@@ -70,7 +70,7 @@ def _compose(text: str, path: str) -> Node:
     except yaml.YAMLError as error:
         raise MdlError(Kind.INPUT, [Problem(f"not YAML: {error}", path)]) from None
     if root is None:
-        raise MdlError(Kind.INPUT, [Problem("the mapping is empty", path)])
+        raise MdlError(Kind.INPUT, [Problem("the mapping is empty", f"{Path(path).name}:1:1")])
     return root
 
 
@@ -81,8 +81,13 @@ class _Reader:
         self.path = path
         self.positions: dict[Loc, tuple[int, int]] = {}
         self.problems: list[Problem] = []
+        self._seen: set[int] = set()
 
     def value(self, node: Node, loc: Loc) -> Any:
+        if id(node) in self._seen:  # it stands where its anchor does, and a loop or a tower of aliases never ends
+            self._refuse(node, "aliases (&name, *name) are not understood: write it out")
+            return None
+        self._seen.add(id(node))
         self.positions[loc] = (node.start_mark.line + 1, node.start_mark.column + 1)
         if isinstance(node, MappingNode):
             return self._mapping(node, loc)
@@ -139,7 +144,9 @@ def _named_op(value: Any) -> Any:
 def _problem(reader: _Reader, error: dict[str, Any]) -> Problem:
     loc, shown = _resolve(reader, error["loc"])
     line, column = reader.positions.get(loc, (1, 1))
-    return Problem(f"{shown}: {_message(error)}", f"{Path(reader.path).name}:{line}:{column}")
+    if error["type"] == "missing":
+        shown = f"{shown}.{error['loc'][-1]}".lstrip(".")
+    return Problem(f"{shown or 'mapping'}: {_message(error)}", f"{Path(reader.path).name}:{line}:{column}")
 
 
 def _resolve(reader: _Reader, loc: Sequence[int | str]) -> tuple[Loc, str]:
@@ -149,9 +156,7 @@ def _resolve(reader: _Reader, loc: Sequence[int | str]) -> tuple[Loc, str]:
         for step in _candidates(reader, at, part):
             at = step
             break
-    shown = ".".join(str(p) for p in at) or "mapping"
-    last = loc[-1] if loc else ""
-    return at, shown if not at or at[-1] == last or not isinstance(last, str) else f"{shown} ({last})"
+    return at, ".".join(str(p) for p in at)
 
 
 def _candidates(reader: _Reader, at: Loc, part: int | str) -> Iterator[Loc]:
@@ -161,6 +166,16 @@ def _candidates(reader: _Reader, at: Loc, part: int | str) -> Iterator[Loc]:
         yield (*at, at[-1], part)
 
 
+_EXPECTED = {
+    "string_type": "text",
+    "tuple_type": "a list",
+    "dict_type": "a table of key: value",
+    "model_type": "a table of key: value",
+    "int_type": "a whole number",
+    "float_type": "a number",
+}
+
+
 def _message(error: dict[str, Any]) -> str:
     text = str(error["msg"]).removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
@@ -168,12 +183,16 @@ def _message(error: dict[str, Any]) -> str:
     if error["type"] == "union_tag_invalid":
         context = cast("dict[str, str]", error["ctx"])
         return f"unknown operation {context['tag']!r}; known: {context['expected_tags'].replace(chr(39), '')}"
-    if error["type"] == "union_tag_not_found":
+    if error["type"] in ("union_tag_not_found", "model_attributes_type"):
         return "an operation is a name, or {name: {argument: value}}"
     if error["type"] == "missing":
         return "missing"
     if error["type"] == "string_too_short":
-        return "a reason is needed"
+        return "must not be empty" if error["loc"] == ("title",) else "a reason is needed"
+    if error["type"] == "too_short":
+        return "must not be empty"
+    if error["type"] in _EXPECTED:
+        return f"must be {_EXPECTED[error['type']]}"
     return text[0].lower() + text[1:]
 
 

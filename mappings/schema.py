@@ -7,14 +7,12 @@ Field names are the YAML's own keys. Sizes may be integers or expressions of the
 from __future__ import annotations
 
 from collections.abc import Mapping as Map
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, StringConstraints, Tag
 
 from . import expr, moves, values
 from .ops import Op
-
-Size = int | str
 
 
 class Strict(BaseModel):
@@ -23,10 +21,23 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-def _check_size(size: Size) -> Size:
+def _check_size(size: int | str) -> int | str:
     if isinstance(size, str):
         expr.parse(size)
     return size
+
+
+def _name_or_list(value: object) -> str:
+    """Which of the two is meant, so that an error speaks of that one alone."""
+    return "list" if isinstance(value, tuple) else "name"
+
+
+def _name_or_table(value: object) -> str:
+    """Which of the two is meant."""
+    return "table" if isinstance(value, dict) else "name"
+
+
+Size: TypeAlias = Annotated[int | str, AfterValidator(_check_size)]
 
 
 class OpSpec(Strict):
@@ -35,18 +46,6 @@ class OpSpec(Strict):
     def bind(self, sizes: Map[str, int], ranges: Map[str, int]) -> Op:
         """The operation with integers. Raises ExprError for unknown names."""
         raise NotImplementedError
-
-    @field_validator("*", mode="after")
-    @classmethod
-    def _sizes_parse(cls, value: object, info: object) -> object:
-        name = getattr(info, "field_name", "")
-        if name in _SIZE_FIELDS:
-            for one in value if isinstance(value, tuple) else (value,):
-                _check_size(one)  # type: ignore[arg-type]  # the field's own type says Size
-        return value
-
-
-_SIZE_FIELDS = frozenset({"heads", "kv_heads", "groups", "rotary", "sizes", "stop", "to"})
 
 
 class TransposeSpec(OpSpec):
@@ -196,7 +195,10 @@ AnyOp = Annotated[
     Field(discriminator="op"),
 ]
 
-Names = str | tuple[str, ...]
+Names: TypeAlias = Annotated[
+    Annotated[str, Tag("name")] | Annotated[tuple[str, ...], Field(min_length=1), Tag("list")],
+    Discriminator(_name_or_list),
+]
 
 
 class Transform(Strict):
@@ -215,6 +217,12 @@ class Tie(Strict):
     otherwise: str
 
 
+NameOrTie: TypeAlias = Annotated[
+    Annotated[str, Tag("name")] | Annotated[Tie, Tag("table")],
+    Discriminator(_name_or_table),
+]
+
+
 class Fill(Strict):
     """Targets that the source lacks."""
 
@@ -227,11 +235,6 @@ class Blocks(Strict):
     names: tuple[str, ...]
     axis: int = 0
     sizes: tuple[Size, ...]
-
-    @field_validator("sizes")
-    @classmethod
-    def _sizes_parse(cls, sizes: tuple[Size, ...]) -> tuple[Size, ...]:
-        return tuple(_check_size(n) for n in sizes)
 
 
 class Shards(Strict):
@@ -246,7 +249,7 @@ class Shards(Strict):
     blocks: tuple[Blocks, ...] = ()
 
 
-Reason = Annotated[str, Field(min_length=1)]
+Reason = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 
 
 class Section(Strict):
@@ -256,7 +259,7 @@ class Section(Strict):
     rename: dict[str, str] = Field(default_factory=dict)
     transform: tuple[Transform, ...] = ()
     fill: Fill = Fill()
-    tie: dict[str, str | Tie] = Field(default_factory=dict)
+    tie: dict[str, NameOrTie] = Field(default_factory=dict)
     drop: dict[str, Reason] = Field(default_factory=dict)
     shards: Shards = Shards()
 
@@ -266,12 +269,5 @@ class MappingFile(Section):
 
     format: Literal[1]
     title: Reason
-    strip: tuple[str, ...] = ()
     ranges: dict[str, Size] = Field(default_factory=dict)
     when: dict[str, Section] = Field(default_factory=dict)
-
-    @model_validator(mode="after")
-    def _ranges_parse(self) -> MappingFile:
-        for size in self.ranges.values():
-            _check_size(size)
-        return self

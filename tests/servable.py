@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from mdl.convert.prepare import Options, prepare
 from mdl.convert.run import convert
 

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from torch import Tensor, nn
+
 from mdl.archs.base import Value
 from mdl.archs.eager import llama_meta, nanogpt
 from mdl.errors import MdlError
-from torch import Tensor, nn
 
 LIMIT = 1e-11  # right ones measure below 1e-12, the weakest sabotage below 1.5e-6
 

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from mdl.errors import Kind, MdlError
 from mdl.validate.client import Engine, EngineFailure, EngineResult, Request, Scenario, ScenarioResult
 from mdl.validate.doctor import INSTALL
-from safetensors.torch import load_file, save_file
 
 pytestmark = pytest.mark.engine
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from mdl.archs.base import Inventory
 from mdl.convert.inventory import take_inventory
 from mdl.convert.open import open_checkpoint

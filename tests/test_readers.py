@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from mdl.convert.inert import Stub, Unreadable
 from mdl.convert.legacy import read_legacy
 from mdl.convert.open import open_checkpoint

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from mdl import serve as serving
 from mdl.errors import Kind, MdlError
 from mdl.validate.client import CPU_COMPILATION, Engine

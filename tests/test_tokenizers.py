@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 import sentencepiece
+from tokenizers import Tokenizer
+
 from mdl.convert import tok_find
 from mdl.convert.tok_spm_proto import CONTROL, USER_DEFINED, read_model
 from mdl.convert.tokenizer import TokenizerInfo, check_tokenizer, find_beside, write_tokenizer
 from mdl.errors import Kind, MdlError
-from tokenizers import Tokenizer
 
 TEXT = "the whale swam under a quiet sea and that white whale sank the ship while sailors sang aloud"
 

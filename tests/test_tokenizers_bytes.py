@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 import tiktoken
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
 from mdl.convert import tok_gpt2, tok_tiktoken
 from mdl.convert.tok_base import byte_letters, unspell
 from mdl.convert.tok_check import random_texts
 from mdl.convert.tokenizer import TokenizerInfo, check_tokenizer, write_tokenizer
 from mdl.errors import Kind, MdlError
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 TEXT = "the whale swam under a quiet sea and that white whale sank the ship while sailors sang aloud"
 

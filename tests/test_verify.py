@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from mdl.archs.registry import all_archs, mapping_path
 from mdl.errors import Kind, MdlError
 from mdl.validate.client import Engine
@@ -16,7 +18,6 @@ from mdl.validate.compare import CEILING, RATIO, distance, judge
 from mdl.validate.inputs import make_inputs
 from mdl.validate.report import Report, green_report, save_report
 from mdl.validate.verify import Settings, verify
-from safetensors.torch import load_file, save_file
 
 from . import servable as make
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +17,7 @@ from torch.nn import functional
 
 from ...errors import input_error
 from ..base import Value
-
-_T = TypeVar("_T", int, float, str, bool)
+from .parts import Embedding, Linear, TiedHead, take
 
 
 @dataclass(frozen=True)
@@ -64,19 +62,19 @@ def build(dims: Mapping[str, Value]) -> nn.Module:
     Its forward maps token ids [B, T] to logits [B, T, V] at all positions. Raises MdlError (INPUT) when a dim is
     missing, has the wrong type, or describes a model that this family can't be.
     """
-    head_dim = _take(dims, "head_dim", int)
+    head_dim = take(dims, "head_dim", int)
     sizes = Sizes(
-        layers=_take(dims, "layers", int),
-        hidden=_take(dims, "hidden", int),
-        heads=_take(dims, "heads", int),
-        kv_heads=_take(dims, "kv_heads", int),
+        layers=take(dims, "layers", int),
+        hidden=take(dims, "hidden", int),
+        heads=take(dims, "heads", int),
+        kv_heads=take(dims, "kv_heads", int),
         head_dim=head_dim,
-        ffn=_take(dims, "ffn", int),
-        vocab=_take(dims, "vocab", int),
-        context=_take(dims, "context", int),
-        norm_eps=_take(dims, "norm_eps", float),
-        tied=_take(dims, "tied", bool),
-        rotary=Rotary(head_dim, _take(dims, "rope_theta", float), _scaling(dims)),
+        ffn=take(dims, "ffn", int),
+        vocab=take(dims, "vocab", int),
+        context=take(dims, "context", int),
+        norm_eps=take(dims, "norm_eps", float),
+        tied=take(dims, "tied", bool),
+        rotary=Rotary(head_dim, take(dims, "rope_theta", float), _scaling(dims)),
     )
     _check(sizes)
     with torch.device("meta"):  # no memory for weights that are replaced anyway
@@ -84,7 +82,7 @@ def build(dims: Mapping[str, Value]) -> nn.Module:
 
 
 def _scaling(dims: Mapping[str, Value]) -> Scaling | None:
-    kind = _take(dims, "rope_scaling", str)
+    kind = take(dims, "rope_scaling", str)
     if kind == "none":
         return None
     if kind != "llama3":
@@ -92,24 +90,11 @@ def _scaling(dims: Mapping[str, Value]) -> Scaling | None:
             f"the eager Llama has no rotary scaling {kind!r}", "dims: rope_scaling", "it must be none or llama3"
         )
     return Scaling(
-        factor=_take(dims, "rope_factor", float),
-        low_freq_factor=_take(dims, "rope_low_freq_factor", float),
-        high_freq_factor=_take(dims, "rope_high_freq_factor", float),
-        original_context=_take(dims, "rope_original_context", int),
+        factor=take(dims, "rope_factor", float),
+        low_freq_factor=take(dims, "rope_low_freq_factor", float),
+        high_freq_factor=take(dims, "rope_high_freq_factor", float),
+        original_context=take(dims, "rope_original_context", int),
     )
-
-
-def _take(dims: Mapping[str, Value], name: str, kind: type[_T]) -> _T:
-    value = dims.get(name)
-    if kind is float and isinstance(value, int):
-        value = float(value)
-    if not isinstance(value, kind):
-        raise input_error(
-            f"{name} is {value!r}, not of type {kind.__name__}",
-            f"dims: {name}",
-            f"the eager Llama can't be built without it; pass --set {name}=VALUE",
-        )
-    return value
 
 
 def _check(sizes: Sizes) -> None:
@@ -162,20 +147,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
 
 
-class Linear(nn.Linear):
-    """A projection that is born empty: drawing numbers, even on the meta device, costs seconds of imports."""
-
-    def reset_parameters(self) -> None:
-        """Leave the weights to the checkpoint."""
-
-
-class Embedding(nn.Embedding):
-    """A table that is born empty, for the same reason."""
-
-    def reset_parameters(self) -> None:
-        """Leave the weights to the checkpoint."""
-
-
 class Transformer(nn.Module):
     """The whole model. ``output`` holds a weight of its own only where the checkpoint's does."""
 
@@ -201,14 +172,6 @@ class Transformer(nn.Module):
             x = layer(x, cos, sin)
         x = self.norm(x)
         return self.output(x, self.tok_embeddings.weight) if isinstance(self.output, TiedHead) else self.output(x)
-
-
-class TiedHead(nn.Module):
-    """The output projection by the embedding's weight: it exists so that ``output`` is a module in both cases."""
-
-    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Hidden states [B, T, C] and the embedding [V, C] to logits [B, T, V]."""
-        return functional.linear(x, weight)
 
 
 class RMSNorm(nn.Module):

@@ -9,19 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from ...errors import input_error
 from ..base import Value
+from .parts import Embedding, Linear, TiedHead, take
 
 _APPROXIMATE = {"gelu": "none", "gelu_new": "tanh"}
 """Up to mid-2023 nanoGPT used the tanh form of GELU, since then the exact one (erf)."""
-
-_T = TypeVar("_T", int, float, str, bool)
 
 
 @dataclass(frozen=True)
@@ -47,16 +44,16 @@ def build(dims: Mapping[str, Value]) -> nn.Module:
     missing, has the wrong type, or describes a model that nanoGPT can't be.
     """
     sizes = Sizes(
-        layers=_take(dims, "layers", int),
-        heads=_take(dims, "heads", int),
-        hidden=_take(dims, "hidden", int),
-        ffn=_take(dims, "ffn", int),
-        vocab=_take(dims, "vocab", int),
-        context=_take(dims, "context", int),
-        bias=_take(dims, "bias", bool),
-        activation=_take(dims, "activation", str),
-        norm_eps=_take(dims, "norm_eps", float),
-        tied=_take(dims, "tied", bool),
+        layers=take(dims, "layers", int),
+        heads=take(dims, "heads", int),
+        hidden=take(dims, "hidden", int),
+        ffn=take(dims, "ffn", int),
+        vocab=take(dims, "vocab", int),
+        context=take(dims, "context", int),
+        bias=take(dims, "bias", bool),
+        activation=take(dims, "activation", str),
+        norm_eps=take(dims, "norm_eps", float),
+        tied=take(dims, "tied", bool),
     )
     if sizes.activation not in _APPROXIMATE:
         raise input_error(
@@ -72,33 +69,6 @@ def build(dims: Mapping[str, Value]) -> nn.Module:
         return GPT(sizes).eval()
 
 
-def _take(dims: Mapping[str, Value], name: str, kind: type[_T]) -> _T:
-    value = dims.get(name)
-    if kind is float and isinstance(value, int):
-        value = float(value)
-    if not isinstance(value, kind):
-        raise input_error(
-            f"{name} is {value!r}, not of type {kind.__name__}",
-            f"dims: {name}",
-            f"the eager nanoGPT can't be built without it; pass --set {name}=VALUE",
-        )
-    return value
-
-
-class Linear(nn.Linear):
-    """A projection that is born empty: drawing numbers, even on the meta device, costs seconds of imports."""
-
-    def reset_parameters(self) -> None:
-        """Leave the weights to the checkpoint."""
-
-
-class Embedding(nn.Embedding):
-    """A table that is born empty, for the same reason."""
-
-    def reset_parameters(self) -> None:
-        """Leave the weights to the checkpoint."""
-
-
 class GPT(nn.Module):
     """The whole model. ``lm_head`` holds a weight of its own only where the checkpoint's does."""
 
@@ -111,14 +81,6 @@ class GPT(nn.Module):
         """Token ids [B, T] to logits [B, T, V]."""
         x = self.transformer(ids)
         return self.lm_head(x, self.transformer.wte.weight) if isinstance(self.lm_head, TiedHead) else self.lm_head(x)
-
-
-class TiedHead(nn.Module):
-    """The output projection by the embedding's weight: it exists so that ``lm_head`` is a module in both cases."""
-
-    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Hidden states [B, T, C] and the embedding [V, C] to logits [B, T, V]."""
-        return functional.linear(x, weight)
 
 
 class Trunk(nn.Module):

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from ...errors import input_error
 from ...mappings import expr
 from ...mappings.tensors import Shape
 
@@ -31,7 +32,10 @@ def known_classes() -> tuple[str, ...]:
 
 
 def from_spec(config: Mapping[str, Any]) -> dict[str, Shape] | None:
-    """Names and shapes that the config's class holds, or None if there is no file for that class."""
+    """Names and shapes that the config's class holds, or None if there is no file for that class.
+
+    Raises MdlError (INPUT) if the config leaves out a size.
+    """
     spec = _known().get(config["architectures"][0])
     if spec is None:
         return None
@@ -41,7 +45,12 @@ def from_spec(config: Mapping[str, Any]) -> dict[str, Shape] | None:
         words = condition.split()
         if bool(config.get(words[-1])) is (len(words) == 1):
             patterns |= more
-    return dict(_expanded(patterns, spec["ranges"], sizes))
+    try:
+        return dict(_expanded(patterns, spec["ranges"], sizes))
+    except expr.ExprError as error:
+        raise input_error(
+            f"config.json does not size {spec['class']}: {error}", do="mend the family's hf_config"
+        ) from None
 
 
 def _expanded(
@@ -50,10 +59,9 @@ def _expanded(
     found: list[tuple[str, Shape]] = []
     for pattern, dims in patterns.items():
         shape = tuple(expr.evaluate(n, sizes) for n in dims)
-        captures = [name for name in ranges if f"{{{name}}}" in pattern]
-        if captures:
-            count = expr.evaluate(ranges[captures[0]], sizes)
-            found += [(pattern.replace(f"{{{captures[0]}}}", str(k)), shape) for k in range(count)]
-        else:
-            found.append((pattern, shape))
+        names = [pattern]
+        for capture in (f"{{{name}}}" for name in ranges if f"{{{name}}}" in pattern):
+            count = expr.evaluate(ranges[capture[1:-1]], sizes)
+            names = [name.replace(capture, str(k)) for name in names for k in range(count)]
+        found += [(name, shape) for name in names]
     return found

@@ -1,0 +1,50 @@
+"""What every eager reference needs: reading dims, and modules that are born without weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ...errors import input_error
+from ..base import Value
+
+_T = TypeVar("_T", int, float, str, bool)
+
+
+def take(dims: Mapping[str, Value], name: str, kind: type[_T]) -> _T:
+    """One dim of the given type; an int is taken for a float. Raises MdlError (INPUT) if it is missing or another."""
+    value = dims.get(name)
+    if kind is float and type(value) is int:
+        value = float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise input_error(
+            f"{name} is {value!r}, not of type {kind.__name__}",
+            f"dims: {name}",
+            f"the eager reference can't be built without it; pass --set {name}=VALUE",
+        )
+    return value
+
+
+class Linear(nn.Linear):
+    """A projection that is born empty: drawing numbers, even on the meta device, costs seconds of imports."""
+
+    def reset_parameters(self) -> None:
+        """Leave the weights to the checkpoint."""
+
+
+class Embedding(nn.Embedding):
+    """A table that is born empty, for the same reason."""
+
+    def reset_parameters(self) -> None:
+        """Leave the weights to the checkpoint."""
+
+
+class TiedHead(nn.Module):
+    """The output projection by the embedding's weight: it exists so that the head is a module in both cases."""
+
+    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Hidden states [B, T, C] and the embedding [V, C] to logits [B, T, V]."""
+        return functional.linear(x, weight)

@@ -1,0 +1,146 @@
+"""A layout becomes the original checkpoint again, bit for bit, and what can't come back is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mdl.archs import targets
+from mdl.convert.export import Exported, export
+from mdl.convert.prepare import Options, prepare
+from mdl.convert.run import convert
+from mdl.errors import Kind, MdlError
+
+from . import checkpoints as make
+from .family import stub_target, write_family
+
+TRAITS = ("tied", "untied", "no_bias", "half", "compiled_prefix", "llama2c")
+
+
+def there_and_back(path: Path, tmp_path: Path, options: Options | None = None) -> tuple[Exported, Path]:
+    options = options or Options()
+    convert(prepare(path, options), tmp_path / "out", options=options, tokenizer="none")
+    back = tmp_path / ("back" if path.is_dir() else "back.pt")
+    return export(tmp_path / "out", back), back
+
+
+def loaded(path: Path) -> Any:
+    return torch.load(path, weights_only=False)
+
+
+@pytest.mark.parametrize("trait", TRAITS)
+def test_one_file(trait: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    path = request.getfixturevalue(trait)
+    done, back = there_and_back(path, tmp_path)
+
+    assert done.lost == ()
+    before, after = loaded(path), loaded(back)
+    make.same(after["model"], before["model"])
+    assert list(after["model"]) == list(before["model"])
+    assert {key: after[key] for key in ("model_args", "iter_num", "config")} == {
+        key: before[key] for key in ("model_args", "iter_num", "config")
+    }
+    ends = ("lm_head.weight", "output.weight", "wte.weight", "tok_embeddings.weight")
+    embedding, head = (tensor for name, tensor in after["model"].items() if name.endswith(ends))
+    assert (head.data_ptr() == embedding.data_ptr()) is (trait != "untied")
+
+
+@pytest.mark.parametrize("trait", ["tied_ranks", "stored_twice", "two_ranks"])
+def test_rank_files(trait: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    path = request.getfixturevalue(trait)
+    done, back = there_and_back(path, tmp_path)
+
+    files = sorted(file.name for file in path.glob("*.pth"))
+    written = {name: loaded(back / name if len(files) > 1 else back) for name in files}
+    for name in files:
+        before = {key: tensor for key, tensor in loaded(path / name).items() if key != "rope.freqs"}
+        make.same(written[name], before)
+    says = [problem.what for problem in done.lost]
+    dropped = ["rope.freqs was dropped: recomputed from rope_theta"] if trait == "two_ranks" else []
+    assert says == [*dropped, "what lay beside the weights (params) is not written"]
+
+
+def test_a_layout_of_the_export_is_the_same_layout(compiled_prefix: Path, tmp_path: Path) -> None:
+    _, back = there_and_back(compiled_prefix, tmp_path)
+    convert(prepare(back), tmp_path / "again", options=Options(), tokenizer="none")
+
+    make.same(make.saved(tmp_path / "again"), make.saved(tmp_path / "out"))
+
+
+def test_dropped_buffers_are_told(old_without_bias_key: Path, tmp_path: Path) -> None:
+    done, back = there_and_back(old_without_bias_key, tmp_path)
+
+    assert [p.what.split(":")[0] for p in done.lost] == [f"transformer.h.{i}.attn.bias was dropped" for i in range(2)]
+    assert not any(name.endswith(".attn.bias") for name in loaded(back)["model"])
+
+
+def test_rounding_is_told_and_widening_comes_back(tied: Path, half: Path, tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    rounded, _ = there_and_back(tied, tmp_path / "a", Options(dtype="bfloat16"))
+    assert len(rounded.lost) == 29
+    assert rounded.tensors == 0
+    assert "was rounded from float32 to bfloat16" in rounded.lost[0].what
+    assert rounded.lost[-1].what == "lm_head.weight: its twin could not be brought back"
+
+    widened, back = there_and_back(half, tmp_path / "b", Options(dtype="float32"))
+    assert widened.lost == ()
+    make.same(loaded(back)["model"], loaded(half)["model"])
+
+
+LOSSY = """
+    keep: [whole]
+    transform:
+      - {from: vocab, ops: [{slice: {stop: vocab}}]}
+      - {from: rounded, ops: [{cast: {dtype: float16}}]}
+      - {from: shifted, ops: [{add: {value: 1}}]}
+      - {from: third, ops: [{scale: {value: 0.3}}]}
+      - {from: twice, ops: [{scale: {value: 2}}]}
+      - {from: grown, ops: [{pad: {to: vocab}}]}
+      - {from: scalar, to: one, ops: [{reshape: {to: [1]}}]}
+      - {from: [q, k], to: qk, ops: [{permute_rope: {heads: heads}}, {concat: {axis: 0}}]}
+    drop: {mask: a buffer}
+"""
+
+
+def test_every_one_way_operation_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = torch.Generator().manual_seed(5)
+    shapes = {"whole": (3,), "vocab": (11, 2), "rounded": (4,), "shifted": (4,), "third": (4,), "twice": (4,)}
+    shapes |= {"grown": (5, 2), "q": (8, 3), "k": (4, 3), "mask": (2, 2)}
+    raw = {name: torch.randn(*shape, generator=rng) for name, shape in shapes.items()} | {"scalar": torch.tensor(2.5)}
+    torch.save({"model": raw}, tmp_path / "x.pt")
+    wanted = {k: v for k, v in shapes.items() if k not in ("mask", "q", "k")}
+    wanted |= {"vocab": (8, 2), "grown": (8, 2), "one": (1,), "qk": (12, 3)}
+    monkeypatch.setattr(targets, "_known", lambda: {"MadeUp": stub_target(wanted)})
+
+    options = Options(arch=str(write_family(tmp_path / "family", LOSSY)))
+    done, back = there_and_back(tmp_path / "x.pt", tmp_path, options)
+
+    assert sorted(problem.what.partition(":")[0] for problem in done.lost) == [
+        "mask was dropped", "rounded", "shifted", "third", "vocab"
+    ]  # fmt: skip
+    assert all(problem.where.startswith("made_up.yaml:") for problem in done.lost)
+    kept = {name: raw[name] for name in ("whole", "twice", "grown", "scalar", "q", "k")}
+    make.same(loaded(back)["model"], kept)
+
+
+def test_a_settings_file_named_like_the_wrapper_does_not_replace_the_weights(tied: Path, tmp_path: Path) -> None:
+    (tmp_path / "model.json").write_text('{"from": "a file beside the weights"}')
+    _, back = there_and_back(tied, tmp_path)
+
+    make.same(loaded(back)["model"], loaded(tied)["model"])
+
+
+def test_a_changed_layout_is_refused(tied: Path, tmp_path: Path) -> None:
+    there_and_back(tied, tmp_path)
+    with pytest.raises(MdlError) as exists:
+        export(tmp_path / "out", tmp_path / "back.pt")
+    assert exists.value.kind is Kind.USAGE
+
+    (tmp_path / "out/config.json").write_text("{}")
+    with pytest.raises(MdlError, match="was changed after mdl convert wrote it") as changed:
+        export(tmp_path / "out", tmp_path / "back.pt", force=True)
+    assert changed.value.kind is Kind.INPUT

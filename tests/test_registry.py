@@ -1,0 +1,143 @@
+"""Which family a checkpoint belongs to, on what evidence; and families of one's own."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import pytest
+import torch
+
+from mdl.archs import registry, targets
+from mdl.archs.base import Match
+from mdl.archs.registry import all_archs, detect, load_arch, mapping_path
+from mdl.convert.inventory import take_inventory
+from mdl.convert.open import open_checkpoint
+from mdl.convert.prepare import Options, prepare, recognise
+from mdl.errors import Kind, MdlError
+
+from . import checkpoints as make
+from .family import stub_target, write_family
+
+
+def match(path: Path) -> Match:
+    return detect(take_inventory(open_checkpoint(path)))
+
+
+def refusal(kind: Kind, call: object, *args: object) -> str:
+    assert callable(call)
+    with pytest.raises(MdlError) as caught:
+        call(*args)
+    assert caught.value.kind is kind
+    return str(caught.value)
+
+
+def test_the_registry_is_the_folder() -> None:
+    archs = all_archs()
+
+    assert set(archs) >= {"nanogpt", "llama_meta", "llama2c"}
+    assert all(arch.name == name and mapping_path(arch).is_file() for name, arch in archs.items())
+
+
+def test_nanogpt_is_told_by_names_shapes_and_hyperparameters(tied: Path, tmp_path: Path) -> None:
+    found = match(tied)
+    assert found.arch.name == "nanogpt"
+    assert [text.split(":")[0] for text in found.because] == [
+        "transformer.wte, transformer.wpe and transformer.h.N.attn.c_attn are nanoGPT's names",
+        "c_attn.weight is [48, 16]",
+        "the file holds model_args with n_layer, n_head, n_embd, as train.py saves them",
+    ]
+
+    torch.save(make.nanogpt_state(), tmp_path / "bare.pt")
+    assert len(match(tmp_path / "bare.pt").because) == 2
+
+
+def test_gpt2_of_hugging_face_is_not_nanogpt(tmp_path: Path) -> None:
+    torch.save(make.gpt2_of(make.nanogpt_state(tied=False)), tmp_path / "gpt2.pt")
+
+    message = refusal(Kind.INPUT, match, tmp_path / "gpt2.pt")
+
+    assert "no known architecture has these tensors" in message
+    assert "nanogpt" in message
+    assert "--arch" in message
+
+
+def test_llama2c_and_meta_are_told_apart(llama2c: Path, two_ranks: Path, stored_twice: Path) -> None:
+    assert match(llama2c).arch.name == "llama2c"
+    assert match(stored_twice).arch.name == "llama_meta"
+    found = match(two_ranks)
+    assert found.arch.name == "llama_meta"
+    assert "2 consolidated.NN.pth files: model-parallel ranks" in found.because
+
+
+def test_what_could_be_either_is_asked(tmp_path: Path) -> None:
+    torch.save(make.llama_state(), tmp_path / "bare.pt")
+
+    message = refusal(Kind.INPUT, match, tmp_path / "bare.pt")
+
+    assert "could be any of llama2c, llama_meta" in message
+    assert "say which with --arch NAME" in message
+
+
+@pytest.mark.parametrize("key", ["sliding_window", "moe", "head_dim"])
+def test_mistral_is_not_taken_for_llama(key: str, stored_twice: Path) -> None:
+    file = stored_twice / "params.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), key: 8}))
+
+    assert "no known architecture" in refusal(Kind.INPUT, match, stored_twice)
+
+
+def test_a_name_that_is_given_is_taken(tmp_path: Path) -> None:
+    torch.save(make.llama_state(), tmp_path / "bare.pt")
+    given = {"n_heads": "4", "max_seq_len": "64"}
+
+    got = recognise(tmp_path / "bare.pt", Options(arch="llama2c", given=given))
+
+    assert (got.arch.name, got.dims["kv_heads"], got.dims["context"]) == ("llama2c", 2, 64)
+    assert "no architecture 'gpt5'; or" not in refusal(Kind.USAGE, load_arch, "gpt5")
+    assert "one of: " in refusal(Kind.USAGE, load_arch, "gpt5")
+
+
+def test_a_file_of_ones_own_with_its_mapping_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(targets, "_known", lambda: {"MadeUp": stub_target({"b": (2, 3)})})
+    path = write_family(tmp_path / "own", "rename: {a: b}\n", name="owned")
+    torch.save({"a": torch.ones(2, 3)}, tmp_path / "x.pt")
+
+    got = prepare(tmp_path / "x.pt", Options(arch=str(path)))
+
+    got.plan.refuse()
+    assert (got.arch.name, got.mapping.path) == ("owned", str(path.with_suffix(".yaml")))
+    assert got.plan.writes[0].rule == "owned.yaml:3:10"
+
+
+def test_a_file_of_ones_own_that_is_none(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    assert "no such file" in refusal(Kind.USAGE, load_arch, str(path))
+
+    path.write_text("ARCH = 3\n")
+    assert "defines no ARCH" in refusal(Kind.INPUT, load_arch, str(path))
+
+    path.write_text("import nowhere_to_be_found\n")
+    assert "raised ModuleNotFoundError" in refusal(Kind.INPUT, load_arch, str(path))
+
+    path = write_family(tmp_path / "own", "keep: [a]\n")
+    path.with_suffix(".yaml").unlink()
+    torch.save({"a": torch.ones(2)}, tmp_path / "x.pt")
+    assert "cannot read the mapping" in refusal(Kind.INPUT, prepare, tmp_path / "x.pt", Options(arch=str(path)))
+
+
+def test_families_of_installed_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_family(tmp_path, "keep: [a]\n", name="zz_installed")
+    write_family(tmp_path, "keep: [a]\n", name="nanogpt")
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def archs(*points: str) -> dict[str, object]:
+        found = [EntryPoint(point, point, registry.GROUP) for point in points]
+        monkeypatch.setattr(registry, "entry_points", lambda group: found)
+        return dict(all_archs.__wrapped__())
+
+    installed = archs("zz_installed")["zz_installed"]
+    assert mapping_path(installed) == tmp_path / "zz_installed.yaml"  # type: ignore[arg-type]  # it is an Arch
+    assert "zz_missing raised ModuleNotFoundError" in refusal(Kind.MACHINE, archs, "zz_missing")
+    assert "two architectures are called nanogpt" in refusal(Kind.MACHINE, archs, "nanogpt")

@@ -1,0 +1,97 @@
+"""What archs/targets says about a class equals the class itself, built by transformers on the meta device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from mdl.archs import targets
+from mdl.archs.targets import from_spec, known_classes
+from mdl.convert.expected import expected_tensors, from_class
+from mdl.errors import Kind, MdlError
+
+GPT2: dict[str, Any] = {
+    "architectures": ["GPT2LMHeadModel"],
+    "model_type": "gpt2",
+    "vocab_size": 40,
+    "n_positions": 24,
+    "n_embd": 16,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_inner": 64,
+    "tie_word_embeddings": True,
+}
+LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 40,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "tie_word_embeddings": False,
+}
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "gpt2_tied": GPT2,
+    "gpt2_untied": {**GPT2, "tie_word_embeddings": False},
+    "gpt2_narrow": {**GPT2, "n_inner": 24, "n_layer": 1},
+    "llama_untied": LLAMA,
+    "llama_tied": {**LLAMA, "tie_word_embeddings": True},
+    "llama_attention_bias": {**LLAMA, "attention_bias": True},
+    "llama_mlp_bias": {**LLAMA, "mlp_bias": True, "num_hidden_layers": 3},
+    "llama_wide_heads": {**LLAMA, "head_dim": 16, "num_key_value_heads": 4},
+    "llama_one_key_head": {**LLAMA, "num_key_value_heads": 1, "attention_bias": True, "tie_word_embeddings": True},
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_file_says_what_the_class_has(name: str) -> None:
+    config = CONFIGS[name]
+
+    assert from_spec(config) == from_class(config)
+
+
+def test_every_file_is_compared() -> None:
+    assert {config["architectures"][0] for config in CONFIGS.values()} == set(known_classes())
+
+
+def test_a_class_without_a_file_is_built() -> None:
+    """Under the names of files: in memory transformers calls embed_out lm_head, and fuses the experts."""
+    common = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    common |= {"intermediate_size": 32, "tie_word_embeddings": False}
+    neox = expected_tensors({**common, "architectures": ["GPTNeoXForCausalLM"]})
+    experts = {"num_key_value_heads": 2, "num_local_experts": 2}
+    mixtral = expected_tensors({**common, **experts, "architectures": ["MixtralForCausalLM"]})
+
+    assert neox["embed_out.weight"] == (40, 16)
+    assert neox["gpt_neox.layers.0.attention.query_key_value.weight"] == (48, 16)
+    assert mixtral["model.layers.0.block_sparse_moe.experts.1.w2.weight"] == (16, 32)
+
+
+def test_a_class_that_nobody_knows() -> None:
+    with pytest.raises(MdlError, match="transformers has no class NoSuchModel") as caught:
+        expected_tensors({"architectures": ["NoSuchModel"], "tie_word_embeddings": False})
+    assert caught.value.kind is Kind.INPUT
+
+
+def test_a_config_that_leaves_out_a_size() -> None:
+    config = {key: value for key, value in LLAMA.items() if key != "head_dim"}
+
+    with pytest.raises(MdlError, match="does not size LlamaForCausalLM: unknown size 'head_dim'"):
+        expected_tensors(config)
+
+
+def test_patterns_with_two_captures(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = {"class": "M", "ranges": {"i": "n", "e": "m"}, "tensors": {"a.{e}.{i}": ["n", 2], "b": []}}
+    monkeypatch.setattr(targets, "_known", lambda: {"M": spec})
+
+    got = from_spec({"architectures": ["M"], "n": 2, "m": 3})
+
+    assert got == {f"a.{e}.{i}": (2, 2) for i in range(2) for e in range(3)} | {"b": ()}
