@@ -19,7 +19,6 @@ from mdl.convert import run, write
 from mdl.convert.manifest import read_manifest
 from mdl.convert.prepare import Options, prepare
 from mdl.convert.run import Converted, convert
-from mdl.convert.shards import parse_size
 from mdl.errors import Kind, MdlError
 
 from . import checkpoints as make
@@ -175,6 +174,8 @@ def test_wide_types_come_first_so_that_all_are_aligned(tmp_path: Path, monkeypat
 
     wide = raw["wide"].float()
     make.same(make.saved(tmp_path / "out"), {"odd": raw["odd"], "wide.a": wide[:1], "wide.b": wide[1:]})
+    offsets = header(tmp_path / "out/model.safetensors")
+    assert [offsets[name]["data_offsets"][0] for name in ("wide.a", "wide.b", "odd")] == [0, 12, 36]
 
 
 def header(file: Path) -> dict[str, Any]:
@@ -203,20 +204,6 @@ def test_a_tensor_larger_than_the_largest_size_gets_a_file_of_its_own(tied: Path
     done = converted(tied, tmp_path / "out", max_shard_size=1)
 
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == len(done.manifest.tensors) == 28
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [("5GB", 5 * 10**9), ("500 MB", 5 * 10**8), ("2GiB", 2**31), ("1.5k", 1500), ("100B", 100), ("7", 7)],
-)
-def test_sizes_in_words(text: str, size: int) -> None:
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "GB", "five", "5XB", "-1GB", "0", "nan", "inf", "5 G B"])
-def test_what_is_no_size(text: str) -> None:
-    with pytest.raises(MdlError):
-        parse_size(text)
 
 
 def test_two_runs_write_the_same_bytes(two_ranks: Path, tmp_path: Path) -> None:

@@ -88,7 +88,9 @@ class Coverage:
     ``unloaded``: parameter → (elements that nothing was loaded into, elements). ``unconsumed``: tensors of the
     files whose values reached no parameter. ``repeated`` and ``partial``: tensors of which more, or fewer, elements
     were written than they have (not told with several workers). ``stored_nan``: tensors with NaN in the files,
-    which make ``unloaded`` entries of their own. ``unchecked``: parameters whose dtype knows no NaN.
+    which make ``unloaded`` entries of their own. ``unchecked``: parameters whose dtype knows no NaN. ``pulled`` counts
+    the stored tensors that were taken out of the parameters again and compared with their files; ``differing``: tensor
+    → how many of its elements are not in the model as they are in the file.
     """
 
     stored: int
@@ -99,6 +101,8 @@ class Coverage:
     stored_nan: tuple[str, ...]
     unchecked: tuple[str, ...]
     audited: bool
+    differing: Mapping[str, int] = field(default_factory=dict[str, int])
+    pulled: int = 0
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,10 @@ Two instruments, because each is blind where the other sees. NaN: every paramete
 loader runs, so what still holds NaN afterwards was never written. Origin: every operation that runs during loading
 is watched, and the name of a stored tensor follows its values through views, casts, transposes and stacks until
 they are written into a parameter; a name that never arrives was read and thrown away.
+
+What was watched is then used backwards, to pull the weights out of the model again: every copy into a parameter is
+remembered as a pair of regions, so a fused parameter comes apart into the stored tensors it was made of, and each is
+compared with its file, bit for bit, before vLLM repacks anything.
 """
 
 from __future__ import annotations
@@ -16,6 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 Names = frozenset[str]
+Region = tuple[int, tuple[int, ...], tuple[int, ...]]
+"""Offset, size and stride of a view in its storage, in elements."""
 _NOBODY: Names = frozenset()
 
 
@@ -35,6 +41,8 @@ class Audit(TorchDispatchMode):
         self._written: dict[str, int] = {}
         self._sizes: dict[str, int] = {}
         self._stored_nan: list[str] = []
+        self._clones: dict[int, str] = {}
+        self._copies: dict[str, list[tuple[torch.Tensor, Region]]] = {}
         for name, tensor in [*model.named_buffers(), *model.named_parameters()]:
             self._owners[_address(tensor)] = name
         self._owners.pop(0, None)  # tensors without elements have no address
@@ -51,6 +59,7 @@ class Audit(TorchDispatchMode):
         for name, stored in tensors:
             tensor = stored.clone()
             self._origin[_address(tensor)] = frozenset({name})
+            self._clones[_address(tensor)] = name
             self._sizes[name] = tensor.numel()
             self._landed.setdefault(name, set())
             if _holds_nan(tensor) and _count_nan(tensor):
@@ -62,11 +71,36 @@ class Audit(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         inputs = {_address(t) for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)}
         origin = _NOBODY.union(*(self._origin.get(address, _NOBODY) for address in inputs))
+        if func is torch.ops.aten.copy_.default:
+            self._remember_copy(args[0], args[1])
         changed = args[0] if func._schema.is_mutable and args and out is None else out
         for tensor in tree_iter(changed):
             if isinstance(tensor, torch.Tensor):
                 self._arrive(tensor, origin, shared=_address(tensor) in inputs)
         return out
+
+    def _remember_copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """A copy straight from a stored tensor, or a view of one, into a parameter: the two regions."""
+        name = self._clones.get(_address(source))
+        if name is not None and _address(target) in self._owners and target.shape == source.shape:
+            region = int(source.storage_offset()), tuple(source.shape), tuple(source.stride())
+            self._copies.setdefault(name, []).append((target.detach(), region))
+
+    def compare(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, list[int]]:
+        """Stored tensor → [elements found in parameters that differ, elements found there at all].
+
+        ``tensors`` are the stored ones, read again. Values are compared in the parameter's dtype, where casting the
+        stored ones to it is what the loader was asked to do.
+        """
+        found: dict[str, list[int]] = {}
+        for name, stored in tensors:
+            wrong = seen = 0
+            for target, (offset, size, stride) in self._copies.get(name, ()):
+                source = stored.contiguous().as_strided(size, stride, offset).to(target.device, target.dtype)
+                wrong += _differing(target, source)
+                seen += target.numel()
+            found[name] = [wrong, seen]
+        return found
 
     def _arrive(self, tensor: torch.Tensor, origin: Names, *, shared: bool) -> None:
         address = _address(tensor)
@@ -81,6 +115,7 @@ class Audit(TorchDispatchMode):
             self._origin[address] = self._origin.get(address, _NOBODY) | origin
         else:
             self._origin[address] = origin
+            self._clones.pop(address, None)  # the clone that lived there is gone
 
     def report(self) -> dict[str, Any]:
         """What happened, as plain values.
@@ -107,6 +142,14 @@ class Audit(TorchDispatchMode):
 
 def _address(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
+
+
+def _differing(a: torch.Tensor, b: torch.Tensor) -> int:
+    """How many elements differ in their bits."""
+    if torch.equal(a, b):
+        return 0
+    width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    return int((a.contiguous().view(width) != b.contiguous().view(width)).sum())
 
 
 def _holds_nan(tensor: torch.Tensor) -> bool:

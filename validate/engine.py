@@ -63,7 +63,9 @@ class AuditedLoader(DefaultModelLoader):
         self._audit.poison()
         with self._audit:
             super().load_weights(model, model_config)
-        model.mdl_audit = self._audit.report()
+        audit, self._audit = self._audit, None
+        again = super().get_all_weights(model_config, model)
+        model.mdl_audit = audit.report() | {"pulled": audit.compare(again)}
 
 
 class Worker(Capture):
@@ -296,6 +298,8 @@ def coverage(layout: Path, audits: list[dict[str, Any] | None]) -> dict[str, Any
         "partial": sorted(name for name, (done, size) in written.items() if 0 < done < size),
         "stored_nan": sorted({name for audit in seen for name in audit["stored_nan"]}),
         "unchecked": sorted({name for audit in seen for name in audit["unchecked"]}),
+        "differing": {name: found[0] for audit in seen for name, found in audit["pulled"].items() if found[0]},
+        "pulled": sum(1 for name in names if any(audit["pulled"].get(name, (0, 0))[1] for audit in seen)),
         "audited": bool(seen) and len(seen) == len(audits),
     }
 

@@ -28,6 +28,39 @@ class Check:
 
 
 @dataclass(frozen=True)
+class Evidence:
+    """What the pictures of a report are drawn from.
+
+    Per sequence: its kind, and the NMSE at each position of vLLM's and of the reference's own float32 logits, both
+    against float64. ``pairs`` are up to 2000 (exact logit, vLLM's logit).
+    """
+
+    kinds: tuple[str, ...]
+    measured: tuple[tuple[float, ...], ...]
+    floors: tuple[tuple[float, ...], ...]
+    pairs: tuple[tuple[float, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Located:
+    """Where a failure begins: the first module that, fed the reference's own input, answers otherwise.
+
+    ``module`` is its path in the reference, ``served`` in vLLM; errors are NMSE. ``signature`` says what the error
+    looks like, ``governed_by`` which config field or mapping line decides there, ``hypothesis`` what was tried and
+    how far the error fell. ``layers`` lists every module with its local error and floor, in order.
+    """
+
+    module: str
+    served: str
+    local_error: float
+    floor: float
+    signature: str
+    governed_by: str
+    hypothesis: str
+    layers: tuple[tuple[str, float, float], ...] = ()
+
+
+@dataclass(frozen=True)
 class Report:
     """One verification of one layout.
 
@@ -51,6 +84,8 @@ class Report:
     manifest: str
     command: str
     seconds: Mapping[str, float]
+    evidence: Evidence | None = None
+    located: Located | None = None
 
     def to_json(self) -> str:
         """The whole report as one JSON document."""
