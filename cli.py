@@ -7,12 +7,15 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from . import render
 from .errors import MdlError, Problem, usage_error
+
+if TYPE_CHECKING:
+    from .validate.verify import Settings
 
 app = typer.Typer(
     name="mdl",
@@ -149,8 +152,18 @@ def verify(
     layout: Layout,
     against: Annotated[Path | None, typer.Option("--against", help="The raw checkpoint, if it was moved.")] = None,
     reference: ReferenceOption = None,
+    reference_python: Annotated[
+        str | None, typer.Option("--reference-python", help="Python of another environment to run --reference in.")
+    ] = None,
+    golden: Annotated[Path | None, typer.Option("--golden", help="What `mdl record` wrote, in place of code.")] = None,
     prompt: PromptsOption = None,
     seed: SeedOption = 0,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="Serving type to check too (default: its own).")] = None,
+    tensor_parallel_size: Annotated[int, typer.Option("--tensor-parallel-size", help="Workers in vLLM.")] = 1,
+    mutate: Annotated[bool, typer.Option("--mutate", help="Test the verifier: inject known mistakes.")] = False,
+    locate: Annotated[bool, typer.Option("--locate/--no-locate", help="On failure, name the module at fault.")] = True,
+    junit: Annotated[Path | None, typer.Option("--junit", help="Also write a JUnit XML file.")] = None,
+    html: Annotated[Path | None, typer.Option("--html", help="Also write a page with pictures.")] = None,
     json: Json = False,
 ) -> None:
     """Run the layout under vLLM and the original forward on the same tokens; exit 1 if they differ."""
@@ -160,12 +173,55 @@ def verify(
     from .validate.verify import Settings
     from .validate.verify import verify as run
 
-    settings = Settings(against, reference, tuple(prompt or ()), seed, shlex.join(["mdl", *sys.argv[1:]]))
+    settings = Settings(
+        against=against,
+        reference=reference,
+        reference_python=reference_python,
+        golden=golden,
+        prompts=tuple(prompt or ()),
+        seed=seed,
+        dtype=dtype,
+        tensor_parallel_size=tensor_parallel_size,
+        locate=locate,
+        command=shlex.join(["mdl", *sys.argv[1:]]),
+    )
+    if mutate:
+        _mutate(layout, settings, json)
+        return
     with render.steps(quiet=state.quiet or json) as say:
         report = run(layout, settings, say=say)
     save_report(report, layout)
+    views.write_reports(report, junit, html)
     _show(json, lambda: report, lambda: views.show_report(report))
     _exit(0 if report.ok else 1)
+
+
+@app.command()
+def record(
+    checkpoint: Checkpoint,
+    reference: Annotated[str, typer.Option("--reference", help="Your own forward, FILE.py:FUNCTION; its code runs.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="File to write.")],
+    reference_python: Annotated[
+        str | None, typer.Option("--reference-python", help="Python of another environment to run it in.")
+    ] = None,
+    arch: ArchOption = None,
+    set_: SetOption = None,
+    weights: WeightsOption = None,
+    dtype: DtypeOption = None,
+    seed: SeedOption = 0,
+    force: ForceOption = False,
+    json: Json = False,
+) -> None:
+    """Run your own forward where it runs, and keep its answers for `mdl verify --golden`."""
+    state.json = json
+    from . import views
+    from .validate.golden import record_checkpoint
+
+    options = _options(arch, set_, weights, dtype)
+    with render.steps(quiet=state.quiet or json) as say:
+        say("running the reference")
+        done = record_checkpoint(checkpoint, reference, out, options, python=reference_python, seed=seed, force=force)
+    _show(json, lambda: done, lambda: views.show_recorded(out, done))
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": False})
@@ -258,6 +314,18 @@ def doctor(json: Json = False) -> None:
     findings = examine()
     _show(json, lambda: findings, lambda: views.show_findings(findings))
     _exit(4 if any(finding.state == "fail" for finding in findings) else 0)
+
+
+def _mutate(layout: Path, settings: Settings, json: bool) -> None:
+    """`mdl verify --mutate`: how many known mistakes does the verifier notice in this very layout?"""
+    from . import views
+    from .validate.client import Engine
+    from .validate.mutate import run_mutations
+
+    with render.steps(quiet=state.quiet or json) as say, Engine() as engine:
+        table = run_mutations(layout, settings, engine=engine, say=say)
+    _show(json, lambda: table, lambda: views.show_mutations(table))
+    _exit(0 if table.ok else 1)
 
 
 def _options(arch: str | None, given: list[str] | None, weights: str | None, dtype: str | None) -> Any:

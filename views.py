@@ -11,12 +11,16 @@ from . import render
 from .errors import Problem
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
     from .archs.base import Arch, Dims
     from .convert.export import Exported
     from .convert.plan import Plan, Step
     from .convert.prepare import Prepared, Recognised
     from .convert.run import Converted
     from .validate.doctor import Finding
+    from .validate.kills import MutationTable
     from .validate.report import Report
 
 
@@ -183,12 +187,58 @@ def show_report(report: Report) -> None:
         ("versions", ", ".join(f"{k} {v}" for k, v in report.versions.items())),
         ("seconds", ", ".join(f"{k} {v:.1f}" for k, v in report.seconds.items())),
     ]
+    if report.located is not None:
+        found = report.located
+        lines.append(("begins at", f"{found.module} (in vLLM {found.served}): {found.signature}"))
+        lines.append(("", f"its own error is NMSE {found.local_error:.1e}, rounding makes {found.floor:.1e}"))
+        lines.append(("decided by", [text for text in (found.governed_by, found.hypothesis) if text]))
     if report.trusted:
         lines.append(("on trust", report.trusted))
     if report.notes:
         lines.append(("notes", report.notes))
     lines.append(("verdict", report.verdict))
     console.print(render.facts(lines))
+
+
+def show_mutations(table: MutationTable) -> None:
+    """The table of `mdl verify --mutate`."""
+    from .validate import kills
+
+    console = render.out()
+    parts = [
+        (kills.HEADERS, kills.kill_rows(table)),
+        (kills.CONTROL_HEADERS, kills.control_rows(table)),
+        (("not tried", "what would be wrong", "why not"), kills.skipped_rows(table)),
+    ]
+    for headers, rows in parts:
+        if rows:
+            made = render.table(*headers)
+            for row in rows:
+                made.add_row(*row)
+            console.print(made)
+            console.print()
+    console.print(table.verdict)
+
+
+def show_recorded(out: Path, answer: Mapping[str, Any]) -> None:
+    """The summary of `mdl record`."""
+    lines: list[tuple[str, str | Iterable[str]]] = [("wrote", str(out))]
+    lines += [(name, str(value)) for name, value in answer.items() if name != "notes" and not isinstance(value, dict)]
+    lines.append(("notes", [str(note) for note in answer.get("notes", ())] or ("none",)))
+    lines.append(("next", f"mdl verify LAYOUT --golden {out}"))
+    render.out().print(render.facts(lines))
+
+
+def write_reports(report: Report, junit: Path | None, html: Path | None) -> None:
+    """The forms of a report that go to files."""
+    if junit is not None:
+        from .validate.junit import to_junit
+
+        junit.write_text(to_junit(report), encoding="utf-8")
+    if html is not None:
+        from .validate.html import to_html
+
+        html.write_text(to_html(report), encoding="utf-8")
 
 
 def show_exported(e: Exported) -> None:

@@ -132,9 +132,10 @@ def test_logits_of_every_position_equal_the_eager_models(
     assert result.attention
     assert result.coverage.audited
     assert not result.coverage.unchecked
-    clean = replace(result.coverage, stored=0, audited=True)
+    clean = replace(result.coverage, stored=0, audited=True, pulled=0)
     assert clean == type(clean)(0, {}, (), (), (), (), (), True)
     assert result.coverage.stored == len(load_file(folder / "model.safetensors"))
+    assert result.coverage.pulled == result.coverage.stored
 
 
 def test_chunked_prefill_and_free_generation(

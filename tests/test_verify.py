@@ -16,7 +16,7 @@ from mdl.errors import Kind, MdlError
 from mdl.validate.client import Engine
 from mdl.validate.compare import CEILING, RATIO, distance, judge
 from mdl.validate.inputs import make_inputs
-from mdl.validate.report import Report, green_report, save_report
+from mdl.validate.report import Check, Report, green_report, save_report
 from mdl.validate.verify import Settings, verify
 
 from . import servable as make
@@ -40,16 +40,33 @@ RIGHT: dict[str, tuple[Callable[[Path], Path], dict[str, Any]]] = {
 }
 
 
+ALL = ("layout", "coverage", "prefill", "decode", "generate")
+
+
+def verdicts(report: Report) -> dict[str, bool | None]:
+    return {one.name: one.ok for one in report.checks}
+
+
+def check(report: Report, name: str) -> Check:
+    return next(one for one in report.checks if one.name == name)
+
+
+def dtype_verdict(report: Report) -> dict[str, bool | None]:
+    """A layout that is served in 16 bits has one more check, which must pass too."""
+    return {} if report.dtype == "float32" else {f"dtype {report.dtype}": True}
+
+
 @pytest.mark.parametrize("name", RIGHT)
 def test_right_conversions_are_green(name: str, tmp_path: Path, engine: Engine) -> None:
     checkpoint, options = RIGHT[name][0](tmp_path), RIGHT[name][1]
     report = verify(make.layout(checkpoint, tmp_path / "out", **options), engine=engine)
 
-    assert {check.name: check.ok for check in report.checks} == {"layout": True, "coverage": True, "prefill": True}
+    assert verdicts(report) == {**dict.fromkeys(ALL, True), **dtype_verdict(report)}
     assert report.ok
-    prefill = report.checks[-1].figures
-    assert 0 < prefill["nmse"] < CEILING
-    assert prefill["ratio"] < RATIO
+    for name in ("prefill", "decode"):
+        figures = check(report, name).figures
+        assert 0 < figures["nmse"] < CEILING
+        assert figures["ratio"] < RATIO
     assert report.versions["model class"].endswith(report.target)
 
 
@@ -115,7 +132,11 @@ def test_each_sabotage_fails_both_the_hashes_and_the_logits(
     report = verify(edited(good, tmp_path / "out", change), engine=engine)
 
     assert not report.ok
-    assert {check.name: check.ok for check in report.checks} == {"layout": False, "coverage": True, "prefill": False}
+    assert not check(report, "layout").ok
+    assert check(report, "coverage").ok
+    assert check(report, "prefill").ok is False
+    if change is not zero_row:  # the decoded sequence need not hold that one token; the vocabulary's does
+        assert check(report, "decode").ok is False
 
 
 def test_a_missing_projection_that_vllm_would_load_is_found(good: Path, tmp_path: Path, engine: Engine) -> None:
@@ -124,9 +145,8 @@ def test_a_missing_projection_that_vllm_would_load_is_found(good: Path, tmp_path
 
     report = verify(edited(good, tmp_path / "out", drop), engine=engine)
 
-    layout, coverage, prefill = report.checks
-    assert (layout.ok, coverage.ok, prefill.ok) == (False, False, False)
-    assert any("model.layers.1.self_attn.o_proj" in line for line in coverage.detail)
+    assert [check(report, name).ok for name in ALL[:4]] == [False] * 4
+    assert any("model.layers.1.self_attn.o_proj" in line for line in check(report, "coverage").detail)
 
 
 def test_a_bias_that_vllm_would_ignore_is_found(good: Path, tmp_path: Path, engine: Engine) -> None:
@@ -135,7 +155,7 @@ def test_a_bias_that_vllm_would_ignore_is_found(good: Path, tmp_path: Path, engi
 
     report = verify(edited(good, tmp_path / "out", add), engine=engine)
 
-    coverage = report.checks[1]
+    coverage = check(report, "coverage")
     assert coverage.ok is False
     assert any("model.layers.0.self_attn.o_proj.bias" in line for line in coverage.detail)
 
@@ -149,7 +169,8 @@ def test_a_layout_that_vllm_cannot_load_fails_without_ending_the_engine(
     report = verify(edited(good, tmp_path / "out", narrow), engine=engine)
 
     assert not report.ok
-    assert report.checks[1].ok is False
+    assert check(report, "coverage").ok is False
+    assert check(report, "prefill").ok is None
     assert verify(good, engine=engine).ok
 
 
@@ -163,7 +184,7 @@ def test_a_wrong_mapping_is_caught_by_the_logits_alone(tmp_path: Path, engine: E
 
     report = verify(out, engine=engine)
 
-    assert {check.name: check.ok for check in report.checks} == {"layout": True, "coverage": True, "prefill": False}
+    assert [check(report, name).ok for name in ALL[:4]] == [True, True, False, False]
 
 
 REFERENCE = """
@@ -260,6 +281,19 @@ def test_a_report_is_green_only_for_the_layout_it_is_about(good: Path, tmp_path:
     assert green_report(out) == (False, "it was converted again after its last verification")
     save_report(Report(**{**vars(report), "ok": False, "manifest": ""}), out)
     assert not green_report(out)[0]
+
+
+def test_decoding_takes_every_path(tmp_path: Path, engine: Engine) -> None:
+    """One-token steps, chunks, preemption and cache hits must really have happened, or the check proves nothing."""
+    release = make.meta(tmp_path / "release", dtype=torch.float32)
+    report = verify(make.layout(release, tmp_path / "out", given={"context": "512"}), engine=engine)
+
+    figures = check(report, "decode").figures
+    assert report.ok
+    assert figures["steps"] > 100
+    assert figures["chunks"] >= 1
+    assert figures["again"] > 0
+    assert figures["spared"] >= 32
 
 
 def test_inputs_use_every_token_once_and_reach_far() -> None:

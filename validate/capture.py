@@ -119,6 +119,7 @@ class Capture:
             "runner": f"{runner.__module__}.{runner.__qualname__}",
             "device": str(self.model_runner.device),
             "dtype": str(self.vllm_config.model_config.dtype).removeprefix("torch."),
+            "graphs": getattr(self.vllm_config.compilation_config.cudagraph_mode, "name", ""),
             "audit": getattr(model, "mdl_audit", None),
         }
 

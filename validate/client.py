@@ -20,6 +20,8 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
     "TOKENIZERS_PARALLELISM": "false",
+    "VLLM_FLOAT32_MATMUL_PRECISION": "highest",  # float32 means float32 here, not 10 bits of mantissa: in matrices
+    "TRITON_F32_DEFAULT": "ieee",  # and in attention on GPUs, whose kernels otherwise round float32 to TF32
 }
 
 CPU_COMPILATION: dict[str, list[str]] = {"custom_ops": ["all", "-rotary_embedding"]}
@@ -40,6 +42,7 @@ class Request:
     ids: tuple[int, ...]
     forced: tuple[int, ...] = ()
     max_tokens: int = 1
+    salt: str = ""
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,8 @@ class Coverage:
 
 @dataclass(frozen=True)
 class EngineResult:
-    """A layout that loaded and ran. ``seconds`` holds the wall time of each phase and scenario."""
+    """A layout that loaded and ran. ``seconds`` holds the wall time of each phase and scenario; ``notes`` warn;
+    ``graphs`` is vLLM's mode of CUDA graphs."""
 
     scenarios: tuple[ScenarioResult, ...]
     coverage: Coverage
@@ -118,6 +122,8 @@ class EngineResult:
     dtype: str
     versions: Mapping[str, str]
     seconds: Mapping[str, float] = field(compare=False)
+    notes: tuple[str, ...] = ()
+    graphs: str = ""
 
 
 @dataclass(frozen=True)
@@ -174,6 +180,26 @@ class Engine:
         request = {"op": "complete", "prompt": prompt, "arguments": list(arguments), "max_tokens": max_tokens}
         answer = self._ask(request)
         return answer if isinstance(answer, EngineFailure) else str(answer["text"])
+
+    def probe(
+        self, layout: Path, ids: Sequence[int], units: Sequence[Mapping[str, Any]], inputs: Path, answers: Path
+    ) -> Mapping[str, Any] | EngineFailure:
+        """Feed modules of ``layout`` the inputs in one file and leave what they answer in another (:mod:`.probe`).
+
+        A unit is ``{"key", "targets": stored tensors, "level", "leaf", "head"}``. Returns its place in vLLM's model.
+        """
+        request = {
+            "op": "probe",
+            "layout": str(layout.resolve()),
+            "dtype": "float32",
+            "ids": list(ids),
+            "units": [dict(unit) for unit in units],
+            "inputs": str(inputs.resolve()),
+            "answers": str(answers.resolve()),
+            "engine": {"max_model_len": len(ids) + 1},
+        }
+        answer = self._ask(request)
+        return answer if isinstance(answer, EngineFailure) else answer["places"]
 
     def ping(self) -> dict[str, Any]:
         """Wait until the imports are done; the child's ``pid`` and vLLM's version."""
@@ -240,6 +266,8 @@ def _result(answer: Mapping[str, Any]) -> EngineResult:
         dtype=answer["dtype"],
         versions=answer["versions"],
         seconds=answer["seconds"],
+        notes=tuple(answer["notes"]),
+        graphs=answer["graphs"],
     )
 
 

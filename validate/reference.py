@@ -3,39 +3,59 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
-import inspect
-import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from ..archs.base import Arch, Dims
 from ..convert.plan import Plan
 from ..convert.sources import Files, lazy_source
-from ..errors import input_error, machine_error
+from ..errors import MdlError, input_error, machine_error
+from .compare import Distance, distance
+from .inputs import Inputs
+from .record import Forward, Unusable, load_model
 
 if TYPE_CHECKING:
     import torch
+
+
+PRECISIONS = ("float32", "float64", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
 class Reference:
     """A forward pass to believe in.
 
-    ``logits(ids, dtype)`` maps token ids [T] to logits [T, V] computed in ``dtype`` ("float32" or "float64").
-    ``exact`` tells whether a float64 run is possible; without one only the absolute ceiling can be applied.
+    ``logits(ids, dtype)`` maps token ids [T] to logits [T, V] computed in ``dtype``, one of ``dtypes``, always from the
+    original weights, never from already rounded ones. ``exact`` tells whether a float64 run is possible; without one
+    only the absolute ceiling can be applied.
+
+    A recorded reference is not ``free``: it answers for the sequences of ``inputs`` alone, and only in its exact
+    precision. How far its own runs were from that is in ``floors``: precision → one distance per sequence.
+    ``module`` is the module behind a reference that runs here, if there is one, for those who want to hook it.
     """
 
     name: str
     logits: Callable[[list[int], str], torch.Tensor]
     exact: bool = True
     notes: tuple[str, ...] = ()
+    inputs: Inputs | None = None
+    free: bool = True
+    dtypes: tuple[str, ...] = PRECISIONS
+    floors: Mapping[str, tuple[Distance, ...]] = field(default_factory=dict[str, tuple[Distance, ...]])
+    module: torch.nn.Module | None = None
+
+    def floor(self, ids: list[int], dtype: str, exact: torch.Tensor) -> Distance:
+        """How far this reference's own run in ``dtype`` is from its ``exact`` logits [T, V]: run, or recorded."""
+        if self.inputs is None or dtype not in self.floors:
+            return distance(self.logits(ids, dtype), exact)
+        return self.floors[dtype][[list(one.ids) for one in self.inputs.sequences].index(ids)]
 
 
 def builtin_reference(arch: Arch, dims: Dims, plan: Plan) -> Reference:
-    """The family's own eager module on the raw tensors, rank files joined, in float32 and float64.
+    """The family's own eager module on the raw tensors, rank files joined.
 
     Weights go through the element type that the plan writes first: where ``--dtype`` rounded them, the reference
     computes with the same rounded weights.
@@ -47,9 +67,18 @@ def builtin_reference(arch: Arch, dims: Dims, plan: Plan) -> Reference:
     with torch.device("meta"):
         module = build(dims)
     module.load_state_dict(_raw_weights(plan, set(module.state_dict())), strict=True, assign=True)
+    rounded = rounded_to(plan)
+    notes = (f"the reference uses weights rounded to {rounded}, as --dtype asked",) if rounded else ()
+    name = f"mdl's eager {arch.name}"
+    forward = Forward(module, name)
+    forward.vocab = dims.integer("vocab")
+    return Reference(name, _logits(forward), notes=notes, module=module)
+
+
+def rounded_to(plan: Plan) -> str:
+    """The type that a conversion with ``--dtype`` rounded weights to, or nothing."""
     rounded = sorted({s.dtype for s in plan.writes if s.sources and s.dtype != s.source_dtype})
-    notes = (f"the reference uses weights rounded to {', '.join(rounded)}, as --dtype asked",) if rounded else ()
-    return Reference(f"mdl's eager {arch.name}", _runner(module), notes=notes)
+    return ", ".join(rounded)
 
 
 def _raw_weights(plan: Plan, wanted: set[str]) -> dict[str, torch.Tensor]:
@@ -71,101 +100,45 @@ def _raw_weights(plan: Plan, wanted: set[str]) -> dict[str, torch.Tensor]:
     return weights
 
 
-def user_reference(spec: str, checkpoint: Path) -> Reference:
+def user_reference(spec: str, checkpoint: Path, *, rounded: str = "") -> Reference:
     """The user's own code: ``model.py:build`` with ``build(checkpoint: Path)`` -> a module or a callable.
 
-    The result maps ids [B, T] to logits [B, T, V] at every position; tuples, dicts and outputs with ``.logits``
-    are understood, and a ``targets`` or ``labels`` parameter is fed (nanoGPT's forward returns only the last
-    position without). The file's code runs, as it was asked to. Raises MdlError (INPUT) for what can't be used.
+    The result maps ids to logits; docs/reference.md lists the forms that are understood. ``rounded`` sends the
+    parameters through that type first, as ``mdl convert --dtype`` did. The file's code runs in this process, as it
+    was asked to. Raises MdlError: INPUT for what can't be used, with what to write; MACHINE where memory ends.
     """
-    import torch
+    with translating():
+        forward = Forward(load_model(spec, checkpoint), spec)
+        notes: tuple[str, ...] = ()
+        if rounded:
+            forward.round_weights(rounded)
+            notes = (f"the reference uses weights rounded to {rounded}, as --dtype asked",)
+        forward.probe()
+    notes += tuple(forward.notes)
+    dtypes = PRECISIONS if forward.module is not None else ("float32",)
+    dtypes = dtypes if forward.exact else tuple(d for d in dtypes if d != "float64")
+    return Reference(spec, _logits(forward), exact=forward.exact, notes=notes, dtypes=dtypes, module=forward.module)
 
-    build = _load_function(spec)
+
+def _logits(forward: Forward) -> Callable[[list[int], str], torch.Tensor]:
+    def logits(ids: list[int], dtype: str) -> torch.Tensor:
+        with translating():
+            return forward.logits(ids, dtype)
+
+    return logits
+
+
+@contextmanager
+def translating() -> Generator[None]:
+    """What :mod:`mdl.validate.record` raises, as the errors of the house."""
     try:
-        model = build(checkpoint)
-    except Exception as error:
-        raise input_error(f"build({checkpoint}) raised {type(error).__name__}: {error}", spec) from error
-    if isinstance(model, torch.nn.Module):
-        return Reference(spec, _runner(model))
-    if not callable(model):
-        raise input_error(f"build returned {type(model).__name__}", spec, "return a torch.nn.Module or a callable")
-
-    def once(ids: list[int], dtype: str) -> torch.Tensor:
-        with torch.inference_mode():
-            return _logits(model(torch.tensor([ids])), len(ids), spec)
-
-    note = "the reference is a plain callable: no float64 run, so only the absolute ceiling applies"
-    return Reference(spec, once, exact=False, notes=(note,))
+        yield
+    except Unusable as error:
+        if isinstance(error.__cause__, MdlError):
+            raise error.__cause__ from error
+        raise unusable(error.what, error.where, error.do, machine=error.machine) from error
 
 
-def _load_function(spec: str) -> Callable[[Path], Any]:
-    file, _, function = spec.rpartition(":")
-    path = Path(file)
-    if not file or not path.is_file():
-        raise input_error(
-            "is not FILE.py:FUNCTION with an existing file", spec, "for example --reference model.py:build"
-        )
-    module_spec = importlib.util.spec_from_file_location(f"mdl_user_reference_{path.stem}", path)
-    assert module_spec is not None  # noqa: S101  (an existing .py file always has a spec)
-    assert module_spec.loader is not None  # noqa: S101  (and a loader)
-    module = importlib.util.module_from_spec(module_spec)
-    sys.modules[module_spec.name] = module
-    sys.path.insert(0, str(path.parent.resolve()))
-    try:
-        module_spec.loader.exec_module(module)
-    except Exception as error:
-        raise input_error(f"raised {type(error).__name__}: {error}", str(path)) from error
-    found = getattr(module, function, None)
-    if not callable(found):
-        raise input_error(f"defines no function {function!r}", str(path), "def build(checkpoint: Path): return model")
-    return cast("Callable[[Path], Any]", found)
-
-
-def _runner(module: torch.nn.Module) -> Callable[[list[int], str], torch.Tensor]:
-    """Run a module in the wanted precision, one sequence at a time; weights are converted once per change."""
-    import torch
-
-    module.eval()
-    current = ""
-    extra = _target_parameter(module)
-
-    def run(ids: list[int], dtype: str) -> torch.Tensor:
-        nonlocal current
-        if dtype != current:
-            module.to(getattr(torch, dtype))
-            current = dtype
-        batch = torch.tensor([ids])
-        more = {extra: batch} if extra else {}
-        try:
-            with torch.inference_mode():
-                return _logits(module(batch, **more), len(ids), type(module).__name__)
-        except torch.OutOfMemoryError as error:
-            raise machine_error(f"the reference ran out of memory: {error}") from error
-
-    return run
-
-
-def _target_parameter(module: torch.nn.Module) -> str:
-    parameters = inspect.signature(module.forward).parameters
-    return next((name for name in ("targets", "labels") if name in parameters), "")
-
-
-def _logits(output: Any, length: int, name: str) -> torch.Tensor:
-    """The [T, V] logits in whatever a forward returned. Raises MdlError (INPUT) with what to write instead."""
-    import torch
-
-    if hasattr(output, "logits"):
-        output = output.logits
-    elif isinstance(output, Mapping):
-        output = cast("Mapping[str, Any]", output).get("logits")
-    elif isinstance(output, tuple | list):
-        tensors = (x for x in cast("tuple[Any, ...]", output) if isinstance(x, torch.Tensor) and x.dim() >= 2)
-        output = next(tensors, None)
-    if not isinstance(output, torch.Tensor):
-        raise input_error(f"returns {type(output).__name__}, not logits", name, "return a tensor [B, T, V]")
-    if output.dim() == 2 and output.shape[0] == length:
-        output = output[None]
-    if output.dim() != 3 or output.shape[0] != 1 or output.shape[1] != length:
-        do = "wrap the model so that it returns logits at every position, shaped [B, T, V]"
-        raise input_error(f"returns {list(output.shape)} for {length} tokens", name, do)
-    return output[0]
+def unusable(what: str, where: str, do: str, *, machine: bool) -> MdlError:
+    """A reference that can't be used: the input's fault, or the machine's."""
+    return (machine_error if machine else input_error)(what, where, do)

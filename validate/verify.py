@@ -5,51 +5,60 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ..convert.config import read_config
 from ..convert.manifest import Manifest, fingerprint, own_version, read_manifest
 from ..convert.prepare import Options, Prepared, prepare
-from ..errors import MdlError, Problem, input_error
-from .client import Engine, EngineFailure, EngineResult, Request, Scenario
-from .compare import CEILING, RATIO, Distance, Verdict, distance, judge
+from ..errors import MdlError, Problem, input_error, usage_error
+from . import checks, scenarios
+from .checks import Expected
+from .client import Engine, EngineFailure, EngineResult, Scenario
+from .compare import Distance, distance
+from .faults import known_faults, version_note
 from .inputs import Inputs, make_inputs
 from .layout import layout_problems
-from .reference import Reference, builtin_reference, user_reference
-from .report import Check, Report, manifest_hash
+from .reference import Reference, builtin_reference, rounded_to, user_reference
+from .report import Check, Evidence, Located, Report, manifest_hash
 
-if TYPE_CHECKING:
-    import torch
-
-_SHOWN = 8
+TIERS = ("prefill", "decode", "generate")
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How to verify. ``against`` overrules the checkpoint's path in the manifest; ``prompts`` are texts."""
+    """How to verify.
+
+    ``against`` overrules the checkpoint's path in the manifest; ``prompts`` are texts; ``dtype`` is the serving type,
+    by default the layout's own. The reference is the family's eager module, or the user's ``reference``
+    (FILE.py:FUNCTION, in another environment's ``reference_python`` if given), or what ``golden`` recorded of it.
+    """
 
     against: Path | None = None
     reference: str | None = None
+    reference_python: str | None = None
+    golden: Path | None = None
     prompts: tuple[str, ...] = ()
     seed: int = 0
+    dtype: str | None = None
+    tensor_parallel_size: int = 1
+    locate: bool = True
     command: str = ""
 
 
-@dataclass
-class _Reference:
-    """The reference's float64 logits on disk and its own float32 error, per sequence."""
+@dataclass(frozen=True)
+class Side:
+    """The reference's side of a verification, which does not depend on the layout's files: computed once."""
 
-    files: list[Path]
-    floors: list[Distance]
+    prepared: Prepared
+    reference: Reference
+    expected: Expected
 
 
 def verify(
-    layout: Path,
-    settings: Settings | None = None,
-    *,
-    engine: Engine | None = None,
-    say: Callable[[str], None] = lambda _: None,
+    layout: Path, settings: Settings | None = None, *, engine: Engine | None = None, say: Say = lambda _: None
 ) -> Report:
     """Verify a layout. Raises MdlError: INPUT for an unusable layout or reference, MACHINE where vLLM is missing.
 
@@ -58,24 +67,34 @@ def verify(
     """
     settings = settings or Settings()
     manifest = read_manifest(layout)
-    prepared = _source(manifest, settings)
+    prepared = source_of(manifest, settings)
     own = engine is None
-    running = engine or Engine()  # vLLM imports in its own process while the reference runs in this one
+    running = engine or Engine(
+        env=_environment(settings)
+    )  # vLLM imports in its own process while the reference runs in this one
     try:
         with tempfile.TemporaryDirectory(prefix="mdl-verify-") as scratch:
-            return _verify(layout, manifest, prepared, settings, running, Path(scratch), say)
+            begin = time.perf_counter()
+            say("running the reference in float32 and float64")
+            side = reference_side(layout, prepared, settings, Path(scratch))
+            spent = time.perf_counter() - begin
+            report = judge_layout(layout, side, settings, running, Path(scratch), say)
+            return replace(report, seconds={"reference": round(spent, 2), **report.seconds})
     finally:
         if own:
             running.close()
 
 
-def _source(manifest: Manifest, settings: Settings) -> Prepared:
+def _environment(settings: Settings) -> dict[str, str]:
+    """Several workers on one CPU cannot each have cores of their own, which vLLM insists on unless told otherwise."""
+    return {"VLLM_CPU_OMP_THREADS_BIND": "nobind"} if settings.tensor_parallel_size > 1 else {}
+
+
+def source_of(manifest: Manifest, settings: Settings) -> Prepared:
     """The raw checkpoint that the layout came from, measured afresh: nothing is taken from the layout itself."""
     path = settings.against or Path(manifest.source["path"])
     if not path.exists():
-        raise input_error(
-            "the checkpoint that this layout came from is not there", str(path), "give it: --against CKPT"
-        )
+        raise input_error("the checkpoint of this layout is not there any more", str(path), "give it: --against CKPT")
     said = manifest.options
     options = Options(said.get("arch"), said.get("given", {}), said.get("weights"), said.get("dtype"))
     prepared = prepare(path, options)
@@ -86,61 +105,47 @@ def _source(manifest: Manifest, settings: Settings) -> Prepared:
     return prepared
 
 
-def _verify(
-    layout: Path,
-    manifest: Manifest,
-    prepared: Prepared,
-    settings: Settings,
-    engine: Engine,
-    scratch: Path,
-    say: Callable[[str], None],
-) -> Report:
-    begin = time.perf_counter()
-    say("checking files, hashes and shapes")
-    problems = layout_problems(layout, manifest)
-    checks = [_layout_check(problems, manifest)]
-    times = {"layout": time.perf_counter() - begin}
-    say("running the reference in float32 and float64")
-    reference = _reference(prepared, settings)
-    vocab, context = prepared.dims.integer("vocab"), prepared.dims.integer("context")
-    inputs = make_inputs(vocab, context, seed=settings.seed, prompts=_encode(layout, settings.prompts))
-    expected = run_reference(reference, inputs, scratch)
-    times["reference"] = time.perf_counter() - begin - sum(times.values())
-    say("running vLLM")
-    result = run_engine(engine, layout, inputs, scratch)
-    times["vllm"] = time.perf_counter() - begin - sum(times.values())
-    if isinstance(result, EngineFailure):
-        checks += _not_run(result)
-    else:
-        checks.append(coverage_check(result))
-        checks.append(prefill_check(result, expected, inputs, exact=reference.exact))
-    times["total"] = time.perf_counter() - begin
-    return Report(
-        layout=str(layout),
-        checkpoint=prepared.inventory.path,
-        arch=prepared.arch.name,
-        target=prepared.arch.target,
-        reference=reference.name,
-        dtype="float32",
-        ok=all(check.ok is True for check in checks),
-        checks=tuple(checks),
-        inputs=_describe(inputs),
-        seed=settings.seed,
-        trusted=() if settings.reference else _trusted(prepared),
-        notes=reference.notes,
-        versions=_versions(result),
-        manifest=manifest_hash(layout),
-        command=settings.command,
-        seconds={name: round(value, 2) for name, value in times.items()},
-    )
+def reference_side(layout: Path, prepared: Prepared, settings: Settings, scratch: Path) -> Side:
+    """Choose the reference and run it on every sequence; exact logits go to ``scratch``, errors stay."""
+    prompts = _encode(layout, settings.prompts)
+    reference = choose_reference(prepared, settings, prompts)
+    inputs = reference.inputs
+    if inputs is None:
+        vocab, context = prepared.dims.integer("vocab"), prepared.dims.integer("context")
+        inputs = make_inputs(vocab, context, seed=settings.seed, prompts=prompts)
+    return Side(prepared, reference, run_reference(reference, inputs, scratch))
 
 
-def run_reference(reference: Reference, inputs: Inputs, scratch: Path) -> _Reference:
-    """Both runs of the reference on every sequence; float64 logits go to the disk, errors stay."""
+def choose_reference(prepared: Prepared, settings: Settings, prompts: Sequence[Sequence[int]] = ()) -> Reference:
+    """The golden file, the user's code (here or in another Python), or the family's own eager module, in that order."""
+    checkpoint = Path(prepared.inventory.path)
+    if settings.golden:
+        from .golden import golden_reference
+
+        if settings.prompts or settings.reference:
+            raise usage_error(
+                "--golden has its own inputs and its own reference", do="leave --prompt and --reference out"
+            )
+        return golden_reference(settings.golden, files=[Path(file) for file in prepared.inventory.files])
+    if settings.reference and settings.reference_python:
+        from .golden import foreign_reference
+
+        python = settings.reference_python
+        return foreign_reference(settings.reference, checkpoint, python, prepared, settings.seed, prompts=prompts)
+    if settings.reference_python:
+        raise usage_error("--reference-python needs --reference", do="name the code to run: FILE.py:FUNCTION")
+    if settings.reference:
+        return user_reference(settings.reference, checkpoint, rounded=rounded_to(prepared.plan))
+    return builtin_reference(prepared.arch, prepared.dims, prepared.plan)
+
+
+def run_reference(reference: Reference, inputs: Inputs, scratch: Path) -> Expected:
+    """Both runs of the reference on every sequence: all of float32 first, so that weights are converted once."""
     from safetensors.torch import save_file
 
     exact_type = "float64" if reference.exact else "float32"
-    single = [reference.logits(list(one.ids), "float32").clone() for one in inputs.sequences]
+    recorded = reference.floors.get("float32")
+    single = [] if recorded else [reference.logits(list(one.ids), "float32").clone() for one in inputs.sequences]
     files: list[Path] = []
     floors: list[Distance] = []
     for k, one in enumerate(inputs.sequences):
@@ -148,93 +153,151 @@ def run_reference(reference: Reference, inputs: Inputs, scratch: Path) -> _Refer
         if exact.shape[-1] != inputs.vocab:
             what = f"gives {exact.shape[-1]} logits per position, the checkpoint has {inputs.vocab} rows"
             raise input_error(what, reference.name, "the reference and the checkpoint do not belong together")
-        floors.append(distance(single[k], exact))
-        single[k] = exact[:0]
+        floors.append(recorded[k] if recorded else distance(single[k], exact))
+        single[k : k + 1] = [exact[:0]]  # its memory is needed for the next ones
         files.append(scratch / f"reference-{k:04d}.safetensors")
         save_file({"logits": exact.contiguous()}, files[-1])
-    return _Reference(files, floors)
+    return Expected(reference.name, inputs, tuple(files), tuple(floors), reference.exact)
 
 
-def run_engine(engine: Engine, layout: Path, inputs: Inputs, scratch: Path) -> EngineResult | EngineFailure:
-    """vLLM in float32 on every sequence, each as one prompt."""
-    scenarios = [Scenario(f"prefill-{k:04d}", (Request(ids=one.ids),)) for k, one in enumerate(inputs.sequences)]
-    longest = max(len(one.ids) for one in inputs.sequences)
-    folder = scratch / "vllm"
-    folder.mkdir()
-    return engine.run(layout, scenarios, dtype="float32", scratch=folder, max_model_len=longest + 1)
+def judge_layout(layout: Path, side: Side, settings: Settings, engine: Engine, scratch: Path, say: Say) -> Report:
+    """The layout's side: its files, then vLLM in float32 in every way, then in the serving type."""
+    begin = time.perf_counter()
+    manifest = read_manifest(layout)
+    say("checking files, hashes and shapes")
+    found = [checks.layout_check(layout_problems(layout, manifest, side.prepared), manifest)]
+    seconds = {"layout": time.perf_counter() - begin}
+    say("running vLLM in float32")
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        result, evidence = _float32(layout, side, settings, engine, Path(folder), found)
+        seconds["vllm"] = time.perf_counter() - begin - sum(seconds.values())
+        dtype = settings.dtype or str(read_config(layout).get("dtype", "float32"))
+        if dtype != "float32" and isinstance(result, EngineResult):
+            say(f"running both in {dtype}")
+            found.append(_serving_type(layout, side, settings, engine, Path(folder), dtype))
+            seconds[dtype] = time.perf_counter() - begin - sum(seconds.values())
+    located = None
+    if settings.locate and any(c.ok is False and c.name in ("prefill", "decode") for c in found):
+        say("locating the fault")
+        located = _locate(layout, side, engine, scratch, evidence)
+        seconds["locate"] = time.perf_counter() - begin - sum(seconds.values())
+    return Report(
+        layout=str(layout),
+        checkpoint=side.prepared.inventory.path,
+        arch=side.prepared.arch.name,
+        target=side.prepared.arch.target,
+        reference=side.reference.name,
+        dtype=dtype,
+        ok=_passed(found),
+        checks=tuple(found),
+        inputs=_describe(side.expected.inputs),
+        seed=side.expected.inputs.seed,
+        trusted=() if settings.reference or settings.golden else _trusted(side.prepared),
+        notes=(*side.reference.notes, *_vllm_notes(layout, result, found)),
+        versions=_versions(result),
+        manifest=manifest_hash(layout),
+        command=settings.command,
+        seconds={name: round(value, 2) for name, value in seconds.items()},
+        evidence=evidence,
+        located=located,
+    )
 
 
-def coverage_check(result: EngineResult) -> Check:
-    """Every parameter of vLLM's model was filled from the files, and every tensor of the files was used."""
-    c = result.coverage
-    detail = [f"nothing was loaded into {name} ({n} of {size} values)" for name, (n, size) in c.unloaded.items()]
-    detail += [f"vLLM ignored {name}" for name in c.unconsumed]
-    detail += [f"vLLM used {name} more than once" for name in c.repeated]
-    detail += [f"vLLM used only part of {name}" for name in c.partial]
-    wrong = len(detail)
-    detail += [f"{name} was not checked (its type knows no NaN)" for name in c.unchecked]
-    if not c.audited:
-        detail.append("vLLM's loader could not be followed, so it is not known which tensors were used")
-    ok = wrong == 0 and c.audited
-    measured = f"{c.stored} tensors in, {wrong} faults" if c.audited else "not audited"
-    return Check("coverage", ok, measured, "0 faults", _few(detail), {"faults": float(wrong)})
+def _passed(found: Sequence[Check]) -> bool:
+    """Nothing failed, and the checks that make a proof were not left out."""
+    proofs = {check.name for check in found if check.ok is True}
+    return all(check.ok is not False for check in found) and {"layout", "coverage", "prefill", "decode"} <= proofs
 
 
-def prefill_check(result: EngineResult, expected: _Reference, inputs: Inputs, *, exact: bool) -> Check:
-    """The gate: vLLM's float32 logits at every position against the float64 reference."""
-    from safetensors.torch import load_file
+def _float32(
+    layout: Path, side: Side, settings: Settings, engine: Engine, folder: Path, found: list[Check]
+) -> tuple[Any, Any]:
+    """All float32 tiers in one engine. Appends their checks; returns vLLM's answer and the evidence."""
+    expected, inputs = side.expected, side.expected.inputs
+    prefill, decode = scenarios.prefill_cases(inputs), scenarios.decode_cases(inputs)
+    generate = scenarios.generate_case(inputs)
+    cases = [*prefill, *decode, *([generate] if generate else [])]
+    arguments = scenarios.engine_settings(inputs, settings.tensor_parallel_size)
+    result = engine.run(layout, [c.scenario for c in cases], dtype="float32", scratch=folder, **arguments)
+    if isinstance(result, EngineFailure):
+        found += checks.failed_to_run(result, TIERS)
+        return result, None
+    answered = zip([*prefill, *decode], result.scenarios, strict=False)  # what follows them is free generation
+    compared = [checks.compare_case(case, answer, expected) for case, answer in answered]
+    found.append(checks.coverage_check(result))
+    found.append(checks.parity_check("prefill", _joined(compared[: len(prefill)]), expected))
+    found.append(checks.decode_check(compared[len(prefill) :], expected))
+    if generate:
+        found.append(_generate(side, generate.scenario, result.scenarios[-1].requests[0].generated))
+    evidence = checks.gather_evidence(prefill, result.scenarios[: len(prefill)], expected)
+    return result, evidence
 
+
+def _joined(groups: Sequence[list[checks.Compared] | str]) -> list[checks.Compared] | str:
+    """Several cases as one, or the first complaint."""
+    complaint = next((group for group in groups if isinstance(group, str)), None)
+    return complaint or [c for group in groups if not isinstance(group, str) for c in group]
+
+
+def _generate(side: Side, scenario: Scenario, tokens: Sequence[int]) -> Check:
+    """Ask the reference about vLLM's own continuation: one forward, not one per token."""
+    prompt = list(scenario.requests[0].ids)
+    if not side.reference.free:
+        return Check("generate", None, "not run", "", ("the recorded reference cannot be asked about new tokens",))
+    ids = [*prompt, *tokens[:-1]]
+    exact = side.reference.logits(ids, "float64" if side.expected.exact else "float32")[len(prompt) - 1 :]
+    single = side.reference.logits(ids, "float32")[len(prompt) - 1 :]
+    floor = distance(single, exact)
+    if not side.expected.exact:  # no float64 run to measure rounding by: borrow what float32 usually costs
+        floor = replace(floor, error=tuple(1e-11 * s for s in floor.scale))
+    return checks.generate_check(tokens, exact, floor)
+
+
+def _serving_type(layout: Path, side: Side, settings: Settings, engine: Engine, folder: Path, dtype: str) -> Check:
+    """The same prompts in the serving type, on both sides."""
+    name, expected = f"dtype {dtype}", side.expected
+    if dtype not in side.reference.dtypes and dtype not in side.reference.floors:
+        return Check(name, None, "not run", "", (f"the reference has no {dtype} run",))
+    cases = scenarios.prefill_cases(expected.inputs)
+    arguments = scenarios.engine_settings(expected.inputs, settings.tensor_parallel_size)
+    result = engine.run(layout, [c.scenario for c in cases], dtype=dtype, scratch=folder, **arguments)
+    if isinstance(result, EngineFailure):
+        return Check(name, False, f"failed to {result.phase}", "", (f"{result.type}: {result.message}",))
     measured: list[Distance] = []
-    for scenario, file, one in zip(result.scenarios, expected.files, inputs.sequences, strict=True):
-        got = load_file(scenario.file)
-        logits = _in_order(got, one.ids)
-        if logits is None:
-            detail = f"vLLM returned {len(got['positions'])} positions for {len(one.ids)} tokens"
-            return Check("prefill", False, "incomplete", "every position", (detail,))
-        measured.append(distance(logits, load_file(file)["logits"]))
-    verdict = judge(measured, expected.floors)
-    return _prefill_verdict(verdict, inputs, exact=exact)
+    floors: list[Distance] = []
+    for k, (case, answer) in enumerate(zip(cases, result.scenarios, strict=True)):
+        compared = checks.compare_case(case, answer, expected)
+        if isinstance(compared, str):
+            return Check(name, False, "incomplete", "every position", (compared,))
+        measured.append(compared[0].measured)
+        ids = list(expected.inputs.sequences[k].ids)
+        floors.append(side.reference.floor(ids, dtype, expected.logits(k)))
+    return checks.dtype_check(dtype, measured, floors)
 
 
-def _in_order(got: dict[str, torch.Tensor], ids: Sequence[int]) -> torch.Tensor | None:
-    """Logits of positions 0 … T - 1, or None if they are not exactly the positions and tokens that were asked for."""
-    import torch
-
-    order = got["positions"].argsort()
-    complete = torch.equal(got["positions"][order], torch.arange(len(ids)))
-    if not complete or not torch.equal(got["input_ids"][order], torch.tensor(ids)):
-        return None
-    return got["logits"][order]
+def _vllm_notes(layout: Path, result: EngineResult | EngineFailure, found: Sequence[Check]) -> tuple[str, ...]:
+    """What is to be said about vLLM itself: an untried version, and, for a failure, the faults it is known to have."""
+    version = version_note(result.versions.get("vllm", "")) if isinstance(result, EngineResult) else ()
+    return (*version, *(known_faults(read_config(layout)) if any(c.ok is False for c in found) else ()))
 
 
-def _prefill_verdict(v: Verdict, inputs: Inputs, *, exact: bool) -> Check:
-    figures = {"nmse": v.nmse, "floor": v.floor, "ratio": v.ratio, "worst": v.worst, "worst_ratio": v.worst_ratio}
-    kind = inputs.sequences[v.sequence].kind
-    where = f"worst at position {v.position} of a {kind} sequence: NMSE {v.worst:.1e}"
-    if not exact:
-        ok = v.nmse <= CEILING
-        return Check("prefill", ok, f"NMSE {v.nmse:.1e}", f"{CEILING:.0e}", (where,), figures)
-    measured = f"NMSE {v.nmse:.1e} = {v.ratio:.2g} x reference's {v.floor:.1e}"
-    limit = f"{RATIO:g} x, {CEILING:.0e}"
-    where += f" = {v.worst_ratio:.2g} x the reference's worst"
-    return Check("prefill", v.ok, measured, limit, (where,), figures)
+def _locate(layout: Path, side: Side, engine: Engine, scratch: Path, evidence: Evidence | None) -> Located | None:
+    """Name the module where the difference begins, asking first with the sequence that shows it most.
 
+    The long one is tried too: rotary scaling and windows show only there.
+    """
+    from .locate import locate
 
-def _layout_check(problems: list[Problem], manifest: Manifest) -> Check:
-    detail = [" ".join(part for part in (p.where, p.what) if part) for p in problems]
-    measured = f"{len(manifest.tensors)} tensors, {len(problems)} faults"
-    return Check("layout", not problems, measured, "0 faults", _few(detail), {"faults": float(len(problems))})
-
-
-def _not_run(failure: EngineFailure) -> list[Check]:
-    detail = (f"vLLM could not {failure.phase} the layout: {failure.type}: {failure.message}",)
-    return [Check("coverage", False, f"failed to {failure.phase}", "", detail), Check("prefill", None, "not run", "")]
-
-
-def _reference(prepared: Prepared, settings: Settings) -> Reference:
-    if settings.reference:
-        return user_reference(settings.reference, Path(prepared.inventory.path))
-    return builtin_reference(prepared.arch, prepared.dims, prepared.plan)
+    sequences = side.expected.inputs.sequences
+    long = scenarios.long_sequence(side.expected.inputs)
+    worst = max(range(len(sequences)), key=lambda k: max(evidence.measured[k])) if evidence else long
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        for k in dict.fromkeys((worst, long)):
+            ids = list(sequences[k].ids)
+            found = locate(layout, side.prepared, side.reference, engine, Path(folder), ids=ids)
+            if found is not None:
+                return found
+    return None
 
 
 def _encode(layout: Path, prompts: Sequence[str]) -> list[list[int]]:
@@ -243,9 +306,7 @@ def _encode(layout: Path, prompts: Sequence[str]) -> list[list[int]]:
         return []
     path = layout / "tokenizer.json"
     if not path.is_file():
-        raise input_error(
-            "has no tokenizer, so text prompts can't be used", str(layout), "convert with --tokenizer PATH"
-        )
+        raise input_error("no tokenizer, so no text prompts", str(layout), "convert with --tokenizer PATH")
     from tokenizers import Tokenizer
 
     tokenizer: Any = Tokenizer.from_file(str(path))
@@ -277,11 +338,6 @@ def _versions(result: EngineResult | EngineFailure) -> dict[str, str]:
         found |= dict(result.versions)
         found |= {"model class": result.model_class, "attention": ", ".join(result.attention), "device": result.device}
     return found
-
-
-def _few(lines: list[str]) -> tuple[str, ...]:
-    rest = len(lines) - _SHOWN
-    return tuple(lines[:_SHOWN]) + ((f"… and {rest} more",) if rest > 0 else ())
 
 
 def require_ok(report: Report) -> None:

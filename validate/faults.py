@@ -1,0 +1,95 @@
+"""Where vLLM itself is known to differ from eager PyTorch although the weights are right.
+
+Measured on vLLM 0.32, CPU, float32, with random weights against transformers' eager classes. A failed check of such a
+model is still a failed check: what is served is not the reference. But the user should not look for the mistake in
+the conversion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+TESTED = ("0.25", "0.33")
+"""The first and the last minor version of vLLM that the verifier was tried with."""
+
+Config = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One known difference: for models of this type, where the config says so, and what helps."""
+
+    model_type: str
+    what: str
+    remedy: str = ""
+    when: Callable[[Config], bool] = lambda _: True
+
+
+_TRANSFORMERS = "serve it with vLLM's Transformers backend: `-- --model-impl transformers`"
+
+FAULTS = (
+    Fault("bloom", "computes the exact GELU where BLOOM has the tanh form (NMSE about 2e-8)"),
+    Fault(
+        "falcon", "computes ALiBi otherwise than the original (NMSE about 7e-3)", when=lambda c: bool(c.get("alibi"))
+    ),
+    Fault(
+        "phi3",
+        "chooses LongRoPE's long or short factors once, by max_model_len; the original by each sequence's length",
+        "serve with --max-model-len up to the original context, or expect the long factors everywhere",
+        lambda c: "longrope" in str(c.get("rope_parameters") or c.get("rope_scaling") or ""),
+    ),
+    Fault("cohere2", "attends to one token more than the sliding window says", _TRANSFORMERS),
+    Fault(
+        "mamba2",
+        "normalises each group by itself, which the original does too; transformers' class does not",
+        "compare with the original code: --reference",
+        lambda c: int(c.get("n_groups") or 1) > 1,
+    ),
+    Fault("zamba2", "differs; the cause is not known"),
+    Fault("apertus", "computes xIELU slightly otherwise (NMSE about 2e-6)", _TRANSFORMERS),
+    Fault("ernie4_5_moe", "differs in its native class; the cause is not known", _TRANSFORMERS),
+    Fault("doge", "differs in the Transformers MoE backend; the cause is not known"),
+    Fault("jetmoe", "differs in the Transformers MoE backend; the cause is not known"),
+    Fault("lfm2", "differs; the cause is not known"),
+    Fault("lfm2_moe", "differs; the cause is not known"),
+    Fault(
+        "granite",
+        "drops logits_scaling in the Transformers backend, so that every logit is too large",
+        "serve it with the native class: `-- --model-impl vllm`",
+        lambda c: float(c.get("logits_scaling") or 1) != 1,
+    ),
+    *(
+        Fault(
+            name,
+            "rotates q and k wrongly in the CPU's own rotary operator when MLA hands them over in three dimensions",
+            "mdl switches that operator off; a plain vLLM needs --compilation-config "
+            '\'{"custom_ops": ["all", "-rotary_embedding"]}\'',
+        )
+        for name in ("deepseek_v2", "deepseek_v3")
+    ),
+)
+
+
+def known_faults(config: Config) -> tuple[str, ...]:
+    """What is known against vLLM for a model of this config, in sentences; empty for most."""
+    return tuple(
+        f"vLLM itself is known to differ here: it {fault.what}" + (f"; {fault.remedy}" if fault.remedy else "")
+        for fault in FAULTS
+        if fault.model_type == config.get("model_type") and fault.when(config)
+    )
+
+
+def version_note(version: str) -> tuple[str, ...]:
+    """A warning for a vLLM that the verifier was never tried with; empty for those it was."""
+    from packaging.version import InvalidVersion, Version
+
+    try:
+        minor = Version(version).release[:2]
+    except InvalidVersion:
+        return (f"vLLM calls its version {version!r}: it is not known whether mdl was tried with it",)
+    first, last = (Version(text).release[:2] for text in TESTED)
+    if first <= minor <= last:
+        return ()
+    return (f"vLLM {version} is outside {TESTED[0]} to {TESTED[1]}, with which the verifier was tried",)

@@ -1,0 +1,228 @@
+"""Explanations put to the test: the reference is built again with one thing changed, and fed the same input.
+
+If the changed reference answers what vLLM answered, that thing is the cause. Three sources of changes: what
+config.json says otherwise than the checkpoint, values that are often mistaken for each other, and rows of the
+weights in another order.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast
+
+from ..archs.base import Dim, Dims, Value
+from ..convert.prepare import Prepared
+from ..errors import MdlError
+from ..mappings.lazy import Lazy
+from ..mappings.moves import PermuteRope, ReorderHeads
+from ..mappings.ops import Op, OpError
+from .asking import Answer, nmse, replay
+from .pairing import Seen
+
+if TYPE_CHECKING:
+    import torch
+
+MISTAKEN: dict[str, tuple[Value, ...]] = {
+    "norm_eps": (1e-5, 1e-6, 1e-8, 1e-12),
+    "rope_theta": (1e4, 5e5, 1e6),
+    "rope_scaling": ("none",),
+    "activation": ("gelu", "gelu_new", "silu", "relu"),
+}
+"""Values of a dim that one implementation has and another has not."""
+
+State = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Change:
+    """One hypothesis: dims that are other than the checkpoint says, or an edit of the weights, and its words."""
+
+    words: str
+    governed_by: str
+    dims: Mapping[str, Value] = field(default_factory=dict[str, Value])
+    edit: Callable[[State], State] | None = None
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A hypothesis and the error that is left under it."""
+
+    change: Change
+    left: float
+
+
+@dataclass(frozen=True)
+class Trials:
+    """Everything a hypothesis is tried on: the checkpoint, the reference as it was watched, and the faulty module."""
+
+    prepared: Prepared
+    seen: Seen
+    answer: Answer
+    ids: list[int]
+
+    def best(self, changes: Iterator[Change]) -> Tried | None:
+        """The first that explains the error, or else the one that takes away most of it, if it takes 99 %."""
+        limit = max(16 * self.answer.floor, 1e-11)
+        found: Tried | None = None
+        for change in changes:
+            left = self._left(change)
+            if left is not None and (found is None or left < found.left):
+                found = Tried(change, left)
+            if found is not None and found.left <= min(limit, 0.1 * self.answer.error):
+                break
+        return found if found is not None and found.left < 0.01 * self.answer.error else None
+
+    def _left(self, change: Change) -> float | None:
+        state = {
+            name.removeprefix(self.seen.prefix): tensor
+            for name, tensor in self.seen.root.state_dict().items()
+            if name.startswith(self.seen.prefix)
+        }
+        try:
+            root = _build(self.prepared, change.dims, change.edit(state) if change.edit else state)
+        except (MdlError, RuntimeError, OpError, KeyError, TypeError, ZeroDivisionError):
+            return None  # no such model: not the explanation
+        exact = None if root is None else replay(root, self.answer.unit, self.seen, self.ids)
+        if exact is None or exact.shape != self.answer.got.shape:
+            return None
+        return nmse(self.answer.got, exact)
+
+
+def _build(prepared: Prepared, changed: Mapping[str, Value], state: State) -> torch.nn.Module | None:
+    import torch
+
+    name, _, function = prepared.arch.eager.partition(":")
+    build = cast("Callable[[Dims], torch.nn.Module]", getattr(importlib.import_module(name), function))
+    with torch.device("meta"):
+        module = build(_having(prepared.dims, changed))
+    module.load_state_dict(state, strict=False, assign=True)
+    return None if any(p.is_meta for p in module.parameters()) else module.eval()
+
+
+def _having(dims: Dims, changed: Mapping[str, Value]) -> Dims:
+    for name, value in changed.items():
+        dims = dims.having(name, Dim(value, "user", "a hypothesis"))
+    return dims
+
+
+def differences(config: Mapping[str, Any], planned: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Dotted paths at which a layout's config.json is not what the checkpoint's would be: (there, planned)."""
+    theirs, ours = dict(_flat(config)), dict(_flat(planned))
+    tops = {path.partition(".")[0] for path in ours}
+    known = [path for path in {**ours, **theirs} if path.partition(".")[0] in tops]
+    return {path: (theirs.get(path), ours.get(path)) for path in known if theirs.get(path) != ours.get(path)}
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, item in value.items():
+        if isinstance(item, Mapping):
+            yield from _flat(cast("Mapping[str, Any]", item), f"{prefix}{name}.")
+        else:
+            yield prefix + name, item
+
+
+def from_config(prepared: Prepared, config: Mapping[str, Any]) -> Iterator[Change]:
+    """What config.json says otherwise: each field alone, then all together."""
+    found = differences(config, prepared.config)
+    together: dict[str, Value] = {}
+    for path, (there, planned) in found.items():
+        for name, value in _implied(prepared, config, path, there):
+            together |= {name: value}
+            words = f"{path} is {there!r} where the checkpoint's is {planned!r}"
+            yield Change(words, f"config.json: {path}", {name: value})
+    together |= _new(prepared, config, together)
+    if len(found) > 1:
+        words = ", ".join(f"{path} is {a!r} for {b!r}" for path, (a, b) in found.items())
+        yield Change(words, "config.json: " + ", ".join(found), together)
+
+
+def _implied(prepared: Prepared, config: Mapping[str, Any], path: str, there: Any) -> Iterator[tuple[str, Value]]:
+    """Which dims, at which value, would put this into the config. Words for "nothing" differ between the two."""
+    for name, dim in prepared.dims.entries.items():
+        for value in dict.fromkeys((there, "none")):
+            if value != dim.value and dict(_config(prepared, {name: value}, config)).get(path, _unset) == there:
+                yield name, value
+
+
+_unset = object()
+
+
+class _Open(dict[str, Any]):
+    """Dims in which a value that nobody gave is a marker of its name."""
+
+    def __missing__(self, name: str) -> _Marker:
+        return _Marker(name)
+
+
+@dataclass(frozen=True)
+class _Marker:
+    name: str
+
+
+def _config(prepared: Prepared, changed: Mapping[str, Value], _like: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    try:
+        dims: Any = _Open({**prepared.dims, **changed})
+        yield from _flat(prepared.arch.hf_config(dims))
+    except (TypeError, ValueError, KeyError, MdlError, ZeroDivisionError):
+        return  # this family has no config for such dims
+
+
+def _new(prepared: Prepared, config: Mapping[str, Any], changed: Mapping[str, Value]) -> dict[str, Value]:
+    """Dims that the checkpoint has not, but that the changed config needs (a scaling's factor)."""
+    theirs = dict(_flat(config))
+    markers = ((path, v) for path, v in _config(prepared, changed, config) if isinstance(v, _Marker))
+    return {marker.name: theirs[path] for path, marker in markers if path in theirs}
+
+
+def field_of(prepared: Prepared, dims: Mapping[str, Value]) -> str:
+    """The fields of config.json that these dims decide."""
+    before, after = dict(_config(prepared, {}, {})), dict(_config(prepared, dims, {}))
+    paths = [path for path in {**before, **after} if before.get(path) != after.get(path)]
+    return "config.json: " + (", ".join(paths) or "a value that it does not hold")
+
+
+def often_mistaken(prepared: Prepared) -> Iterator[Change]:
+    """Values that are taken for each other, one dim at a time."""
+    for name, values in MISTAKEN.items():
+        now = prepared.dims.get(name, _unset)
+        for value in values:
+            if now is not _unset and value != now:
+                words = f"with {name} {value} in place of {now}"
+                yield Change(words, field_of(prepared, {name: value}), {name: value})
+
+
+def reordered(prepared: Prepared, inside: Mapping[str, tuple[str, str]]) -> Iterator[Change]:
+    """Rows of the query and key projections in another order. ``inside`` maps a raw tensor to (target, rule)."""
+    head = prepared.dims.get("head_dim")
+    queries = {n: rule for n, (target, rule) in inside.items() if target.endswith(("q_proj.weight", "k_proj.weight"))}
+    if not isinstance(head, int) or not queries:
+        return
+    where = "mapping: " + ", ".join(dict.fromkeys(queries.values()))
+    for back in (True, False):
+        words = f"with the rows of q and k {'not ' if back else ''}moved from rotary pairs to rotary halves"
+        yield Change(words, where, edit=_editor(queries, head, lambda heads, b=back: PermuteRope(heads, 0, b)))
+    groups = prepared.dims.get("kv_heads")
+    if isinstance(groups, int):
+        q = {n: rule for n, rule in queries.items() if inside[n][0].endswith("q_proj.weight")}
+        words = "with query heads grouped the other way round (h mod K for h div H/K)"
+        yield Change(words, where, edit=_editor(q, head, lambda heads: ReorderHeads(heads, groups)))
+    for factor, words in ((head**0.5, "without the attention scale"), (head**-0.5, "with a scale of 1/D for 1/√D")):
+        q = [n for n in queries if inside[n][0].endswith("q_proj.weight")]
+        yield Change(words, where, edit=lambda state, q=q, f=factor: state | {n: state[n] * f for n in q})
+
+
+def _editor(names: Mapping[str, str], head: int, make: Callable[[int], Op]) -> Callable[[State], State]:
+    import torch
+
+    def edit(state: State) -> State:
+        changed: State = {}
+        for name in names:
+            weight = state[name].double().cpu().numpy()
+            moved = make(math.prod(weight.shape[:1]) // head).apply([Lazy.of(weight, "float64")])[0]
+            changed[name] = torch.from_numpy(moved.reshape(weight.shape).read().copy())
+        return state | changed
+
+    return edit
