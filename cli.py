@@ -159,7 +159,7 @@ def verify(
     prompt: PromptsOption = None,
     seed: SeedOption = 0,
     dtype: Annotated[str | None, typer.Option("--dtype", help="Serving type to check too (default: its own).")] = None,
-    tensor_parallel_size: Annotated[int, typer.Option("--tensor-parallel-size", help="Workers in vLLM.")] = 1,
+    tensor_parallel_size: Annotated[int, typer.Option("--tensor-parallel-size", help="Workers per layer.")] = 1,
     mutate: Annotated[bool, typer.Option("--mutate", help="Test the verifier: inject known mistakes.")] = False,
     locate: Annotated[bool, typer.Option("--locate/--no-locate", help="On failure, name the module at fault.")] = True,
     junit: Annotated[Path | None, typer.Option("--junit", help="Also write a JUnit XML file.")] = None,

@@ -26,7 +26,18 @@ from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from .adapt import FORCED, PROMPT, Forcing, forcing, inspect_here, kv_bytes, platform_arguments, untried, version
+from .adapt import (
+    FORCED,
+    PROMPT,
+    Forcing,
+    exact_tables,
+    forcing,
+    inspect_here,
+    kv_bytes,
+    platform_arguments,
+    untried,
+    version,
+)
 from .capture import Capture
 from .coverage import Audit
 from .probe import Probe, interrogate
@@ -45,6 +56,7 @@ class AuditedLoader(DefaultModelLoader):
 
     def __init__(self, load_config: Any) -> None:
         super().__init__(dataclasses.replace(load_config, load_format="auto"))
+        exact_tables()  # here, since the loader is made in every worker, and the model after it
         self._audit: Audit | None = None
 
     def get_all_weights(self, model_config: Any, model: Any) -> Generator[tuple[str, torch.Tensor]]:

@@ -33,6 +33,11 @@ def layout_problems(
         return [*problems, *error.problems]
     except Exception as error:  # transformers raises whatever its config classes raise
         return [*problems, Problem(f"transformers cannot build the class: {error}", config_path, "convert again")]
+    problems += [
+        Problem(f"{key} is {config.get(key)!r}, the checkpoint makes it {value!r}", config_path, "convert again")
+        for key, value in prepared.config.items()
+        if config.get(key) != value
+    ]
     have = {name: tuple(fact["shape"]) for name, fact in manifest.tensors.items()}
     problems += [
         Problem(f"{name} {list(want[name])} is not in the files", config_path, "convert again")

@@ -97,12 +97,10 @@ def long_sequence(inputs: Inputs) -> int:
     return next(k for k, one in enumerate(inputs.sequences) if one.kind == "long")
 
 
-def engine_settings(inputs: Inputs, tensor_parallel_size: int = 1) -> dict[str, Any]:
+def engine_settings(inputs: Inputs) -> dict[str, Any]:
     """vLLM's engine arguments for all cases together."""
     longest = max(len(one.ids) for one in inputs.sequences)
-    parallel = {"tensor_parallel_size": tensor_parallel_size} if tensor_parallel_size > 1 else {}
     return {
-        **parallel,
         "max_model_len": longest + 1,
         "block_size": BLOCK,
         "max_num_batched_tokens": STEP,

@@ -203,6 +203,12 @@ def judge_layout(layout: Path, side: Side, settings: Settings, engine: Engine, s
     )
 
 
+def _parallel(settings: Settings) -> dict[str, Any]:
+    """vLLM's arguments for several workers."""
+    size = settings.tensor_parallel_size
+    return {"tensor_parallel_size": size} if size > 1 else {}
+
+
 def _passed(found: Sequence[Check]) -> bool:
     """Nothing failed, and the checks that make a proof were not left out."""
     proofs = {check.name for check in found if check.ok is True}
@@ -217,7 +223,7 @@ def _float32(
     prefill, decode = scenarios.prefill_cases(inputs), scenarios.decode_cases(inputs)
     generate = scenarios.generate_case(inputs)
     cases = [*prefill, *decode, *([generate] if generate else [])]
-    arguments = scenarios.engine_settings(inputs, settings.tensor_parallel_size)
+    arguments = {**scenarios.engine_settings(inputs), **_parallel(settings)}
     result = engine.run(layout, [c.scenario for c in cases], dtype="float32", scratch=folder, **arguments)
     if isinstance(result, EngineFailure):
         found += checks.failed_to_run(result, TIERS)
@@ -226,7 +232,7 @@ def _float32(
     compared = [checks.compare_case(case, answer, expected) for case, answer in answered]
     found.append(checks.coverage_check(result))
     found.append(checks.parity_check("prefill", _joined(compared[: len(prefill)]), expected))
-    found.append(checks.decode_check(compared[len(prefill) :], expected))
+    found.append(checks.decode_check(_joined(compared[len(prefill) :]), expected))
     if generate:
         found.append(_generate(side, generate.scenario, result.scenarios[-1].requests[0].generated))
     evidence = checks.gather_evidence(prefill, result.scenarios[: len(prefill)], expected)
@@ -259,7 +265,7 @@ def _serving_type(layout: Path, side: Side, settings: Settings, engine: Engine, 
     if dtype not in side.reference.dtypes and dtype not in side.reference.floors:
         return Check(name, None, "not run", "", (f"the reference has no {dtype} run",))
     cases = scenarios.prefill_cases(expected.inputs)
-    arguments = scenarios.engine_settings(expected.inputs, settings.tensor_parallel_size)
+    arguments = {**scenarios.engine_settings(expected.inputs), **_parallel(settings)}
     result = engine.run(layout, [c.scenario for c in cases], dtype=dtype, scratch=folder, **arguments)
     if isinstance(result, EngineFailure):
         return Check(name, False, f"failed to {result.phase}", "", (f"{result.type}: {result.message}",))
