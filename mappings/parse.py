@@ -66,12 +66,19 @@ def _compose(text: str, path: str) -> Node:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f"{Path(path).name}:{mark.line + 1}:{mark.column + 1}" if mark else path
-        raise MdlError(Kind.INPUT, [Problem(f"not YAML: {error.problem or error}", where)]) from None
+        raise MdlError(Kind.INPUT, [Problem(f"not YAML: {error.problem or error}", where, _hint(text, mark))]) from None
     except yaml.YAMLError as error:
         raise MdlError(Kind.INPUT, [Problem(f"not YAML: {error}", path)]) from None
     if root is None:
         raise MdlError(Kind.INPUT, [Problem("the mapping is empty", f"{Path(path).name}:1:1")])
     return root
+
+
+def _hint(text: str, mark: yaml.Mark | None) -> str:
+    """The mistake that everybody makes once: braces mean something to YAML inside brackets."""
+    lines = text.splitlines()
+    line = lines[mark.line] if mark and mark.line < len(lines) else ""
+    return 'inside [ ], put names with braces in quotes: ["layers.{i}.x"]' if "[" in line and "{" in line else ""
 
 
 class _Reader:
