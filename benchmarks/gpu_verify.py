@@ -67,8 +67,8 @@ WAYS: dict[str, Way] = {
 class Tuned(Engine):
     """An engine that adds a way's arguments to every run, and keeps the answers."""
 
-    def __init__(self, way: Way) -> None:
-        super().__init__(timeout=400, env=way.env)
+    def __init__(self, way: Way, timeout: float) -> None:
+        super().__init__(timeout=timeout, env=way.env)
         self.way = way
         self.answers: list[EngineResult] = []
 
@@ -201,7 +201,7 @@ def remembering(side: Side) -> Side:
     return replace(side, reference=replace(side.reference, logits=logits))
 
 
-def rows_of(name: str, layout: Path, ways: list[str], folder: Path) -> list[dict[str, Any]]:
+def rows_of(name: str, layout: Path, ways: list[str], folder: Path, timeout: float) -> list[dict[str, Any]]:
     settings = Settings(locate=False, dtype="bfloat16")
     found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
@@ -212,7 +212,7 @@ def rows_of(name: str, layout: Path, ways: list[str], folder: Path) -> list[dict
             begin = time.perf_counter()
             row: dict[str, Any] = {"model": name, "run": key}
             try:
-                with Tuned(WAYS[key]) as engine:
+                with Tuned(WAYS[key], timeout) as engine:
                     report = judge_layout(layout, side, settings, engine, Path(scratch), lambda _: None)
                     row |= figures(report, engine.answers)
             except MdlError as error:
@@ -269,6 +269,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--runs", nargs="+", choices=WAYS, default=None)
     parser.add_argument("--small", action="store_true", help="a small model in the large one's place")
+    parser.add_argument("--timeout", type=float, default=300, help="seconds that vLLM may take for one type and way")
     parser.add_argument("--json", type=Path, help="write every row there, too")
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
@@ -276,7 +277,7 @@ def main() -> None:
     for name in given.models:
         make = small_llama if given.small and name == "large" else MODELS[name]
         layout = prepared_layout(given.work, name, make)
-        rows += rows_of(name, layout, given.runs or default_ways(), given.work)
+        rows += rows_of(name, layout, given.runs or default_ways(), given.work, given.timeout)
         if given.json:
             given.json.write_text(json.dumps(rows, indent=1))
     if torch.cuda.is_available():

@@ -83,7 +83,8 @@ def exact_tables() -> None:
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         if torch.get_default_dtype() != torch.float32:
-            return original(self, *args, **kwargs)
+            original(self, *args, **kwargs)
+            return
         device = torch.empty(0).device
         with torch.device("cpu"):
             original(self, *args, **kwargs)
