@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mdl.validate.faults import known_faults, version_note
+from mdl.validate.faults import known_faults
 
 
 @pytest.mark.parametrize(
@@ -39,14 +39,3 @@ def test_named_where_it_applies(config: dict[str, Any], phrase: str) -> None:
 )
 def test_silent_elsewhere(config: dict[str, Any]) -> None:
     assert known_faults(config) == ()
-
-
-@pytest.mark.parametrize("version", ["0.25.1", "0.32.0+cpu", "0.33.2"])
-def test_versions_that_were_tried_need_no_note(version: str) -> None:
-    assert version_note(version) == ()
-
-
-@pytest.mark.parametrize("version", ["0.24.0", "0.34.0", "1.0", "dev"])
-def test_other_versions_get_a_warning(version: str) -> None:
-    (note,) = version_note(version)
-    assert version in note

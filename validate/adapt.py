@@ -67,6 +67,13 @@ def platform_arguments() -> dict[str, Any]:
     return {"gpu_memory_utilization": 0.01} if current_platform.is_cuda_alike() else {}
 
 
+def adjusted(dtype: str) -> list[str]:
+    """What this module changed in vLLM so that it could be measured: the report has to say so."""
+    if current_platform.is_cpu() or dtype != "float32":
+        return []
+    return ["rotary tables were computed on the CPU: vLLM's own, from the GPU, differ in the last places (docs/gpu.md)"]
+
+
 def exact_tables() -> None:
     """Have the rotary tables of float32 models computed on the CPU, as the reference's are, then moved.
 

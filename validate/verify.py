@@ -17,7 +17,7 @@ from . import checks, scenarios
 from .checks import Expected
 from .client import Engine, EngineFailure, EngineResult, Scenario
 from .compare import Distance, distance
-from .faults import known_faults, version_note
+from .faults import known_faults
 from .inputs import Inputs, make_inputs
 from .layout import layout_problems
 from .reference import Reference, builtin_reference, rounded_to, user_reference
@@ -282,9 +282,9 @@ def _serving_type(layout: Path, side: Side, settings: Settings, engine: Engine, 
 
 
 def _vllm_notes(layout: Path, result: EngineResult | EngineFailure, found: Sequence[Check]) -> tuple[str, ...]:
-    """What is to be said about vLLM itself: an untried version, and, for a failure, the faults it is known to have."""
-    version = version_note(result.versions.get("vllm", "")) if isinstance(result, EngineResult) else ()
-    return (*version, *(known_faults(read_config(layout)) if any(c.ok is False for c in found) else ()))
+    """What is to be said about vLLM itself: the engine's notes and, for a failure, the faults it is known to have."""
+    noted = result.notes if isinstance(result, EngineResult) else ()
+    return (*noted, *(known_faults(read_config(layout)) if any(c.ok is False for c in found) else ()))
 
 
 def _locate(layout: Path, side: Side, engine: Engine, scratch: Path, evidence: Evidence | None) -> Located | None:
