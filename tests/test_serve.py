@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mdl import serve as serving
 from mdl.errors import Kind, MdlError
@@ -50,6 +51,7 @@ def layout(tmp_path_factory: pytest.TempPathFactory) -> Path:
         bos_token_id=None,
         eos_token_id=0,
     )
+    torch.manual_seed(3)  # its answer to "the quick" is plain letters, of which no byte is half a character
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 
@@ -126,7 +128,7 @@ def test_it_answers_once(
 
     assert serving.serve(layout, prompt="the quick", max_tokens=5) == 0
     out, err = capsys.readouterr()
-    assert out.strip()
+    assert len(out.strip()) >= 5
     assert err == ""
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
