@@ -16,7 +16,7 @@ from ..errors import Problem
 from . import expr
 from .ops import Op
 from .parse import Loc, Mapping
-from .schema import Section, StackSpec, Tie, Transform, UnstackSpec
+from .rules import Section, Tie, Transform
 
 _FIELD = re.compile(r"\{([^{}]*)\}")
 EACH = "each"
@@ -69,7 +69,7 @@ class Expanded:
 def expand(mapping: Mapping, sizes: Map[str, int], flags: Map[str, bool]) -> Expanded:
     """Bind a mapping to sizes and flags. Problems (unknown names, unbalanced captures …) are collected, not raised."""
     work = _Expander(mapping, sizes)
-    work.section(mapping.file, ())
+    work.section(mapping.file.section, ())
     for condition, section in mapping.file.when.items():
         if work.holds(condition, flags):
             work.section(section, ("when", condition))
@@ -108,7 +108,7 @@ class _Expander:
             self._plain("rename", source, target, (*loc, "rename", source))
         for k, transform in enumerate(section.transform):
             self._transform(transform, (*loc, "transform", k))
-        for k, pattern in enumerate(section.fill.zeros):
+        for k, pattern in enumerate(section.zeros):
             self._fill(pattern, (*loc, "fill", "zeros", k))
         for source, tie in section.tie.items():
             self._tie(source, tie, (*loc, "tie", source))
@@ -132,8 +132,8 @@ class _Expander:
             self._transform_one(rule, sources, targets, loc)
 
     def _transform_one(self, rule: Transform, sources: list[str], targets: list[str], loc: Loc) -> None:
-        eaten = {op.over for op in rule.ops if isinstance(op, StackSpec)}
-        made = {op.over for op in rule.ops if isinstance(op, UnstackSpec)}
+        eaten = {op.over for op in rule.ops if op.op == "stack"}
+        made = {op.over for op in rule.ops if op.op == "unstack"}
         unknown = (eaten | made) - self.ranges.keys()
         if unknown:
             self._problem(loc, f"'over' names {', '.join(sorted(unknown))}, which is not in ranges")
@@ -179,13 +179,13 @@ class _Expander:
 
     def _shards(self, section: Section, loc: Loc) -> None:
         for how in ("cat0", "cat1", "equal", "sum", "mean", "disjoint"):
-            for k, pattern in enumerate(getattr(section.shards, how)):
+            for k, pattern in enumerate(section.shards.get(how, ())):
                 at = (*loc, how, k)
                 axis = 1 if how == "cat1" else 0
                 self._join(
                     self._names(pattern, at), Join(how[:3] if how[:3] == "cat" else how, self.mapping.where(at), axis)
                 )
-        for k, blocks in enumerate(section.shards.blocks):
+        for k, blocks in enumerate(section.blocks):
             at = (*loc, "blocks", k)
             sizes = tuple(self._size(n, at) for n in blocks.sizes)
             for pattern in blocks.names:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import yaml
-from pydantic import ValidationError
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from ..errors import Kind, MdlError, Problem
-from .schema import MappingFile
+from . import rules
 
 Loc = tuple[int | str, ...]
 
@@ -24,7 +25,7 @@ class Mapping:
 
     path: str
     sha256: str
-    file: MappingFile
+    file: rules.MappingFile
     positions: dict[Loc, tuple[int, int]]
 
     def where(self, loc: Loc) -> str:
@@ -51,13 +52,40 @@ def parse_mapping(text: str, path: str = "<mapping>") -> Mapping:
     data = reader.value(root, ())
     if reader.problems:
         raise MdlError(Kind.INPUT, reader.problems)
+    stamp = _stamp(text)
+    if not stamp.exists():
+        _validate(data, reader)
+        _remember(stamp)
     digest = hashlib.sha256(text.encode()).hexdigest()
+    return Mapping(path, digest, rules.build(data), reader.positions)
+
+
+def _validate(data: Any, reader: _Reader) -> None:
+    """Hold the plain values against the schema. Raises MdlError (INPUT) with every error."""
+    from pydantic import ValidationError
+
+    from .schema import MappingFile
+
     try:
-        file = MappingFile.model_validate(data)
+        MappingFile.model_validate(data)
     except ValidationError as error:
         problems = [_problem(reader, cast("dict[str, Any]", e)) for e in error.errors(include_url=False)]
         raise MdlError(Kind.INPUT, sorted(problems, key=lambda p: _line(p.where))) from None
-    return Mapping(path, digest, file, reader.positions)
+
+
+def _stamp(text: str) -> Path:
+    """An empty file in the cache that says: this very text passed this very schema. It saves importing pydantic, a
+    quarter of a second; where there is no cache, the text is checked each time."""
+    schema = Path(__file__).with_name("schema.py").read_bytes()
+    name = hashlib.sha256(schema + text.encode()).hexdigest()
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "mdl" / "checked-mappings" / name
+
+
+def _remember(stamp: Path) -> None:
+    with contextlib.suppress(OSError):  # a read-only home is no reason to fail
+        stamp.parent.mkdir(parents=True, exist_ok=True)
+        stamp.touch()
 
 
 def _compose(text: str, path: str) -> Node:

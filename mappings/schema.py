@@ -1,18 +1,16 @@
 """The mapping file's shape: pydantic models that refuse what they do not know.
 
 Field names are the YAML's own keys. Sizes may be integers or expressions of the family's size names
-(:mod:`.expr`); :meth:`OpSpec.bind` turns a spec into an operation with integers.
+(:mod:`.expr`); :mod:`.rules` turns what passes into records.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping as Map
 from typing import Annotated, Literal, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, StringConstraints, Tag
 
-from . import expr, moves, values
-from .ops import Op
+from . import expr
 
 
 class Strict(BaseModel):
@@ -43,16 +41,9 @@ Size: TypeAlias = Annotated[int | str, AfterValidator(_check_size)]
 class OpSpec(Strict):
     """Base of the operations as YAML spells them: ``transpose`` or ``{permute_rope: {heads: heads}}``."""
 
-    def bind(self, sizes: Map[str, int], ranges: Map[str, int]) -> Op:
-        """The operation with integers. Raises ExprError for unknown names."""
-        raise NotImplementedError
-
 
 class TransposeSpec(OpSpec):
     op: Literal["transpose"]
-
-    def bind(self, sizes: Map[str, int], ranges: Map[str, int]) -> Op:
-        return moves.Transpose()
 
 
 class PermuteRopeSpec(OpSpec):
@@ -60,24 +51,15 @@ class PermuteRopeSpec(OpSpec):
     heads: Size
     rotary: Size = 0
 
-    def bind(self, sizes: Map[str, int], ranges: Map[str, int]) -> Op:
-        return moves.PermuteRope(expr.evaluate(self.heads, sizes), expr.evaluate(self.rotary, sizes))
-
 
 class NegateHalfSpec(OpSpec):
     op: Literal["negate_half"]
     heads: Size
 
-    def bind(self, sizes: Map[str, int], ranges: Map[str, int]) -> Op:
-        return moves.NegateHalf(expr.evaluate(self.heads, sizes))
-
 
 class ReshapeSpec(OpSpec):
     op: Literal["reshape"]
     to: tuple[Size, ...]
-
-    def bind(self, sizes: Map[str, int], ranges: Map[str, int]) -> Op:
-        return moves.Reshape(tuple(expr.evaluate(n, sizes) for n in self.to))
 
 
 class SplitSpec(OpSpec):
@@ -85,25 +67,16 @@ class SplitSpec(OpSpec):
     axis: int = 0
     sizes: tuple[Size, ...]
 
-    def bind(self, sizes: Map[str, int], ranges: Map[str, int]) -> Op:
-        return moves.Split(self.axis, tuple(expr.evaluate(n, sizes) for n in self.sizes))
-
 
 class ConcatSpec(OpSpec):
     op: Literal["concat"]
     axis: int = 0
-
-    def bind(self, sizes: Map[str, int], ranges: Map[str, int]) -> Op:
-        return moves.Concat(self.axis)
 
 
 class DeinterleaveQkvSpec(OpSpec):
     op: Literal["deinterleave_qkv"]
     heads: Size
     kv_heads: Size
-
-    def bind(self, sizes: Map[str, int], ranges: Map[str, int]) -> Op:
-        return moves.DeinterleaveQkv(expr.evaluate(self.heads, sizes), expr.evaluate(self.kv_heads, sizes))
 
 
 class ReorderHeadsSpec(OpSpec):
@@ -112,17 +85,11 @@ class ReorderHeadsSpec(OpSpec):
     groups: Size
     axis: int = 0
 
-    def bind(self, sizes: Map[str, int], ranges: Map[str, int]) -> Op:
-        return moves.ReorderHeads(expr.evaluate(self.heads, sizes), expr.evaluate(self.groups, sizes), self.axis)
-
 
 class StackSpec(OpSpec):
     op: Literal["stack"]
     axis: int = 0
     over: str
-
-    def bind(self, sizes: Map[str, int], ranges: Map[str, int]) -> Op:
-        return moves.Stack(self.axis, ranges[self.over])
 
 
 class UnstackSpec(OpSpec):
@@ -130,17 +97,11 @@ class UnstackSpec(OpSpec):
     axis: int = 0
     over: str
 
-    def bind(self, sizes: Map[str, int], ranges: Map[str, int]) -> Op:
-        return moves.Unstack(self.axis, ranges[self.over])
-
 
 class SliceSpec(OpSpec):
     op: Literal["slice"]
     axis: int = 0
     stop: Size
-
-    def bind(self, sizes: Map[str, int], ranges: Map[str, int]) -> Op:
-        return values.Slice(self.axis, expr.evaluate(self.stop, sizes))
 
 
 class PadSpec(OpSpec):
@@ -148,32 +109,20 @@ class PadSpec(OpSpec):
     axis: int = 0
     to: Size
 
-    def bind(self, sizes: Map[str, int], ranges: Map[str, int]) -> Op:
-        return values.Pad(self.axis, expr.evaluate(self.to, sizes))
-
 
 class AddSpec(OpSpec):
     op: Literal["add"]
     value: float
-
-    def bind(self, sizes: Map[str, int], ranges: Map[str, int]) -> Op:
-        return values.Add(self.value)
 
 
 class ScaleSpec(OpSpec):
     op: Literal["scale"]
     value: float
 
-    def bind(self, sizes: Map[str, int], ranges: Map[str, int]) -> Op:
-        return values.Scale(self.value)
-
 
 class CastSpec(OpSpec):
     op: Literal["cast"]
     dtype: Literal["float32", "float16", "bfloat16", "float64"]
-
-    def bind(self, sizes: Map[str, int], ranges: Map[str, int]) -> Op:
-        return values.Cast(self.dtype)
 
 
 AnyOp = Annotated[

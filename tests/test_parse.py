@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from mdl.archs.registry import all_archs, mapping_path
 from mdl.errors import Kind, MdlError
-from mdl.mappings import expr
+from mdl.mappings import expr, rules, schema
 from mdl.mappings.parse import load_mapping, parse_mapping
 
 BAD = sorted((Path(__file__).parent / "bad_mappings").glob("*.yaml"))
@@ -39,7 +42,6 @@ def test_a_mapping_that_cannot_be_read(tmp_path: Path) -> None:
 def test_the_mappings_of_the_house_are_read(name: str) -> None:
     mapping = load_mapping(mapping_path(all_archs()[name]))
 
-    assert mapping.file.format == 1
     assert mapping.file.ranges == {"i": "layers"}
 
 
@@ -56,13 +58,13 @@ def test_plain_words_stay_words() -> None:
     """YAML's yes, no, on and null are names of tensors here."""
     mapping = parse_mapping("format: 1\ntitle: t\nkeep: [yes, no, null, on, 1.5e]\n")
 
-    assert mapping.file.keep == ("yes", "no", "null", "on", "1.5e")
+    assert mapping.file.section.keep == ("yes", "no", "null", "on", "1.5e")
 
 
 def test_an_operation_is_a_name_or_a_name_with_arguments() -> None:
     text = "format: 1\ntitle: t\ntransform:\n  - {from: a, ops: [transpose, {transpose: }, {transpose: {}}]}\n"
 
-    assert [op.op for op in parse_mapping(text).file.transform[0].ops] == ["transpose"] * 3
+    assert [op.op for op in parse_mapping(text).file.section.transform[0].ops] == ["transpose"] * 3
 
 
 @pytest.mark.parametrize(
@@ -85,3 +87,39 @@ def test_unknown_names_and_division_by_zero() -> None:
         expr.evaluate("a + b", {"a": 1})
     with pytest.raises(expr.ExprError, match="division by zero"):
         expr.evaluate("a // (a - 1)", {"a": 1})
+
+
+def test_the_vocabulary_of_the_schema_is_the_vocabulary_of_the_rules() -> None:
+    known = {spec.model_fields["op"].annotation.__args__[0] for spec in schema.OpSpec.__subclasses__()}
+
+    assert known == set(rules.OPERATIONS)
+
+
+def test_a_text_that_passed_once_needs_no_pydantic_again(tmp_path: Path) -> None:
+    """And one that changed is checked anew, whatever its name."""
+    file = tmp_path / "m.yaml"
+    code = f"""
+import sys
+import os
+import subprocess
+import sys
+from pathlib import Path
+from mdl.errors import MdlError
+from mdl.mappings.parse import load_mapping
+try:
+    load_mapping(Path({str(file)!r}))
+except MdlError as error:
+    print(error)
+print("pydantic" in sys.modules)
+"""
+
+    def run() -> list[str]:
+        env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+        return done.stdout.splitlines()
+
+    file.write_text("format: 1\ntitle: a\nkeep: [x]\n")
+    assert [run(), run()] == [["True"], ["False"]]
+    file.write_text("format: 1\ntitle: a\nkeeep: [x]\n")
+    assert run()[-1] == "True"
+    assert "keeep: unknown key" in run()[0]

@@ -1,0 +1,155 @@
+"""A mapping's rules as plain records, and how an operation's words become an operation with integers.
+
+:mod:`.schema` says what a file may hold and refuses the rest; what it has let pass becomes these. They need no
+pydantic: a mapping that was checked once (see :mod:`.parse`) costs no imports the next time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Mapping as Map
+from dataclasses import dataclass, field
+from typing import Any
+
+from . import expr, moves, values
+from .ops import Op
+
+Data = Map[str, Any]
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    """An operation as YAML spells it: its name, and arguments that may be expressions of size names."""
+
+    op: str
+    arguments: Data
+
+    @property
+    def over(self) -> str:
+        """The capture that ``stack`` consumes and ``unstack`` makes."""
+        return str(self.arguments.get("over", ""))
+
+    def bind(self, sizes: Map[str, int], ranges: Map[str, int]) -> Op:
+        """The operation with integers. Raises ExprError for unknown names."""
+        return _BINDERS[self.op](_Arguments(self.arguments, sizes, ranges))
+
+
+@dataclass(frozen=True)
+class _Arguments:
+    given: Data
+    sizes: Map[str, int]
+    ranges: Map[str, int]
+
+    def size(self, name: str, default: int | None = None) -> int:
+        return expr.evaluate(self.given[name] if default is None else self.given.get(name, default), self.sizes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(expr.evaluate(n, self.sizes) for n in self.given[name])
+
+    @property
+    def axis(self) -> int:
+        return self.given.get("axis", 0)
+
+    @property
+    def count(self) -> int:
+        return self.ranges[self.given["over"]]
+
+
+_BINDERS: dict[str, Callable[[_Arguments], Op]] = {
+    "transpose": lambda _: moves.Transpose(),
+    "permute_rope": lambda a: moves.PermuteRope(a.size("heads"), a.size("rotary", 0)),
+    "negate_half": lambda a: moves.NegateHalf(a.size("heads")),
+    "reshape": lambda a: moves.Reshape(a.shape("to")),
+    "split": lambda a: moves.Split(a.axis, a.shape("sizes")),
+    "concat": lambda a: moves.Concat(a.axis),
+    "deinterleave_qkv": lambda a: moves.DeinterleaveQkv(a.size("heads"), a.size("kv_heads")),
+    "reorder_heads": lambda a: moves.ReorderHeads(a.size("heads"), a.size("groups"), a.axis),
+    "stack": lambda a: moves.Stack(a.axis, a.count),
+    "unstack": lambda a: moves.Unstack(a.axis, a.count),
+    "slice": lambda a: values.Slice(a.axis, a.size("stop")),
+    "pad": lambda a: values.Pad(a.axis, a.size("to")),
+    "add": lambda a: values.Add(float(a.given["value"])),
+    "scale": lambda a: values.Scale(float(a.given["value"])),
+    "cast": lambda a: values.Cast(a.given["dtype"]),
+}
+
+OPERATIONS = tuple(_BINDERS)
+"""The names of all operations."""
+
+
+@dataclass(frozen=True)
+class Transform:
+    """Tensors that change on their way. ``to`` is None where it is the same as ``from_``."""
+
+    from_: str | tuple[str, ...]
+    to: str | tuple[str, ...] | None
+    each: tuple[str, ...]
+    ops: tuple[OpSpec, ...]
+
+
+@dataclass(frozen=True)
+class Tie:
+    """A tensor that must equal another, bit for bit; ``otherwise`` names its target when it does not."""
+
+    to: str
+    otherwise: str
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Fused tensors of which each rank holds its own full set of blocks."""
+
+    names: tuple[str, ...]
+    axis: int
+    sizes: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Section:
+    """The rules proper. ``shards`` maps a kind of join to its patterns; ``zeros`` lists the targets to fill."""
+
+    keep: tuple[str, ...]
+    rename: Map[str, str]
+    transform: tuple[Transform, ...]
+    zeros: tuple[str, ...]
+    tie: Map[str, str | Tie]
+    drop: Map[str, str]
+    shards: Map[str, tuple[str, ...]]
+    blocks: tuple[Blocks, ...]
+
+
+@dataclass(frozen=True)
+class MappingFile:
+    """One mapping file: a section that always holds, and those that hold ``when`` a flag does."""
+
+    title: str
+    section: Section
+    ranges: Map[str, int | str] = field(default_factory=dict[str, "int | str"])
+    when: Map[str, Section] = field(default_factory=dict[str, Section])
+
+
+def build(data: Data) -> MappingFile:
+    """The records of a file's plain values, which :mod:`.schema` has checked."""
+    when = {condition: _section(rules) for condition, rules in data.get("when", {}).items()}
+    return MappingFile(data["title"], _section(data), data.get("ranges", {}), when)
+
+
+def _section(data: Data) -> Section:
+    shards = dict(data.get("shards", {}))
+    blocks = tuple(Blocks(b["names"], b.get("axis", 0), b["sizes"]) for b in shards.pop("blocks", ()))
+    ties = {name: tie if isinstance(tie, str) else Tie(**tie) for name, tie in data.get("tie", {}).items()}
+    return Section(
+        keep=data.get("keep", ()),
+        rename=data.get("rename", {}),
+        transform=tuple(_transform(rule) for rule in data.get("transform", ())),
+        zeros=data.get("fill", {}).get("zeros", ()),
+        tie=ties,
+        drop={name: reason.strip() for name, reason in data.get("drop", {}).items()},
+        shards=shards,
+        blocks=blocks,
+    )
+
+
+def _transform(rule: Data) -> Transform:
+    ops = tuple(OpSpec(op["op"], {k: v for k, v in op.items() if k != "op"}) for op in rule.get("ops", ()))
+    return Transform(rule["from"], rule.get("to"), rule.get("each", ()), ops)
