@@ -271,7 +271,6 @@ class Arch:
     eager: str
     served: str | None = None
     mapping: str | None = None
-    stop_tokens: Callable[[Dims], dict[str, Any]] | None = None
 
 
 @dataclass(frozen=True)
