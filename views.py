@@ -33,7 +33,7 @@ def inspection(r: Recognised) -> dict[str, Any]:
         "files": inv.files,
         "ranks": inv.ranks,
         "arch": r.arch.name,
-        "target": r.arch.target,
+        "target": r.target,
         "because": r.match.because,
         "dims": r.dims.entries,
         "tokenizers": r.checkpoint.tokenizers,
@@ -56,7 +56,7 @@ def show_inspection(r: Recognised) -> None:
     what = f"{inv.format}, {len(inv.tensors)} tensors, {dtypes}, {total}{ranks}"
     lines: list[tuple[str, str | Iterable[str]]] = [
         ("checkpoint", f"{render.shown(inv.path)} ({what})"),
-        ("architecture", f"{r.arch.name}: {r.arch.title} ({r.arch.source}) → {r.arch.target}"),
+        ("architecture", f"{r.arch.name}: {r.arch.title} ({r.arch.source}) → {r.target}"),
         ("because", r.match.because),
         ("tokenizer", [render.shown(p) for p in r.checkpoint.tokenizers] or ("none beside it",)),
         ("notes", inv.notes or ("nothing was unwrapped or ignored",)),
@@ -81,7 +81,7 @@ def planned(p: Prepared) -> dict[str, Any]:
 
     return {
         "arch": p.arch.name,
-        "target": p.arch.target,
+        "target": p.target,
         "mapping": p.mapping.path,
         "nbytes": p.plan.nbytes,
         "dtype": p.plan.dtype,
@@ -99,7 +99,7 @@ def show_plan(p: Prepared, *, reverse: bool) -> None:
     console = render.out()
     console.print(made)
     count = sum(len(step.targets) for step in p.plan.steps)
-    console.print(f"\n{count} tensors, {render.size(p.plan.nbytes)}, {p.arch.name} → {p.arch.target}")
+    console.print(f"\n{count} tensors, {render.size(p.plan.nbytes)}, {p.arch.name} → {p.target}")
 
 
 def _by_rule(plan: Plan) -> list[list[Step]]:
@@ -189,8 +189,9 @@ def show_report(report: Report) -> None:
     ]
     if report.located is not None:
         found = report.located
-        lines.append(("begins at", f"{found.module} (in vLLM {found.served}): {found.signature}"))
-        lines.append(("", f"its own error is NMSE {found.local_error:.1e}, rounding makes {found.floor:.1e}"))
+        lines.append(("begins at", f"{found.place}: {found.signature}"))
+        if found.module:
+            lines.append(("", f"its own error is NMSE {found.local_error:.1e}, rounding makes {found.floor:.1e}"))
         lines.append(("decided by", [text for text in (found.governed_by, found.hypothesis) if text]))
     if report.trusted:
         lines.append(("on trust", report.trusted))

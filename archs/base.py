@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -10,8 +11,8 @@ from typing import Any
 from ..errors import Kind, MdlError, Problem
 from ..mappings.tensors import Shape, TensorInfo
 
-Value = int | float | str | bool | None
-"""What a dimension or a semantic constant may be."""
+Value = int | float | str | bool | list[Any] | dict[str, Any] | None
+"""What a dimension or a semantic constant may be: what JSON can say."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,13 @@ class Measure:
         self._entries[name] = found[0]
         return found[0].value
 
+    def accept(self, name: str, value: Value, because: str) -> None:
+        """Take a value of any kind from a file as it stands, unless the user overrules it (in JSON, or as text)."""
+        self._aliases[name] = name
+        self._entries[name] = Dim(value, "file", because)
+        if name in self._given:
+            self._entries[name] = Dim(_json_or_text(self._given[name]), "user", f"--set {name}={self._given[name]}")
+
     def unsettled(self, *names: str) -> None:
         """Names of one dim that ``--set`` may give, although it can't be settled before something else is."""
         self._aliases |= dict.fromkeys(names, names[0])
@@ -179,7 +187,7 @@ class Measure:
                     said[key] = Dim(_finite(kind(text)), "user", f"--set {key}={text}")
                 except ValueError:
                     self.problem(f"--set {key}={text}: not a value for {name}", do=f"expected {_kind_name(kind)}")
-        if len({dim.value for dim in said.values()}) > 1:
+        if len({str(dim.value) for dim in said.values()}) > 1:
             self.problem(" and ".join(d.because for d in said.values()), do=f"both are {name}: give one of them")
         return next(iter(said.values()), None)
 
@@ -219,6 +227,13 @@ def _finite(value: Value) -> Value:
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(value)
     return value
+
+
+def _json_or_text(text: str) -> Value:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 _TYPES: dict[object, type] = {int: int, float: float, str: str}

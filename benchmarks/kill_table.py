@@ -1,12 +1,12 @@
-"""Runs every known mistake and every harmless change on three small models, and prints the tables.
+"""Runs every known mistake and every harmless change on seven small models, and prints the tables.
 
-    python benchmarks/kill_table.py                     about fifteen minutes on two cores
+    python benchmarks/kill_table.py                     about twenty minutes on two cores
     python benchmarks/kill_table.py --write             and puts them into docs/kill-table.md
     python benchmarks/kill_table.py --only gpt2 --names activation position-shift
 
 The models: a Meta Llama with grouped heads, scaled rotary positions and a head of its own; a nanoGPT with biases and a
 tied head; and, for what neither can have, a llama2.c model of eleven layers with a tied head and plain rotary
-positions.
+positions, and Hugging Face's Mistral (a window), Qwen 3 (norms of q and k), Gemma 2 (caps) and Mixtral (experts).
 Matrices have unit gain, norms and biases are far from where training starts: small weights hide mistakes.
 Exits with 1 if a mistake survives or a harmless change alarms.
 """
@@ -14,6 +14,7 @@ Exits with 1 if a mistake survives or a harmless change alarms.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import re
 import sys
@@ -103,11 +104,27 @@ def nanogpt(folder: Path) -> Path:
     return folder / "ckpt.pt"
 
 
+def huggingface(name: str) -> Callable[[Path], Path]:
+    """The model that the tests have transformers write."""
+
+    def make(folder: Path) -> Path:
+        sys.path.insert(0, str(PAGE.parents[1]))
+        return importlib.import_module("tests.hf").checkpoint(folder / "release", name)
+
+    return make
+
+
 MODELS: dict[str, tuple[str, Callable[[Path], Path]]] = {
     "llama": ("Llama", meta),
     "gpt2": ("GPT-2", nanogpt),
     "llama2c": ("Llama, 11 layers", llama2c),
+    "mistral": ("Mistral", huggingface("MistralForCausalLM")),
+    "qwen3": ("Qwen 3", huggingface("Qwen3ForCausalLM")),
+    "gemma2": ("Gemma 2", huggingface("Gemma2ForCausalLM")),
+    "mixtral": ("Mixtral", huggingface("MixtralForCausalLM")),
 }
+WHOLE = ("llama", "gpt2")
+"""The models that get every mistake; the others get those that no model before them could have."""
 
 
 def layout(folder: Path, make: Callable[[Path], Path]) -> Path:
@@ -118,13 +135,13 @@ def layout(folder: Path, make: Callable[[Path], Path]) -> Path:
 
 
 def run_all(only: Sequence[str], names: Sequence[str] | None, locate: bool) -> dict[str, MutationTable]:
-    """The last model is for what the others can't have, so it gets only the mistakes that they skipped."""
+    """A table for each model, under its title."""
     tables: dict[str, MutationTable] = {}
     with tempfile.TemporaryDirectory() as scratch, Engine() as engine:
         for key in only:
             title, make = MODELS[key]
             left = names
-            if key == "llama2c" and tables and names is None:
+            if key not in WHOLE and tables and names is None:
                 left = [row.name for row in next(iter(tables.values())).rows if untried(row.name, tables.values())]
             tables[title] = run_mutations(
                 layout(Path(scratch) / key, make),

@@ -12,19 +12,24 @@ from .tokenizer import TokenizerInfo
 _REQUIRED = ("architectures", "model_type", "vocab_size", "tie_word_embeddings")
 
 
-def write_configs(out: Path, config: Mapping[str, Any], tokenizer: TokenizerInfo) -> tuple[str, ...]:
+def write_configs(
+    out: Path, config: Mapping[str, Any], tokenizer: TokenizerInfo, generation: Mapping[str, Any] | None = None
+) -> tuple[str, ...]:
     """Write both files; returns their names.
 
     Token ids are written even when they are not known (null): transformers' class defaults would otherwise fill
-    in ids that a small vocabulary does not have. Sampling settings are never invented.
+    in ids that a small vocabulary does not have. What ``config`` says of them goes before the tokenizer. Sampling
+    settings are never invented: ``generation`` is the generation_config.json that came with the checkpoint.
     """
     missing = [key for key in _REQUIRED if key not in config]
     if missing:  # vLLM would create a model of zero layers without a word
         raise ValueError(f"hf_config leaves out {missing}")
     ids = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad}
+    ids |= {key: config[key] for key in ids if config.get(key) is not None}
     _dump(out / "config.json", {**config, **ids})
     known = {key: value for key, value in ids.items() if value is not None}
-    _dump(out / "generation_config.json", {"_from_model_config": False, **known})
+    given = {key: value for key, value in (generation or {}).items() if key != "transformers_version"}
+    _dump(out / "generation_config.json", {"_from_model_config": False, **known, **given})
     return ("config.json", "generation_config.json")
 
 

@@ -6,42 +6,51 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..archs import targets
-from ..errors import input_error, machine_error
-from ..mappings.tensors import Shape
+from ..mappings.tensors import Shape, Target
 
 
-def expected_tensors(config: Mapping[str, Any]) -> dict[str, Shape]:
-    """Names and shapes of the parameters of the class that ``config`` names.
+def expected_target(config: Mapping[str, Any]) -> Target:
+    """Names and shapes of the parameters of the class that ``config`` names, and which of them are tied.
 
     From its file in archs/targets where there is one (no heavy import), else by building the class.
     """
     return targets.from_spec(config) or from_class(config)
 
 
-def from_class(config: Mapping[str, Any]) -> dict[str, Shape]:
+def expected_tensors(config: Mapping[str, Any]) -> Mapping[str, Shape]:
+    """The names and shapes alone."""
+    return expected_target(config).shapes
+
+
+def from_class(config: Mapping[str, Any]) -> Target:
     """The same by building the transformers class on the meta device: seconds of imports, no memory.
 
     Tied parameters are listed once, as a safetensors file holds them. Raises MdlError (MACHINE) without
     transformers and torch, INPUT if transformers has no such class.
     """
-    try:
-        import torch
-        import transformers
-    except ImportError as error:
-        name = config["architectures"][0]
-        raise machine_error(
-            f"checking a plan against {name} needs torch and transformers ({error})", do="pip install mdl[cpu]"
-        ) from error
-    name = str(config["architectures"][0])
-    cls = getattr(transformers, name, None)
-    if cls is None:
-        raise input_error(f"transformers has no class {name}", do="add its tensors as a file in archs/targets")
-    plain = {k: v for k, v in config.items() if k not in ("architectures", "model_type")}
+    cls = targets.transformers_class(str(config["architectures"][0]))
+    import torch
+
+    known = cls.config_class(**{k: v for k, v in config.items() if k not in ("architectures", "model_type")})
     with torch.device("meta"):
-        model = cls(cls.config_class(**plain))
-    tied = (getattr(model, "_tied_weights_keys", None) or ()) if config.get("tie_word_embeddings") else ()
-    state = {name: tensor for name, tensor in model.state_dict().items() if name not in set(tied)}
-    return {name: tuple(tensor.shape) for name, tensor in _as_stored(model, state).items()}
+        model = cls(known)
+    ties = _ties(model) if known.tie_word_embeddings else {}
+    state = {name: tensor for name, tensor in model.state_dict().items() if name not in ties}
+    stored = _as_stored(model, state)
+    left_out = [name for name in _as_stored(model, dict(model.state_dict())) if name not in stored]
+    twins = list(ties.values())  # the name of a tied head differs between memory and file; its twin's does not
+    named = ties if set(left_out) == set(ties) else dict(zip(left_out, twins, strict=False))
+    return Target({name: tuple(tensor.shape) for name, tensor in stored.items()}, named)
+
+
+def _ties(model: Any) -> dict[str, str]:
+    """The tied parameters and what they are tied to; transformers 4 lists the former only."""
+    tied = getattr(model, "_tied_weights_keys", None) or {}
+    if isinstance(tied, dict):
+        return dict(tied)
+    embedding = model.get_input_embeddings()
+    twin = next(f"{name}.weight" for name, module in model.named_modules() if module is embedding)
+    return dict.fromkeys(tied, twin)
 
 
 def _as_stored(model: Any, state: dict[str, Any]) -> dict[str, Any]:

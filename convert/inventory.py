@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..archs.base import Inventory
 from ..errors import Kind, MdlError, Problem, input_error, usage_error
-from ..mappings.tensors import TensorInfo
+from ..mappings.tensors import Target, TensorInfo
 from .inert import NumpyArray, Stub, Unreadable
 from .open import Checkpoint
 from .pause import collector_paused
@@ -239,6 +239,27 @@ def _strip(raws: dict[str, None], findings: _Findings) -> tuple[dict[str, str], 
         findings.notes.append(f"took {shared}. off all tensor names, which share it")
     _check_collisions(names, findings)
     return names, tuple(prefixes)
+
+
+def with_prefix_of(inventory: Inventory, target: Target) -> Inventory:
+    """The inventory under the names of the target class where they differ by its attribute alone.
+
+    A base model's file lacks the attribute under which the model with a head holds it (``model.``); :func:`_strip`
+    takes it off where all tensors share it.
+    """
+    wanted = {*target.shapes, *target.ties}
+    prefixes = {name.partition(".")[0] + "." for name in target.shapes if name not in inventory.tensors}
+    for prefix in sorted(prefixes):
+        under = {name for name in inventory.tensors if name not in wanted and prefix + name in wanted}
+        if len(under) * 2 > len(inventory.tensors) and not any(prefix + n in inventory.tensors for n in under):
+            names = {n: n if n in wanted else prefix + n for n in inventory.tensors}
+            tensors = {
+                names[n]: tuple(replace(i, name=names[n]) for i in found) for n, found in inventory.tensors.items()
+            }
+            note = f"put {prefix} before the tensor names, as the class has it"
+            notes = tuple(n for n in inventory.notes if n != f"took {prefix} off all tensor names, which share it")
+            return replace(inventory, tensors=tensors, notes=(*notes, note) if notes == inventory.notes else notes)
+    return inventory
 
 
 def _check_collisions(names: dict[str, str], findings: _Findings) -> None:

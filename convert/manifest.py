@@ -95,7 +95,7 @@ def make_manifest(
         mdl=own_version(),
         arch=prepared.arch.name,
         because=prepared.match.because,
-        target=prepared.arch.target,
+        target=prepared.target,
         source={
             "path": inventory.path,
             "format": inventory.format,

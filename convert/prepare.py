@@ -10,12 +10,12 @@ from typing import Any
 from ..archs.base import Arch, Dim, Dims, Inventory, Match, Measure, boolean
 from ..archs.registry import detect, load_arch, mapping_path
 from ..errors import input_error, usage_error
-from ..mappings.expand import Expanded, expand
+from ..mappings.expand import Expanded, expand, names_target
 from ..mappings.ops import OpError
 from ..mappings.parse import Mapping, load_mapping
 from ..mappings.tensors import TensorInfo
-from .expected import expected_tensors
-from .inventory import take_inventory
+from .expected import expected_target, expected_tensors
+from .inventory import take_inventory, with_prefix_of
 from .open import Checkpoint, open_checkpoint
 from .plan import Plan, Source, joined_shape, make_plan
 
@@ -49,6 +49,11 @@ class Recognised:
         """The family."""
         return self.match.arch
 
+    @property
+    def target(self) -> str:
+        """The class that serves it."""
+        return str(self.arch.hf_config(self.dims)["architectures"][0])
+
 
 @dataclass(frozen=True)
 class Prepared(Recognised):
@@ -71,8 +76,12 @@ def recognise(path: Path, options: Options | None = None) -> Recognised:
     measure = Measure(inventory, given)
     match.arch.dims(measure)
     dims = measure.done()
-    expanded = expand(mapping, dims.sizes(), dims.flags())
-    dims = dims.having("tied", _tied(expanded, inventory, tied))
+    target = expected_target(match.arch.hf_config(dims)) if names_target(mapping) else None
+    if target:
+        inventory = with_prefix_of(inventory, target)
+    expanded = expand(mapping, dims.sizes(), dims.flags(), target)
+    said = dims.entries.get("tied") or _said_tied(tied)
+    dims = dims.having("tied", _tied(expanded, inventory, said))
     return Recognised(checkpoint, inventory, match, dims, mapping, expanded)
 
 
@@ -96,20 +105,25 @@ def _match(inventory: Inventory, name: str | None) -> Match:
     return Match(arch, tuple(arch.detect(inventory)) or (f"--arch {name} says so",))
 
 
-def _tied(expanded: Expanded, inventory: Inventory, given: str | None) -> Dim:
-    """Whether the output head is the embedding: by absence, by shared memory, or by comparing every bit."""
+def _said_tied(given: str | None) -> Dim | None:
     if given is None:
-        return _compare_ties(expanded, inventory)
+        return None
     try:
-        said = boolean(given)
+        return Dim(boolean(given), "user", f"--set tied={given}")
     except ValueError:
         raise usage_error(f"--set tied={given}: expected true or false") from None
-    if said:
-        found = _compare_ties(expanded, inventory)
-        if not found.value:
-            what = f"--set tied=true, but {found.because}"
-            raise input_error(what, inventory.path, "leave it out: both will be written")
-    return Dim(said, "user", f"--set tied={given}")
+
+
+def _tied(expanded: Expanded, inventory: Inventory, said: Dim | None) -> Dim:
+    """Whether the output head is the embedding: by absence, by shared memory, or by comparing every bit. Who says that
+    it is must be right."""
+    if said is not None and not said.value:
+        return said
+    found = _compare_ties(expanded, inventory)
+    if said is not None and not found.value:
+        do = "set it to false: both will be written"
+        raise input_error(f"{said.because}, but {found.because}", inventory.path, do)
+    return said or found
 
 
 def _compare_ties(expanded: Expanded, inventory: Inventory) -> Dim:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ..errors import input_error
 from .config import write_configs
@@ -64,7 +64,7 @@ def convert(
                 for entry in shard.entries:
                     facts = {"file": shard.file, "dtype": entry.dtype, "shape": list(entry.shape)}
                     tensors[entry.name] = facts | {"xxh3": hashes[entry.name]}
-        names = [*write_configs(folder, prepared.config, info), *info.files]
+        names = [*write_configs(folder, prepared.config, info, _generation(prepared)), *info.files]
         if len(shards) > 1:
             (folder / INDEX).write_text(index_json(shards), encoding="utf-8")
             names.append(INDEX)
@@ -93,6 +93,12 @@ def choose_tokenizer(checkpoint: Checkpoint, given: str | None) -> tuple[str, tu
         what = f"several tokenizers lie beside the checkpoint: {', '.join(found)}"
         raise input_error(what, checkpoint.path, "choose one with --tokenizer PATH")
     return only, (f"tokenizer: {Path(only).name}, found beside the checkpoint",)
+
+
+def _generation(prepared: Prepared) -> dict[str, Any] | None:
+    """The generation_config.json beside the checkpoint: the stop tokens and sampling settings of its makers."""
+    found = prepared.inventory.extras.get("generation_config")
+    return cast("dict[str, Any]", found) if isinstance(found, dict) else None
 
 
 def _tokenizer(source: str, folder: Path, prepared: Prepared) -> TokenizerInfo:

@@ -17,9 +17,14 @@ from . import expr
 from .ops import Op
 from .parse import Loc, Mapping
 from .rules import Section, Tie, Transform
+from .tensors import Target
 
 _FIELD = re.compile(r"\{([^{}]*)\}")
 EACH = "each"
+TARGET = "{target}"
+"""As a whole pattern under ``keep``: every tensor of the target class that is not tied to another."""
+TIED, TWIN = "{tied}", "{twin}"
+"""As whole patterns under ``tie``: every tensor that the target class ties, and what it is tied to."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +71,18 @@ class Expanded:
     problems: tuple[Problem, ...]
 
 
-def expand(mapping: Mapping, sizes: Map[str, int], flags: Map[str, bool]) -> Expanded:
-    """Bind a mapping to sizes and flags. Problems (unknown names, unbalanced captures …) are collected, not raised."""
-    work = _Expander(mapping, sizes)
+def names_target(mapping: Mapping) -> bool:
+    """Whether the mapping speaks of the target class's own names (:data:`TARGET`), so that they are needed first."""
+    sections = (mapping.file.section, *mapping.file.when.values())
+    return any(TARGET in section.keep or TIED in section.tie for section in sections)
+
+
+def expand(mapping: Mapping, sizes: Map[str, int], flags: Map[str, bool], target: Target | None = None) -> Expanded:
+    """Bind a mapping to sizes and flags. Problems (unknown names, unbalanced captures …) are collected, not raised.
+
+    ``target`` is needed by a mapping of which :func:`names_target` is true.
+    """
+    work = _Expander(mapping, sizes, target or Target({}))
     work.section(mapping.file.section, ())
     for condition, section in mapping.file.when.items():
         if work.holds(condition, flags):
@@ -79,8 +93,9 @@ def expand(mapping: Mapping, sizes: Map[str, int], flags: Map[str, bool]) -> Exp
 
 
 class _Expander:
-    def __init__(self, mapping: Mapping, sizes: Map[str, int]) -> None:
+    def __init__(self, mapping: Mapping, sizes: Map[str, int], target: Target) -> None:
         self.mapping = mapping
+        self.target = target
         self.sizes = sizes
         self.rules: list[Rule] = []
         self.fills: dict[str, str] = {}
@@ -103,7 +118,8 @@ class _Expander:
 
     def section(self, section: Section, loc: Loc) -> None:
         for k, pattern in enumerate(section.keep):
-            self._plain("keep", pattern, pattern, (*loc, "keep", k))
+            for name in self.target.shapes if pattern == TARGET else [pattern]:
+                self._plain("keep", name, name, (*loc, "keep", k))
         for source, target in section.rename.items():
             self._plain("rename", source, target, (*loc, "rename", source))
         for k, transform in enumerate(section.transform):
@@ -111,7 +127,9 @@ class _Expander:
         for k, pattern in enumerate(section.zeros):
             self._fill(pattern, (*loc, "fill", "zeros", k))
         for source, tie in section.tie.items():
-            self._tie(source, tie, (*loc, "tie", source))
+            at = (*loc, "tie", source)
+            for name, twin in self.target.ties.items() if (source, tie) == (TIED, TWIN) else [(source, tie)]:
+                self._tie(name, twin, at)
         for pattern, reason in section.drop.items():
             self._drop(pattern, reason, (*loc, "drop", pattern))
         self._shards(section, (*loc, "shards"))

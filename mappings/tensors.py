@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 Shape = tuple[int, ...]
@@ -77,3 +78,14 @@ def dense(shape: Shape) -> Shape:
         strides.append(step)
         step *= n
     return tuple(reversed(strides))
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a target class holds: its parameters' names and shapes, tied ones once.
+
+    ``ties`` maps each parameter that is left out because it is tied to the one that stands for it.
+    """
+
+    shapes: Mapping[str, Shape]
+    ties: Mapping[str, str] = field(default_factory=dict[str, str])

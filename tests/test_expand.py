@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from mdl.mappings import moves
-from mdl.mappings.expand import Expanded, Join, expand
+from mdl.mappings.expand import Expanded, Join, Ties, expand, names_target
 from mdl.mappings.parse import parse_mapping
+from mdl.mappings.tensors import Target
 
 SIZES = {"layers": 2, "experts": 3, "heads": 4}
 
@@ -32,6 +33,25 @@ def test_a_pattern_is_its_list_of_names() -> None:
     assert pairs(got)[4:] == [((f"a.{i}.{e}",), (f"b.{e}.{i}",)) for e in range(3) for i in range(2)]
     assert [rule.kind for rule in got.rules] == ["keep"] * 4 + ["rename"] * 6
     assert got.rules[1].where == "m.yaml:4:11"
+
+
+def test_the_target_s_own_names_are_a_list_like_any_other() -> None:
+    mapping = parse_mapping('format: 1\ntitle: t\nkeep: ["{target}", x]\ntie: {"{tied}": "{twin}"}\n', "m.yaml")
+    target = Target({"a": (2,), "b.c": ()}, {"head": "a"})
+
+    got = expand(mapping, {}, {}, target)
+
+    assert names_target(mapping)
+    assert not got.problems
+    assert pairs(got) == [((n,), (n,)) for n in ("a", "b.c", "x")]
+    assert got.ties == (Ties("head", "a", "", "m.yaml:4:7"),)
+
+
+def test_the_target_s_names_are_whole_patterns() -> None:
+    assert problems('rename: {"{target}": y}') == [
+        "m.yaml:4:10: {target}: unknown size 'target'; known: experts, heads, layers"
+    ]
+    assert not names_target(parse_mapping("format: 1\ntitle: t\nkeep: [w]\n"))
 
 
 def test_each_writes_a_rule_several_times() -> None:

@@ -47,6 +47,24 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "llama_attention_bias": {**LLAMA, "attention_bias": True},
     "llama_mlp_bias": {**LLAMA, "mlp_bias": True, "num_hidden_layers": 3},
     "llama_wide_heads": {**LLAMA, "head_dim": 16, "num_key_value_heads": 4},
+    "llama_by_default": {
+        k: v for k, v in LLAMA.items() if not k.endswith(("_bias", "_embeddings")) and k != "head_dim"
+    },
+    "llama_null_heads": {**LLAMA, "num_key_value_heads": None, "head_dim": None},
+    "gpt2_by_default": {k: v for k, v in GPT2.items() if k not in ("n_inner", "tie_word_embeddings")},
+    **{name: {**LLAMA, "architectures": [f"{name}ForCausalLM"]} for name in ("Mistral", "Qwen2", "Qwen3", "Gemma2")},
+    **{
+        f"{name}_by_default": {
+            **{k: v for k, v in LLAMA.items() if k not in ("head_dim", "num_key_value_heads", "tie_word_embeddings")},
+            "architectures": [f"{name}ForCausalLM"],
+            "num_attention_heads": 32,
+            "hidden_size": 64,
+        }
+        for name in ("Mistral", "Qwen2", "Qwen3", "Gemma2", "Mixtral")
+    },
+    "Qwen3_biases": {**LLAMA, "architectures": ["Qwen3ForCausalLM"], "attention_bias": True},
+    "Gemma2_biases": {**LLAMA, "architectures": ["Gemma2ForCausalLM"], "attention_bias": True},
+    "Mixtral": {**LLAMA, "architectures": ["MixtralForCausalLM"], "num_local_experts": 3},
     "llama_one_key_head": {**LLAMA, "num_key_value_heads": 1, "attention_bias": True, "tie_word_embeddings": True},
 }
 
@@ -82,9 +100,9 @@ def test_a_class_that_nobody_knows() -> None:
 
 
 def test_a_config_that_leaves_out_a_size() -> None:
-    config = {key: value for key, value in LLAMA.items() if key != "head_dim"}
+    config = {key: value for key, value in LLAMA.items() if key != "hidden_size"}
 
-    with pytest.raises(MdlError, match="does not size LlamaForCausalLM: unknown size 'head_dim'"):
+    with pytest.raises(MdlError, match="does not size LlamaForCausalLM: unknown size 'hidden_size'"):
         expected_tensors(config)
 
 
@@ -94,4 +112,5 @@ def test_patterns_with_two_captures(monkeypatch: pytest.MonkeyPatch) -> None:
 
     got = from_spec({"architectures": ["M"], "n": 2, "m": 3})
 
-    assert got == {f"a.{e}.{i}": (2, 2) for i in range(2) for e in range(3)} | {"b": ()}
+    assert got is not None
+    assert got.shapes == {f"a.{e}.{i}": (2, 2) for i in range(2) for e in range(3)} | {"b": ()}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
@@ -105,6 +106,19 @@ def kv_bytes(config: Any, tokens: int) -> int:
     model, parallel = config.model_config, config.parallel_config
     per_layer = 2 * model.get_total_num_kv_heads() * model.get_head_size() * model.dtype.itemsize
     return max(64 << 20, 2 * tokens * model.get_num_layers(parallel) * per_layer)
+
+
+def blocks(config: Any, plain: int) -> int:
+    """Blocks of cache where ``plain`` are enough for layers of one kind.
+
+    Layers of several kinds (full and sliding attention) are put into groups of one size, and every group takes blocks
+    of its own from the one pool (vLLM's v1/core/kv_cache_utils.py).
+    """
+    kinds = Counter(getattr(config.model_config.hf_text_config, "layer_types", None) or ())
+    if len(kinds) < 2:
+        return plain
+    size = min(kinds.values())
+    return plain * sum(-(-count // size) for count in kinds.values())
 
 
 # --- how tokens are forced ---------------------------------------------------------------------------------------

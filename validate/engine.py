@@ -31,6 +31,7 @@ from .adapt import (
     PROMPT,
     Forcing,
     adjusted,
+    blocks,
     exact_tables,
     forcing,
     inspect_here,
@@ -128,6 +129,8 @@ def engine_arguments(request: dict[str, Any]) -> dict[str, Any]:
         **given,
     }
     config = EngineArgs(**arguments).create_engine_config()
+    if "num_gpu_blocks_override" in given:
+        arguments["num_gpu_blocks_override"] = blocks(config, given["num_gpu_blocks_override"])
     if "kv_cache_memory_bytes" not in given:
         block = config.cache_config.block_size or 128
         room = max(sum(-(-n // block) * block for n in total) for total in totals)

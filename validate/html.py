@@ -72,9 +72,11 @@ def _row(check: Check) -> str:
 
 def _located(found: Located) -> str:
     facts = {
-        "module": f"<code>{escape(found.module)}</code>",
-        "in vLLM": f"<code>{escape(found.served)}</code>",
-        "local error": f"NMSE {found.local_error:.1e}, where rounding alone makes {found.floor:.1e}",
+        "module": f"<code>{escape(found.module)}</code>" if found.module else escape(found.place),
+        "in vLLM": f"<code>{escape(found.served)}</code>" if found.served else "",
+        "local error": f"NMSE {found.local_error:.1e}, where rounding alone makes {found.floor:.1e}"
+        if found.module
+        else "",
         "it looks like": escape(found.signature),
         "decided by": escape(found.governed_by),
         "tried": escape(found.hypothesis),

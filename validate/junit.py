@@ -56,7 +56,7 @@ def _add_case(suite: Xml.Element, report: Report, check: Check) -> None:
     elif check.ok is False:
         failure = Xml.SubElement(case, "failure", {"message": _clean(message), "type": "parity"})
         if report.located is not None:
-            detail.append(f"begins in {report.located.module}: {report.located.signature}")
+            detail.append(f"begins in {report.located.place}: {report.located.signature}")
         failure.text = _clean("\n".join(detail))
     else:
         Xml.SubElement(case, "system-out").text = _clean("\n".join([message, *detail]))

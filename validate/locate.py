@@ -6,14 +6,15 @@ is then explained: by its stored tensors, by config.json, or by what makes the r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..convert.config import read_config
 from ..convert.prepare import Prepared
 from ..convert.sources import Files
-from .asking import Answer, ask
+from .asking import Answer, ask, nmse
 from .client import Engine, EngineFailure
 from .hypothesis import Change, Trials, Tried, differences, from_config, often_mistaken, reordered
 from .pairing import Seen, Unit, below, make_units, stream, watch
@@ -28,6 +29,10 @@ RATIO = 16.0
 ABSOLUTE = 1e-11
 """What no module's error is counted under, unless none exceeds it: kernels may sum in another order."""
 
+SHARE = 1e-5
+"""The part of the logits' error that a module's own must be to count as its cause: errors grow on their way through
+the layers, but not without bounds, and kernels have errors of their own (vLLM's tanh in capped attention)."""
+
 _SHOWN = 3
 _SMALL = 1 << 30  # bytes of weights up to which all of them are compared, not the faulty module's alone
 
@@ -39,9 +44,19 @@ class _Cause:
 
 
 def locate(
-    layout: Path, prepared: Prepared, reference: Reference, engine: Engine, scratch: Path, *, ids: list[int]
+    layout: Path,
+    prepared: Prepared,
+    reference: Reference,
+    engine: Engine,
+    scratch: Path,
+    *,
+    ids: list[int],
+    failing: float = 0.0,
 ) -> Located | None:
     """Find the faulty module of a layout that failed on ``ids``, in one load and a few prefills of vLLM.
+
+    ``failing`` is the NMSE of the logits where they are worst, if it is known: no module whose own error is a tiny part
+    of that is blamed.
 
     None if vLLM can't load it, or if no module is at fault on its own. A reference that is not a module here (a plain
     callable, a recording), or whose modules are not named as the checkpoint's tensors are, is stood in for by mdl's
@@ -62,21 +77,51 @@ def locate(
     answers = ask(reference, seen, units, engine, layout, scratch, ids) if units else []
     if isinstance(answers, EngineFailure):
         return None
-    culprit = find_culprit(answers)
-    if culprit is None:
-        return _nothing(answers, note) if stands_in else None
-    return _located(layout, prepared, seen, answers, culprit, ids, note)
+    with Files() as files:
+        weights = Weights(layout, prepared.plan, _head_counts(prepared), files)
+        culprit = find_culprit(answers, weights, least=SHARE * failing)
+        if culprit is not None:
+            return _located(layout, prepared, seen, answers, culprit, ids, note, weights)
+    return _nothing(answers, note) if stands_in else _around(layout, prepared, answers)
 
 
-def find_culprit(answers: Sequence[Answer]) -> Answer | None:
-    """The first faulty module that holds no faulty one. If all are under the absolute limit, that is dropped."""
-    for absolute in (ABSOLUTE, 0.0):
-        faulty = [a for a in answers if not a.error <= max(RATIO * a.floor, absolute)]
+def find_culprit(answers: Sequence[Answer], weights: Weights | None = None, *, least: float = 0.0) -> Answer | None:
+    """The first faulty module that holds no faulty one. If all are under the absolute limit, ``least`` replaces it."""
+    for absolute in (ABSOLUTE, least):
+        faulty = [
+            a for a in answers if _errs(a, absolute) and not (weights and _scaled_elsewhere(a, absolute, weights))
+        ]
         units = [a.unit for a in faulty]
         for answer in faulty:
             if not any(below(answer.unit, units)):
                 return answer
     return None
+
+
+def _errs(answer: Answer, absolute: float) -> bool:
+    return not answer.error <= max(RATIO * answer.floor, absolute)
+
+
+def _scaled_elsewhere(answer: Answer, absolute: float, weights: Weights) -> bool:
+    """Right but for one factor, with the very weights that the plan makes: one side applies the factor inside the
+    module, the other outside (as with Gemma's embedding). Where that is a fault, what follows shows it."""
+    got, exact = answer.got.double(), answer.exact
+    factor = float((got * exact).sum() / exact.square().sum())
+    if not answer.unit.leaf or not math.isfinite(factor) or factor == 0:
+        return False
+    alike = not _errs(replace(answer, error=nmse(got / factor, exact)), absolute)
+    return alike and not any(weights.difference(name) for name in answer.unit.tensors)
+
+
+def _around(layout: Path, prepared: Prepared, answers: Sequence[Answer]) -> Located | None:
+    """Every module is right on its own: what config.json says otherwise concerns what joins them."""
+    found = differences(read_config(layout), prepared.config)
+    if not found:
+        return None
+    said = "; ".join(f"{path} is {a!r} for {b!r}" for path, (a, b) in found.items())
+    words = "every module answers as the reference's does, so the fault is in what joins them: a scale, a cap"
+    cause = "config.json: " + ", ".join(found)
+    return Located("", "", 0.0, 0.0, words, cause, f"weights are as the checkpoint says; {said}", _layers(answers))
 
 
 def _why(reference: Reference, names: Sequence[str]) -> str:
@@ -104,12 +149,13 @@ def _located(
     culprit: Answer,
     ids: list[int],
     note: str,
+    weights: Weights,
 ) -> Located:
     call = seen.calls[culprit.unit.modules[0]]
     signature = describe(culprit.got, culprit.exact, stream(call), ids, culprit.floor)
     if not culprit.unit.leaf:
         signature += _heads(prepared, seen, culprit, [a.unit for a in answers])
-    cause = _explain(layout, prepared, seen, culprit, ids)
+    cause = _by_weights(weights, culprit.unit) or _by_trial(layout, prepared, Trials(prepared, seen, culprit, ids))
     words = "; ".join(part for part in (cause.words, note) if part)
     return Located(
         culprit.unit.key,
@@ -145,12 +191,6 @@ def _heads(prepared: Prepared, seen: Seen, culprit: Answer, units: Sequence[Unit
     if not found:
         return ""
     return "; in all heads" if len(found) == count else f"; only in {ranges('head', found)} of {count}"
-
-
-def _explain(layout: Path, prepared: Prepared, seen: Seen, culprit: Answer, ids: list[int]) -> _Cause:
-    with Files() as files:
-        cause = _by_weights(Weights(layout, prepared.plan, _head_counts(prepared), files), culprit.unit)
-    return cause or _by_trial(layout, prepared, Trials(prepared, seen, culprit, ids))
 
 
 def _head_counts(prepared: Prepared) -> tuple[int, ...]:

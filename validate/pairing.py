@@ -113,9 +113,16 @@ def make_units(plan: Plan, seen: Seen, vocab: int) -> list[Unit]:
     for name, call in seen.calls.items():
         under = [u for u in leaves if not u.head and all(m.startswith(f"{name}.") for m in u.modules)]
         if name and under and stream(call) is not None:
-            targets, tensors = ([t for u in under for t in getattr(u, field)] for field in ("targets", "tensors"))
+            targets = [target for unit in under for target in unit.targets]
+            tensors = dict.fromkeys([t for unit in under for t in unit.tensors] + _stored_under(plan, name))
             parents.append(Unit((name,), tuple(targets), tuple(tensors), leaf=False, head=False, at=call.at))
     return sorted([*leaves, *parents], key=lambda unit: unit.at)
+
+
+def _stored_under(plan: Plan, module: str) -> list[str]:
+    """Tensors made from the module's own, those too that no module here stands for (experts computed as one)."""
+    under = f"{module}."
+    return [t for step in plan.writes if any(s.name.startswith(under) for s in step.sources) for t in step.targets]
 
 
 def stream(call: Call) -> torch.Tensor | None:

@@ -66,7 +66,8 @@ def builtin_reference(arch: Arch, dims: Dims, plan: Plan) -> Reference:
     build = cast("Callable[[Dims], torch.nn.Module]", getattr(importlib.import_module(module_name), function))
     with torch.device("meta"):
         module = build(dims)
-    module.load_state_dict(_raw_weights(plan, set(module.state_dict())), strict=True, assign=True)
+    wanted = set(module.state_dict()) or {s.name for step in plan.writes for s in step.sources}
+    module.load_state_dict(_raw_weights(plan, wanted), strict=True, assign=True)
     rounded = rounded_to(plan)
     notes = (f"the reference uses weights rounded to {rounded}, as --dtype asked",) if rounded else ()
     name = f"mdl's eager {arch.name}"

@@ -45,7 +45,8 @@ class Evidence:
 class Located:
     """Where a failure begins: the first module that, fed the reference's own input, answers otherwise.
 
-    ``module`` is its path in the reference, ``served`` in vLLM; errors are NMSE. ``signature`` says what the error
+    ``module`` is its path in the reference, ``served`` in vLLM; both are empty if every module is right by itself.
+    Errors are NMSE. ``signature`` says what the error
     looks like, ``governed_by`` which config field or mapping line decides there, ``hypothesis`` what was tried and
     how far the error fell. ``layers`` lists every module with its local error and floor, in order.
     """
@@ -58,6 +59,11 @@ class Located:
     governed_by: str
     hypothesis: str
     layers: tuple[tuple[str, float, float], ...] = ()
+
+    @property
+    def place(self) -> str:
+        """The module on both sides; words where no single one is at fault."""
+        return f"{self.module} (in vLLM {self.served})" if self.module else "no single module"
 
 
 @dataclass(frozen=True)

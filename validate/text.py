@@ -17,7 +17,7 @@ def to_text(report: Report) -> str:
     for line, check in zip(lines[1:], report.checks, strict=True):
         table += [line, *_details(check)]
     found = report.located
-    begins = [f"begins in: {found.module} ({found.served}): {found.signature}; {found.governed_by}"] if found else []
+    begins = [f"begins in: {found.place}: {found.signature}; {found.governed_by}"] if found else []
     facts = [
         f"layout:    {report.layout}",
         f"reference: {report.reference} on {report.checkpoint}",

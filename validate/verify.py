@@ -185,7 +185,7 @@ def judge_layout(layout: Path, side: Side, settings: Settings, engine: Engine, s
         layout=str(layout),
         checkpoint=side.prepared.inventory.path,
         arch=side.prepared.arch.name,
-        target=side.prepared.arch.target,
+        target=side.prepared.target,
         reference=side.reference.name,
         dtype=dtype,
         ok=_passed(found),
@@ -300,7 +300,8 @@ def _locate(layout: Path, side: Side, engine: Engine, scratch: Path, evidence: E
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         for k in dict.fromkeys((worst, long)):
             ids = list(sequences[k].ids)
-            found = locate(layout, side.prepared, side.reference, engine, Path(folder), ids=ids)
+            failing = max(evidence.measured[k]) if evidence else 0.0
+            found = locate(layout, side.prepared, side.reference, engine, Path(folder), ids=ids, failing=failing)
             if found is not None:
                 return found
     return None

@@ -2,6 +2,9 @@
 
 These files stand in for building the class on the meta device, which costs seconds of imports. That they say the
 same as the class is a test (tests/test_targets.py); a class without a file here is built for real.
+
+``defaults`` are the values that the class fills in where config.json leaves them out, ``nulls`` those for a null.
+``tied`` names the tensors that the files leave out when ``tie_word_embeddings`` is true, and what stands for them.
 """
 
 from __future__ import annotations
@@ -13,9 +16,9 @@ from typing import Any
 
 import yaml
 
-from ...errors import input_error
+from ...errors import input_error, machine_error
 from ...mappings import expr
-from ...mappings.tensors import Shape
+from ...mappings.tensors import Shape, Target
 
 _FOLDER = Path(__file__).parent
 
@@ -31,37 +34,85 @@ def known_classes() -> tuple[str, ...]:
     return tuple(_known())
 
 
-def from_spec(config: Mapping[str, Any]) -> dict[str, Shape] | None:
-    """Names and shapes that the config's class holds, or None if there is no file for that class.
+def resolved(config: Mapping[str, Any]) -> dict[str, Any]:
+    """``config`` with the values that its class fills in where it leaves them out.
+
+    From the class's file here, else by asking transformers, which costs seconds of imports. Raises MdlError: INPUT if
+    a size is missing, if transformers does not know the class or does not take the config, MACHINE where transformers
+    is missing.
+    """
+    spec = _known().get(config["architectures"][0])
+    if spec is None:
+        return {**_by_transformers(config), **{k: v for k, v in config.items() if v is not None}}
+    filled = {**spec.get("defaults", {}), **config}
+    filled |= {name: value for name, value in spec.get("nulls", {}).items() if filled.get(name) is None}
+    for name, value in filled.items():
+        if name in spec.get("defaults", {}) and isinstance(value, str):
+            filled[name] = _evaluated(value, filled)
+    return filled
+
+
+def _evaluated(size: int | str, config: Mapping[str, Any]) -> int:
+    try:
+        return expr.evaluate(size, {k: v for k, v in config.items() if isinstance(v, int)})
+    except expr.ExprError as error:
+        name = config["architectures"][0]
+        raise input_error(f"config.json does not size {name}: {error}", do="it needs that field") from None
+
+
+def _by_transformers(config: Mapping[str, Any]) -> dict[str, Any]:
+    name = str(config["architectures"][0])
+    cls = transformers_class(name)
+    try:
+        known = cls.config_class(**{k: v for k, v in config.items() if k not in ("architectures", "model_type")})
+    except Exception as error:  # config classes raise whatever they like
+        raise input_error(f"{name} does not take this config.json: {error}", do="mend config.json") from error
+    values = known.to_dict()
+    # config classes spell the common sizes in their own way (n_embd) and answer to the common names too
+    common = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+    return {**values, **{key: getattr(known, key, None) for key in common if key not in values}}
+
+
+def transformers_class(name: str) -> Any:
+    """The transformers class of that name. Raises MdlError: MACHINE without transformers, INPUT without the class."""
+    try:
+        import transformers
+    except ImportError as error:
+        what = f"checking a plan against {name} needs torch and transformers ({error})"
+        raise machine_error(what, do="pip install mdl[cpu]") from error
+    cls = getattr(transformers, name, None)
+    if cls is None:
+        raise input_error(f"transformers has no class {name}", do="add its tensors as a file in archs/targets")
+    return cls
+
+
+def from_spec(config: Mapping[str, Any]) -> Target | None:
+    """What the config's class holds, or None if there is no file for that class.
 
     Raises MdlError (INPUT) if the config leaves out a size.
     """
     spec = _known().get(config["architectures"][0])
     if spec is None:
         return None
-    sizes = {k: v for k, v in config.items() if isinstance(v, int)}
+    config = resolved(config)
     patterns: dict[str, list[int | str]] = dict(spec["tensors"])
     for condition, more in spec.get("when", {}).items():
         words = condition.split()
         if bool(config.get(words[-1])) is (len(words) == 1):
             patterns |= more
-    try:
-        return dict(_expanded(patterns, spec["ranges"], sizes))
-    except expr.ExprError as error:
-        raise input_error(
-            f"config.json does not size {spec['class']}: {error}", do="mend the family's hf_config"
-        ) from None
+    shapes = dict(_expanded(patterns, spec["ranges"], config))
+    return Target(shapes, spec.get("tied", {}) if config.get("tie_word_embeddings") else {})
 
 
 def _expanded(
-    patterns: Mapping[str, list[int | str]], ranges: Mapping[str, str], sizes: Mapping[str, int]
+    patterns: Mapping[str, list[int | str]], ranges: Mapping[str, str], config: Mapping[str, Any]
 ) -> list[tuple[str, Shape]]:
     found: list[tuple[str, Shape]] = []
     for pattern, dims in patterns.items():
-        shape = tuple(expr.evaluate(n, sizes) for n in dims)
+        shape = tuple(_evaluated(n, config) for n in dims)
         names = [pattern]
         for capture in (f"{{{name}}}" for name in ranges if f"{{{name}}}" in pattern):
-            count = expr.evaluate(ranges[capture[1:-1]], sizes)
+            count = _evaluated(ranges[capture[1:-1]], config)
             names = [name.replace(capture, str(k)) for name in names for k in range(count)]
         found += [(name, shape) for name in names]
     return found
