@@ -83,7 +83,7 @@ def answer(unit: Unit, seen: Seen, dtype: str) -> torch.Tensor | None:
 
 
 def exactly(seen: Seen) -> AbstractContextManager[object]:
-    """What the reference wants around its float64 run (its attribute ``exactly``), for one that names float32 inside."""
+    """What a reference that names float32 inside wants around its float64 run: its attribute ``exactly``."""
     return getattr(seen.root, "exactly", nullcontext)()
 
 
