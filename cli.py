@@ -158,7 +158,7 @@ def verify(
     ] = None,
     golden: Annotated[Path | None, typer.Option("--golden", help="What `mdl record` wrote, in place of code.")] = None,
     prompt: PromptsOption = None,
-    seed: SeedOption = 0,
+    seed: Annotated[int | None, typer.Option("--seed", help="Seed of the inputs (0, or the golden file's).")] = None,
     dtype: Annotated[str | None, typer.Option("--dtype", help="Serving type to check too (default: its own).")] = None,
     tensor_parallel_size: Annotated[int, typer.Option("--tensor-parallel-size", help="Workers per layer.")] = 1,
     mutate: Annotated[bool, typer.Option("--mutate", help="Test the verifier: inject known mistakes.")] = False,

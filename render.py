@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import re
 import sys
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from .errors import Kind, MdlError
+from .mappings.jsonable import to_json
 
 SHOWN = 10
 _NUMBER = re.compile(r"(?<![^./])\d+(?![^./])")
@@ -33,20 +32,7 @@ def err() -> Console:
 
 def print_json(document: Any) -> None:
     """One JSON document on stdout; dataclasses become objects."""
-    sys.stdout.write(json.dumps(plain(document), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def plain(value: Any) -> Any:
-    """JSON values: dataclasses and mappings as objects, sequences as arrays, what JSON lacks as text."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(k): plain(v) for k, v in cast("Mapping[Any, Any]", value).items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [plain(v) for v in cast("Iterable[Any]", value)]
-    if isinstance(value, float) and value in (float("inf"), float("-inf")):
-        return str(value)
-    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+    sys.stdout.write(to_json(document))
 
 
 def print_error(error: MdlError, *, as_json: bool) -> None:

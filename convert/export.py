@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from ..errors import Kind, MdlError, Problem, usage_error
+from ..mappings.jsonable import numbers_back
 from ..mappings.lazy import Lazy
 from ..mappings.ops import Op, OpError, invert
 from ..mappings.tensors import ITEMSIZE, TensorInfo
@@ -156,7 +157,7 @@ def _write(
         for rank, (raw, file) in enumerate(zip(back.raws, back.files, strict=True)):
             per_file.setdefault(file, {})[raw] = _rank_value(whole, back.join, rank, len(back.raws))
     wrapper = tuple(manifest.source["wrapper"])
-    extras = manifest.source["extras"] if _has_room(manifest) else {}
+    extras = numbers_back(manifest.source["extras"]) if _has_room(manifest) else {}
     ties = (step for step in manifest.steps if step["kind"] == "tie")
     aliases = {s["sources"][0]["ranks"][0]["raw"]: raw for s in ties if (raw := _twin_raw(manifest, s))}
     targets = {file: out / file if ranks > 1 else out for file in per_file}

@@ -15,6 +15,7 @@ from ..archs.base import Value
 from ..errors import input_error
 from ..mappings import moves, values
 from ..mappings.expand import Join
+from ..mappings.jsonable import plain, to_json
 from ..mappings.ops import Op
 from .plan import Source, Step
 from .prepare import Prepared
@@ -57,7 +58,7 @@ class Manifest:
 
     def to_json(self) -> str:
         """The text of mdl.json."""
-        return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n"
+        return to_json(self)
 
     def dim_values(self) -> dict[str, Value]:
         """The dims as plain values: what an eager reference is built from."""
@@ -104,7 +105,7 @@ def make_manifest(
             "ranks": inventory.ranks,
             "files": [fingerprint(Path(file)) for file in inventory.files],
             "order": list(inventory.tensors),
-            "extras": _plain(inventory.extras),
+            "extras": plain(inventory.extras),
         },
         mapping={"file": Path(mapping.path).name, "sha256": mapping.sha256},
         dims={name: dataclasses.asdict(dim) for name, dim in prepared.dims.entries.items()},
@@ -158,7 +159,7 @@ def describe_step(step: Step) -> dict[str, Any]:
 
 def describe_op(op: Op) -> dict[str, Any]:
     """An operation as ``{"op": name, **arguments}``."""
-    return {"op": op.name, **_plain(dataclasses.asdict(op))}
+    return {"op": op.name, **plain(dataclasses.asdict(op))}
 
 
 def revive_op(data: Map[str, Any]) -> Op:
@@ -176,15 +177,6 @@ def _describe_source(source: Source) -> dict[str, Any]:
     return {
         "name": source.name,
         "shape": list(source.shape),
-        "join": _plain(dataclasses.asdict(source.join)) if source.join else None,
+        "join": plain(dataclasses.asdict(source.join)) if source.join else None,
         "ranks": [{"rank": i.rank, "raw": i.raw, "shape": list(i.shape), "file": i.file} for i in source.infos],
     }
-
-
-def _plain(value: Any) -> Any:
-    """JSON values only: tuples become lists, whatever JSON lacks becomes its text."""
-    if isinstance(value, Map):
-        return {str(k): _plain(v) for k, v in cast("Map[Any, Any]", value).items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in cast("list[Any]", value)]
-    return value if value is None or isinstance(value, bool | int | float | str) else repr(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,10 @@ import torch
 
 from mdl import cli
 from mdl.errors import Problem
-from mdl.render import collapse, plain, size
+from mdl.mappings.jsonable import plain
+from mdl.render import collapse, size
+
+from . import checkpoints as make
 
 
 class Result:
@@ -246,6 +250,26 @@ def test_collapse_joins_names_that_differ_in_numbers() -> None:
     assert collapse(["h.0.a", "h.1.a", "h.2.a", "x"]) == ["h.{0..2}.a", "x"]
     assert collapse(["h.0.a", "h.2.a"]) == ["h.{0,2}.a"]
     assert collapse(["l.0.e.0", "l.0.e.1", "l.1.e.0", "l.1.e.1"]) == ["l.{0..1}.e.{0..1}"]
+
+
+def test_numbers_that_json_lacks_become_text_and_come_back(mdl: Any, tmp_path: Path) -> None:
+    state = make.nanogpt_state()
+    saved = {"model": state, "model_args": make.nanogpt_args(state), "best_val_loss": math.inf, "lr": math.nan}
+    torch.save(saved, tmp_path / "ckpt.pt")
+
+    def refuse(text: str) -> None:
+        raise AssertionError(f"{text} is not JSON")
+
+    for command, *more in (["inspect"], ["plan"], ["convert", tmp_path / "out", "--tokenizer", "none"]):
+        done = mdl(command, tmp_path / "ckpt.pt", *more, "--json")
+        assert done.code == 0
+        json.loads(done.out, parse_constant=refuse)
+    manifest = json.loads((tmp_path / "out/mdl.json").read_text(), parse_constant=refuse)
+    assert (manifest["source"]["extras"]["best_val_loss"], manifest["source"]["extras"]["lr"]) == ("inf", "nan")
+
+    assert mdl("export", tmp_path / "out", tmp_path / "back.pt").code == 0
+    back = torch.load(tmp_path / "back.pt", weights_only=True)
+    assert (back["best_val_loss"], str(back["lr"])) == (math.inf, "nan")
 
 
 def test_sizes_and_plain_values() -> None:

@@ -19,7 +19,8 @@ from mdl.validate import record
 from mdl.validate.compare import distance
 from mdl.validate.golden import foreign_reference, golden_reference, record_golden
 from mdl.validate.inputs import Input, Inputs, make_inputs
-from mdl.validate.reference import builtin_reference, user_reference
+from mdl.validate.record import continuation
+from mdl.validate.reference import Reference, builtin_reference, user_reference
 
 from . import servable as make
 
@@ -242,12 +243,25 @@ def recorded(folder: Path, *arguments: str, build: str = "def build(c): return M
     return out
 
 
+def assert_greedy(greedy: Input, long: tuple[int, ...], live: Reference) -> None:
+    """A prompt from the long sequence, and what the reference itself finds likeliest after it."""
+    prompt, count = continuation(len(long))
+    assert greedy.kind == "greedy"
+    assert greedy.ids[:prompt] == long[:prompt]
+    assert len(greedy.ids) == prompt + count
+    best = live.logits(list(greedy.ids[:-1]), "float64").argmax(-1).tolist()
+    assert tuple(best[prompt - 1 :]) == greedy.ids[prompt:]
+
+
 def test_one_copied_file_records_all_that_the_gate_needs(tmp_path: Path) -> None:
     out = recorded(tmp_path, "--vocab", str(VOCAB), "--context", str(CONTEXT), "--seed", "4")
     golden = golden_reference(out, files=[tmp_path / "ckpt.bin"])
     live = user_reference(str(tmp_path / "model.py") + ":build", tmp_path)
 
-    assert golden.inputs == make_inputs(VOCAB, CONTEXT, seed=4)
+    assert golden.inputs is not None
+    *dealt, greedy = golden.inputs.sequences
+    assert tuple(dealt) == make_inputs(VOCAB, CONTEXT, seed=4).sequences
+    assert_greedy(greedy, dealt[-1].ids, live)
     assert golden.exact
     assert not golden.free
     assert golden.notes == ()
@@ -398,7 +412,10 @@ def test_another_python_gives_the_reference_that_this_one_gives(prepared: Prepar
     foreign = foreign_reference(spec, checkpoint, sys.executable, prepared, 5, prompts=prompts)
     ours = builtin_reference(prepared.arch, prepared.dims, prepared.plan)
 
-    assert foreign.inputs == make_inputs(96, 64, seed=5, prompts=prompts)
+    assert foreign.inputs is not None
+    *dealt, greedy = foreign.inputs.sequences
+    assert tuple(dealt) == make_inputs(96, 64, seed=5, prompts=prompts).sequences
+    assert_greedy(greedy, dealt[-2].ids, ours)
     assert foreign.name == f"{spec}, run by {sys.executable}"
     for one in foreign.inputs.sequences:
         ids = list(one.ids)

@@ -164,6 +164,22 @@ def generate_check(tokens: Sequence[int], exact: torch.Tensor, floor: Distance) 
     return Check("generate", True, f"{len(tokens)} greedy tokens equal", "all", few(ties), {"ties": float(len(ties))})
 
 
+def recorded_check(tokens: Sequence[int], recorded: Sequence[int], exact: torch.Tensor, floor: Distance) -> Check:
+    """The same against a recorded continuation, which knows no other prefixes than its own.
+
+    ``exact`` and ``floor`` are at the positions that predict the ``recorded`` tokens. vLLM's tokens are judged up to
+    and with the first that is another; if that one is a tie, the rest can't be.
+    """
+    same = next((k for k, pair in enumerate(zip(tokens, recorded, strict=False)) if pair[0] != pair[1]), len(recorded))
+    judged = list(tokens[: same + 1])
+    check = generate_check(judged, exact[: len(judged)], floor.at(range(len(judged))))
+    if not check.ok or len(judged) == len(tokens):
+        return check
+    rest = f"after that tie the recording knows no more: {len(tokens) - len(judged)} tokens were not judged"
+    measured = f"{same} of {len(tokens)} greedy tokens equal, then a tie"
+    return replace(check, measured=measured, detail=(*check.detail, rest))
+
+
 def dtype_check(dtype: str, measured: Sequence[Distance], floors: Sequence[Distance]) -> Check:
     """The serving type: vLLM may be no further from the exact logits than eager PyTorch in that type, times two."""
     v: Verdict = judge(list(measured), list(floors))
@@ -174,14 +190,15 @@ def dtype_check(dtype: str, measured: Sequence[Distance], floors: Sequence[Dista
     return Check(f"dtype {dtype}", ok, text, f"{DTYPE_RATIO:g} x", few([detail] if detail else []), figures)
 
 
-def gather_evidence(cases: Sequence[Case], results: Sequence[ScenarioResult], expected: Expected) -> Evidence | None:
-    """What the pictures need, from the prefill cases."""
+def gather_evidence(
+    cases: Sequence[Case], results: Sequence[ScenarioResult], groups: Sequence[list[Compared] | str], expected: Expected
+) -> Evidence | None:
+    """What the pictures need, from the prefill cases and what was compared of each."""
     from safetensors.torch import load_file
 
     measured: list[tuple[float, ...]] = []
     pairs: list[tuple[float, float]] = []
-    for case, result in zip(cases, results, strict=True):
-        compared = compare_case(case, result, expected)
+    for case, result, compared in zip(cases, results, groups, strict=True):
         if isinstance(compared, str):
             return None
         order = sorted(range(len(compared[0].positions)), key=compared[0].positions.__getitem__)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-LOGITS_BUDGET = 1 << 27
-"""Tokens x vocabulary of the covering inputs: bounds time and disk where the vocabulary is large."""
+from .record import deal
 
 
 @dataclass(frozen=True)
 class Input:
-    """One sequence of token ids. ``kind`` is ``vocabulary``, ``long`` or ``prompt``."""
+    """One sequence of token ids. ``kind`` is ``vocabulary``, ``long``, ``prompt``, or ``greedy`` for what a recorded
+    reference itself went on with."""
 
     kind: str
     ids: tuple[int, ...]
@@ -44,13 +43,6 @@ def make_inputs(vocab: int, context: int, *, seed: int = 0, prompts: Sequence[Se
     row and every special token is used once (or as many as the budget allows). The long sequence of up to 512
     tokens is where rotary scaling, windows and learned positions show.
     """
-    rng = random.Random(seed)  # noqa: S311  (reproducible inputs, not secrets)
-    order = list(range(vocab))
-    rng.shuffle(order)
-    order = order[: max(1024, LOGITS_BUDGET // vocab)]
-    width = max(1, min(256, context - 1))
-    dealt = [Input("vocabulary", tuple(order[k : k + width])) for k in range(0, len(order), width)]
-    length = max(1, min(512, context - 1))
-    long = Input("long", tuple(rng.randrange(vocab) for _ in range(length)))
+    dealt = [Input(one["kind"], tuple(one["ids"])) for one in deal(vocab, context, seed)]
     own = [Input("prompt", tuple(prompt)) for prompt in prompts if prompt]
-    return Inputs((*dealt, long, *own), vocab, seed)
+    return Inputs((*dealt, *own), vocab, seed)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
+
+from ..mappings.jsonable import to_json
 
 HEADERS = ("mistake", "what is wrong", "killed by", "NMSE", "x reference's")
 CONTROL_HEADERS = ("harmless change", "what it is", "verdict", "NMSE", "x reference's")
@@ -100,7 +101,7 @@ class MutationTable:
     def to_json(self) -> str:
         """The whole table as one JSON document."""
         told = {name: getattr(self, name) for name in ("kill_rate", "survivors", "false_alarms", "ok", "verdict")}
-        return json.dumps({**dataclasses.asdict(self), **told}, indent=1, ensure_ascii=False) + "\n"
+        return to_json({**dataclasses.asdict(self), **told})
 
 
 def kill_rows(table: MutationTable) -> list[tuple[str, ...]]:

@@ -226,7 +226,7 @@ def _reseeded(run: _Run) -> ControlRow:
     name, description = "seed", "other inputs, from another seed"
     if run.settings.golden:
         return ControlRow(name, description, skipped="a recording has the inputs that it has")
-    settings = replace(run.settings, seed=run.settings.seed + 1)
+    settings = replace(run.settings, seed=(run.settings.seed or 0) + 1)
     return _control(name, description, lambda: verify(run.layout, settings, engine=run.engine))
 
 

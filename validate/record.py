@@ -23,7 +23,7 @@ import sys
 import traceback
 from array import array
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 Json = dict[str, Any]
 FORMAT = "mdl-golden/1"
 LOGITS_BUDGET = 1 << 27
+"""Tokens x vocabulary of the covering inputs: bounds time and disk where the vocabulary is large."""
 _SHORT, _LONGER = [0, 1], [0, 1, 0]
 
 
@@ -45,7 +46,10 @@ class Unusable(Exception):  # noqa: N818 - it names what the reference is
 
 
 def deal(vocab: int, context: int, seed: int) -> list[Json]:
-    """The sequences that mdl itself would use: the whole vocabulary once, as far as the budget goes, and a long one."""
+    """The sequences that every verification uses: the whole vocabulary once, as far as the budget goes, and a long one.
+
+    Random without replacement from ``seed``; up to 256 and 512 tokens long.
+    """
     rng = random.Random(seed)  # noqa: S311 - reproducible inputs, not secrets
     order = list(range(vocab))
     rng.shuffle(order)
@@ -247,11 +251,10 @@ def _alike(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _target_parameter(model: Any) -> str:
-    try:
+    with suppress(TypeError, ValueError):  # a builtin has no signature
         parameters = inspect.signature(getattr(model, "forward", model)).parameters
-    except (TypeError, ValueError):  # a builtin
-        return ""
-    return next((name for name in ("targets", "labels") if name in parameters), "")
+        return next((name for name in ("targets", "labels") if name in parameters), "")
+    return ""
 
 
 def _tensor_of(output: Any, name: str) -> torch.Tensor:
@@ -269,6 +272,21 @@ def _tensor_of(output: Any, name: str) -> torch.Tensor:
         kind = output.dtype if isinstance(output, torch.Tensor) else type(output).__name__
         raise Unusable(f"returns {kind}, not logits", name, "return a tensor of logits shaped [B, T, V]")
     return output
+
+
+def continuation(length: int) -> tuple[int, int]:
+    """Tokens of the long sequence that are the prompt of the greedy continuation, and tokens generated after them."""
+    prompt = min(16, length // 2)
+    return prompt, min(32, length - prompt)
+
+
+def _greedy(forward: Forward, long: Sequence[int]) -> list[int]:
+    """The prompt and the tokens that the model itself finds likeliest after it, in its exact precision."""
+    prompt, count = continuation(len(long))
+    ids = list(long[:prompt])
+    while ids and len(ids) < prompt + count:
+        ids.append(int(forward.logits(ids, "float64" if forward.exact else "float32")[-1].argmax()))
+    return ids
 
 
 def record(forward: Forward, sequences: Sequence[Json], out: Path, dtypes: Sequence[str], about: Json) -> None:
@@ -392,7 +410,10 @@ def _record(given: argparse.Namespace) -> list[str]:
         "checkpoint": fingerprints(given.checkpoint),
     }
     dtypes = [d for d in given.dtypes.split(",") if d] if forward.module is not None else []
-    record(forward, inputs["sequences"], given.out, dtypes=dtypes, about=about)
+    sequences = list(inputs["sequences"])
+    if greedy := _greedy(forward, next((one["ids"] for one in sequences if one["kind"] == "long"), ())):
+        sequences.append({"kind": "greedy", "ids": greedy})
+    record(forward, sequences, given.out, dtypes=dtypes, about=about)
     return forward.notes
 
 

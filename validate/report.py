@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from ..convert.manifest import NAME as MANIFEST
+from ..mappings.jsonable import to_json
 
 NAME = "mdl-report.json"
 
@@ -95,7 +95,7 @@ class Report:
 
     def to_json(self) -> str:
         """The whole report as one JSON document."""
-        return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n"
+        return to_json(self)
 
     @property
     def verdict(self) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 from .client import Request, Scenario
 from .inputs import Inputs
+from .record import continuation
 
 BLOCK = 32
 """Tokens per block of the KV cache. vLLM's CPU kernels like multiples of 32."""
@@ -84,8 +85,7 @@ def generate_case(inputs: Inputs) -> Case | None:
     """A free greedy continuation of the long sequence's beginning; None where there is no room for one."""
     at = long_sequence(inputs)
     ids = inputs.sequences[at].ids
-    prompt = min(16, len(ids) // 2)
-    count = min(32, len(ids) - prompt)
+    prompt, count = continuation(len(ids))
     if prompt < 1 or count < 1:
         return None
     request = Request(ids=ids[:prompt], max_tokens=count, salt="generate")

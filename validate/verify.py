@@ -31,7 +31,8 @@ Say = Callable[[str], None]
 class Settings:
     """How to verify.
 
-    ``against`` overrules the checkpoint's path in the manifest; ``prompts`` are texts; ``dtype`` is the serving type,
+    ``against`` overrules the checkpoint's path in the manifest; ``prompts`` are texts; ``seed`` is 0 unless given, or a
+    golden file's own; ``dtype`` is the serving type,
     by default the layout's own. The reference is the family's eager module, or the user's ``reference``
     (FILE.py:FUNCTION, in another environment's ``reference_python`` if given), or what ``golden`` recorded of it.
     """
@@ -41,7 +42,7 @@ class Settings:
     reference_python: str | None = None
     golden: Path | None = None
     prompts: tuple[str, ...] = ()
-    seed: int = 0
+    seed: int | None = None
     dtype: str | None = None
     tensor_parallel_size: int = 1
     locate: bool = True
@@ -112,8 +113,8 @@ def reference_side(layout: Path, prepared: Prepared, settings: Settings, scratch
     inputs = reference.inputs
     if inputs is None:
         vocab, context = prepared.dims.integer("vocab"), prepared.dims.integer("context")
-        inputs = make_inputs(vocab, context, seed=settings.seed, prompts=prompts)
-    return Side(prepared, reference, run_reference(reference, inputs, scratch))
+        inputs = make_inputs(vocab, context, seed=settings.seed or 0, prompts=prompts)
+    return Side(prepared, reference, run_reference(reference, inputs, scratch, prepared.dims.integer("vocab")))
 
 
 def choose_reference(prepared: Prepared, settings: Settings, prompts: Sequence[Sequence[int]] = ()) -> Reference:
@@ -126,12 +127,17 @@ def choose_reference(prepared: Prepared, settings: Settings, prompts: Sequence[S
             raise usage_error(
                 "--golden has its own inputs and its own reference", do="leave --prompt and --reference out"
             )
-        return golden_reference(settings.golden, files=[Path(file) for file in prepared.inventory.files])
+        golden = golden_reference(settings.golden, files=[Path(file) for file in prepared.inventory.files])
+        recorded = golden.inputs.seed if golden.inputs else None
+        if settings.seed not in (None, recorded):
+            what = f"--seed {settings.seed}, but the golden file's inputs are those of seed {recorded}"
+            raise usage_error(what, str(settings.golden), "leave --seed out, or record it again with that seed")
+        return golden
     if settings.reference and settings.reference_python:
         from .golden import foreign_reference
 
         python = settings.reference_python
-        return foreign_reference(settings.reference, checkpoint, python, prepared, settings.seed, prompts=prompts)
+        return foreign_reference(settings.reference, checkpoint, python, prepared, settings.seed or 0, prompts=prompts)
     if settings.reference_python:
         raise usage_error("--reference-python needs --reference", do="name the code to run: FILE.py:FUNCTION")
     if settings.reference:
@@ -139,8 +145,11 @@ def choose_reference(prepared: Prepared, settings: Settings, prompts: Sequence[S
     return builtin_reference(prepared.arch, prepared.dims, prepared.plan)
 
 
-def run_reference(reference: Reference, inputs: Inputs, scratch: Path) -> Expected:
-    """Both runs of the reference on every sequence: all of float32 first, so that weights are converted once."""
+def run_reference(reference: Reference, inputs: Inputs, scratch: Path, vocab: int) -> Expected:
+    """Both runs of the reference on every sequence: all of float32 first, so that weights are converted once.
+
+    ``vocab`` is how many rows the checkpoint has. Raises MdlError (INPUT) for a reference with another vocabulary.
+    """
     from safetensors.torch import save_file
 
     exact_type = "float64" if reference.exact else "float32"
@@ -150,8 +159,8 @@ def run_reference(reference: Reference, inputs: Inputs, scratch: Path) -> Expect
     floors: list[Distance] = []
     for k, one in enumerate(inputs.sequences):
         exact = reference.logits(list(one.ids), exact_type).clone()
-        if exact.shape[-1] != inputs.vocab:
-            what = f"gives {exact.shape[-1]} logits per position, the checkpoint has {inputs.vocab} rows"
+        if exact.shape[-1] != vocab:
+            what = f"gives {exact.shape[-1]} logits per position, the checkpoint has {vocab} rows"
             raise input_error(what, reference.name, "the reference and the checkpoint do not belong together")
         floors.append(recorded[k] if recorded else distance(single[k], exact))
         single[k : k + 1] = [exact[:0]]  # its memory is needed for the next ones
@@ -235,7 +244,7 @@ def _float32(
     found.append(checks.decode_check(_joined(compared[len(prefill) :]), expected))
     if generate:
         found.append(_generate(side, generate.scenario, result.scenarios[-1].requests[0].generated))
-    evidence = checks.gather_evidence(prefill, result.scenarios[: len(prefill)], expected)
+    evidence = checks.gather_evidence(prefill, result.scenarios[: len(prefill)], compared[: len(prefill)], expected)
     return result, evidence
 
 
@@ -249,7 +258,7 @@ def _generate(side: Side, scenario: Scenario, tokens: Sequence[int]) -> Check:
     """Ask the reference about vLLM's own continuation: one forward, not one per token."""
     prompt = list(scenario.requests[0].ids)
     if not side.reference.free:
-        return Check("generate", None, "not run", "", ("the recorded reference cannot be asked about new tokens",))
+        return _generate_recorded(side.expected, len(prompt), tokens)
     ids = [*prompt, *tokens[:-1]]
     exact = side.reference.logits(ids, "float64" if side.expected.exact else "float32")[len(prompt) - 1 :]
     single = side.reference.logits(ids, "float32")[len(prompt) - 1 :]
@@ -257,6 +266,17 @@ def _generate(side: Side, scenario: Scenario, tokens: Sequence[int]) -> Check:
     if not side.expected.exact:  # no float64 run to measure rounding by: borrow what float32 usually costs
         floor = replace(floor, error=tuple(1e-11 * s for s in floor.scale))
     return checks.generate_check(tokens, exact, floor)
+
+
+def _generate_recorded(expected: Expected, prompt: int, tokens: Sequence[int]) -> Check:
+    """A recording can't be asked about new tokens, but it holds the reference's own continuation."""
+    at = next((k for k, one in enumerate(expected.inputs.sequences) if one.kind == "greedy"), None)
+    if at is None:
+        why = "the golden file was recorded without a continuation: record it again"
+        return Check("generate", None, "not run", "", (why,))
+    ids = expected.inputs.sequences[at].ids
+    span = range(prompt - 1, len(ids) - 1)
+    return checks.recorded_check(tokens, ids[prompt:], expected.logits(at)[list(span)], expected.floors[at].at(span))
 
 
 def _serving_type(layout: Path, side: Side, settings: Settings, engine: Engine, folder: Path, dtype: str) -> Check:

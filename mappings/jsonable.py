@@ -1,0 +1,36 @@
+"""Documents that every JSON parser takes: the one place where our values become text."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
+
+
+def to_json(document: Any) -> str:
+    """One JSON document with a newline at its end. Non-finite numbers, which JSON lacks, are the texts inf and nan."""
+    return json.dumps(plain(document), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def plain(value: Any) -> Any:
+    """JSON values: dataclasses and mappings as objects, sequences as arrays, what JSON lacks as text."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in cast("Mapping[Any, Any]", value).items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(v) for v in cast("Iterable[Any]", value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+def numbers_back(value: Any) -> Any:
+    """What :func:`plain` made text of because JSON lacks it, as floats again."""
+    if isinstance(value, dict):
+        return {k: numbers_back(v) for k, v in cast("dict[str, Any]", value).items()}
+    if isinstance(value, list):
+        return [numbers_back(v) for v in cast("list[Any]", value)]
+    return float(value) if value in ("inf", "-inf", "nan") else value
