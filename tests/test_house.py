@@ -165,7 +165,7 @@ COMMANDS = {
     },
     "verify": {
         "layout", "--against", "--reference", "--reference-python", "--golden", "--prompt", "--seed", "--dtype",
-        "--tensor-parallel-size", "--mutate", "--locate", "--junit", "--html", "--json",
+        "--tensor-parallel-size", "--pipeline-parallel-size", "--mutate", "--locate", "--junit", "--html", "--json",
     },
     "record": {
         "checkpoint", "--reference", "--out", "--reference-python", "--arch", "--set", "--weights", "--dtype", "--seed",

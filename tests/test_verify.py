@@ -12,9 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mdl.archs.registry import all_archs, mapping_path
+from mdl.convert.prepare import Options
 from mdl.errors import Kind, MdlError
 from mdl.validate.client import Engine
 from mdl.validate.compare import CEILING, RATIO, distance, judge
+from mdl.validate.golden import record_checkpoint
 from mdl.validate.inputs import make_inputs
 from mdl.validate.report import Check, Report, green_report, save_report
 from mdl.validate.verify import Settings, verify
@@ -331,3 +333,51 @@ def test_one_bad_position_is_not_averaged_away() -> None:
     assert verdict.ratio < RATIO
     assert not verdict.ok
     assert verdict.position == 100
+
+
+# --- a recording in place of a reference --------------------------------------------------------------------------
+
+OURS = """
+from mdl.convert.prepare import prepare
+from mdl.validate.reference import builtin_reference
+
+
+def build(checkpoint):
+    p = prepare(checkpoint)
+    return builtin_reference(p.arch, p.dims, p.plan).module
+"""
+
+
+def recorded(checkpoint: Path, folder: Path, seed: int = 0) -> Path:
+    (folder / "model.py").write_text(OURS)
+    out = folder / f"golden-{seed}.safetensors"
+    record_checkpoint(checkpoint, f"{folder / 'model.py'}:build", out, Options(), seed=seed)
+    return out
+
+
+def test_a_recording_proves_what_the_reference_would(good: Path, tmp_path: Path, engine: Engine) -> None:
+    golden = recorded(good.parent / "ckpt.pt", tmp_path, seed=3)
+
+    report = verify(good, Settings(golden=golden), engine=engine)
+
+    assert verdicts(report) == dict.fromkeys(ALL, True)
+    assert report.seed == 3
+    assert check(report, "generate").measured == "32 greedy tokens equal"
+
+    broken = edited(good, tmp_path / "broken", swap_gate_up)
+    found = verdicts(verify(broken, Settings(golden=golden, locate=False), engine=engine))
+    assert (found["prefill"], found["decode"], found["generate"]) == (False, False, False)
+
+
+def test_a_recording_of_something_else_is_refused(good: Path, tmp_path: Path, engine: Engine) -> None:
+    golden = recorded(good.parent / "ckpt.pt", tmp_path)
+    with pytest.raises(MdlError, match="--seed 5, but the golden file's inputs are those of seed 0") as caught:
+        verify(good, Settings(golden=golden, seed=5), engine=engine)
+    assert caught.value.kind is Kind.USAGE
+
+    other = tmp_path / "other"
+    other.mkdir()
+    foreign = recorded(make.llama2c(other / "ckpt.pt", vocab=64), other)
+    with pytest.raises(MdlError, match="gives 64 logits per position, the checkpoint has 96 rows") as caught:
+        verify(good, Settings(golden=foreign), engine=engine)
+    assert caught.value.kind is Kind.INPUT

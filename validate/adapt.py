@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 import vllm.model_executor.models.registry as vllm_registry
+from vllm.distributed.parallel_state import get_pp_group
 from vllm.platforms import current_platform
 from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
 from .client import CPU_COMPILATION
 
-TRIED = ("0.25", "0.32")
+TRIED = ("0.25", "0.26", "0.27", "0.28", "0.29", "0.30", "0.31", "0.32")
 """The versions that this module was tried with. Others get a warning, and mostly work."""
 
 FORCED = "mdl_forced"
@@ -231,6 +232,19 @@ def force_sampler(sampler: Any) -> None:
     sampler.__class__ = Forced
 
 
+def stage_buffers(runner: Any) -> None:
+    """Give a later pipeline stage the buffers that it receives hidden states in.
+
+    vLLM 0.25 to 0.32 makes them in its warm-up, which eager execution on a CPU skips: the first step of every stage but
+    the first would fail an assertion (``sync_and_gather_intermediate_tensors`` in v1/worker/gpu_model_runner.py).
+    """
+    if getattr(runner, "intermediate_tensors", ...) is not None or get_pp_group().is_first_rank:
+        return
+    runner.intermediate_tensors = runner.get_model().make_empty_intermediate_tensors(
+        batch_size=runner.max_num_tokens, dtype=runner.model_config.dtype, device=runner.device
+    )
+
+
 class Forcing:
     """The part of the worker extension that forces tokens where no logits processor can."""
 
@@ -239,6 +253,7 @@ class Forcing:
 
     def mdl_force(self) -> None:
         """Called once, after the model was loaded."""
+        stage_buffers(self.model_runner)
         sampler = getattr(self.model_runner, "sampler", None)
         if sampler is not None and not forcing(self.vllm_config):
             force_sampler(sampler)

@@ -70,7 +70,7 @@ def builtin_reference(arch: Arch, dims: Dims, plan: Plan) -> Reference:
     module.load_state_dict(_raw_weights(plan, wanted), strict=True, assign=True)
     rounded = rounded_to(plan)
     notes = (f"the reference uses weights rounded to {rounded}, as --dtype asked",) if rounded else ()
-    name = f"mdl's eager {arch.name}"
+    name = str(getattr(module, "title", f"mdl's eager {arch.name}"))
     forward = Forward(module, name)
     forward.vocab = dims.integer("vocab")
     return Reference(name, _logits(forward), notes=notes, module=module)

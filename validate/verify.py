@@ -45,6 +45,7 @@ class Settings:
     seed: int | None = None
     dtype: str | None = None
     tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
     locate: bool = True
     command: str = ""
 
@@ -88,7 +89,7 @@ def verify(
 
 def _environment(settings: Settings) -> dict[str, str]:
     """Several workers on one CPU cannot each have cores of their own, which vLLM insists on unless told otherwise."""
-    return {"VLLM_CPU_OMP_THREADS_BIND": "nobind"} if settings.tensor_parallel_size > 1 else {}
+    return {"VLLM_CPU_OMP_THREADS_BIND": "nobind"} if _parallel(settings) else {}
 
 
 def source_of(manifest: Manifest, settings: Settings) -> Prepared:
@@ -185,7 +186,7 @@ def judge_layout(layout: Path, side: Side, settings: Settings, engine: Engine, s
             say(f"running both in {dtype}")
             found.append(_serving_type(layout, side, settings, engine, Path(folder), dtype))
             seconds[dtype] = time.perf_counter() - begin - sum(seconds.values())
-    located = None
+    located, noted = None, _workers_note(settings)
     if settings.locate and any(c.ok is False and c.name in ("prefill", "decode") for c in found):
         say("locating the fault")
         located = _locate(layout, side, engine, scratch, evidence)
@@ -202,7 +203,7 @@ def judge_layout(layout: Path, side: Side, settings: Settings, engine: Engine, s
         inputs=_describe(side.expected.inputs),
         seed=side.expected.inputs.seed,
         trusted=() if settings.reference or settings.golden else _trusted(side.prepared),
-        notes=(*side.reference.notes, *_vllm_notes(layout, result, found)),
+        notes=(*side.reference.notes, *noted, *_vllm_notes(layout, result, found)),
         versions=_versions(result),
         manifest=manifest_hash(layout),
         command=settings.command,
@@ -212,10 +213,17 @@ def judge_layout(layout: Path, side: Side, settings: Settings, engine: Engine, s
     )
 
 
+def _workers_note(settings: Settings) -> tuple[str, ...]:
+    sizes = " x ".join(f"{name.replace('_', ' ')} {size}" for name, size in _parallel(settings).items())
+    if not sizes:
+        return ()
+    return (f"vLLM ran with {sizes}; a fault is located with one worker, so one that only several show stays unnamed",)
+
+
 def _parallel(settings: Settings) -> dict[str, Any]:
     """vLLM's arguments for several workers."""
-    size = settings.tensor_parallel_size
-    return {"tensor_parallel_size": size} if size > 1 else {}
+    names = ("tensor_parallel_size", "pipeline_parallel_size")
+    return {name: size for name in names if (size := getattr(settings, name)) > 1}
 
 
 def _passed(found: Sequence[Check]) -> bool:

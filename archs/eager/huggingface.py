@@ -34,6 +34,7 @@ class HuggingFace(nn.Module):
         plain = {k: v for k, v in config.items() if k not in ("architectures", "model_type")}
         self.config = self.cls.config_class(**plain)
         self.model: nn.Module | None = None
+        self.title = f"transformers' {self.cls.__name__}"
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load through ``from_pretrained``, which knows how stored names become those in memory.
@@ -42,6 +43,10 @@ class HuggingFace(nn.Module):
         """
         del strict, assign  # always the former; whose memory it is does not matter here
         dtype = next((tensor.dtype for tensor in state_dict.values() if tensor.is_floating_point()), torch.float32)
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()  # what it would report is raised below
         with torch.device("cpu"):
             self.model, info = self.cls.from_pretrained(
                 None,
