@@ -67,6 +67,18 @@ batch = N(positions=torch.arange(6), logits_indices=torch.tensor([1, 3]), idx_ma
 logits = torch.zeros(2, 9); logits[:, 2] = 1
 assert sampler(logits, batch) == [2, 7]
 """,
+    "what_was_never_sent_does_not_hold_up_the_end": """
+import gc, threading, zmq
+def left_behind():
+    socket = zmq.Context().socket(zmq.PUSH)
+    socket.connect("ipc:///nobody-listens-here")
+    socket.send(b"x")
+    loop = [socket]; loop.append(loop)
+left_behind()
+adapt.close_queues()
+thread = threading.Thread(target=gc.collect, daemon=True); thread.start(); thread.join(20)
+assert not thread.is_alive()
+""",
     "a_runner_with_processors_is_left_alone": """
 adapt._has_processors = lambda: True
 worker = Forcing()
@@ -83,5 +95,6 @@ def test_adapters() -> None:
     if subprocess.run([sys.executable, "-c", "import vllm"], capture_output=True, check=False).returncode:
         pytest.skip("needs vLLM")
     program = PROGRAM + "".join(f"\n# {name}\n{body}\nprint({name!r})\n" for name, body in CASES.items())
-    done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-P", "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
     assert done.stdout.split() == list(CASES), done.stderr[-2000:]

@@ -32,6 +32,7 @@ from .adapt import (
     Forcing,
     adjusted,
     blocks,
+    close_queues,
     exact_tables,
     forcing,
     inspect_here,
@@ -94,6 +95,7 @@ def stop(llm: LLM | None) -> None:
 
 def clean() -> None:
     """Tidy up so thoroughly that the next engine can start in this process."""
+    close_queues()
     gc.collect()
     with suppress(Exception):
         cleanup_dist_env_and_memory()
