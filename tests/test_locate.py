@@ -281,6 +281,7 @@ TABLE = [
         configured(layer_norm_epsilon=1e-6),
         LN,
         "config.json: layer_norm_epsilon.*falls from",
+        suite=True,
     ),
     Mutation(
         "a bias zeroed",

@@ -335,6 +335,20 @@ def test_one_bad_position_is_not_averaged_away() -> None:
     assert verdict.position == 100
 
 
+def test_the_ceiling_leaves_room_for_the_reference_s_own_rounding_and_no_more() -> None:
+    exact = torch.randn(64, 50, dtype=torch.float64)
+    noise, other = (1e-4 * torch.randn(64, 50, dtype=torch.float64) for _ in range(2))
+    floor = distance(exact + noise, exact)
+
+    verdict = judge([distance(exact + 1.5 * other, exact)], [floor])
+    assert verdict.floor > CEILING
+    assert verdict.ok
+
+    worse = judge([distance(exact + 3 * other, exact)], [floor])
+    assert worse.ratio < RATIO
+    assert not worse.ok
+
+
 # --- a recording in place of a reference --------------------------------------------------------------------------
 
 OURS = """

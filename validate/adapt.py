@@ -111,17 +111,20 @@ def kv_bytes(config: Any, tokens: int) -> int:
     return max(64 << 20, 2 * tokens * model.get_num_layers(parallel) * per_layer)
 
 
-def blocks(config: Any, plain: int) -> int:
-    """Blocks of cache where ``plain`` are enough for layers of one kind.
+def blocks(config: Any, plain: int, size: int) -> int:
+    """Blocks of cache where ``plain`` of ``size`` tokens, as asked for, are enough for layers of one kind.
+
+    Some backends insist on blocks of their own size (16 in DeepSeek's latent attention on CPUs).
 
     Layers of several kinds (full and sliding attention) are put into groups of one size, and every group takes blocks
     of its own from the one pool (vLLM's v1/core/kv_cache_utils.py).
     """
+    plain = -(-plain * size // (config.cache_config.block_size or size))
     kinds = Counter(getattr(config.model_config.hf_text_config, "layer_types", None) or ())
     if len(kinds) < 2:
         return plain
-    size = min(kinds.values())
-    return plain * sum(-(-count // size) for count in kinds.values())
+    group = min(kinds.values())
+    return plain * sum(-(-count // group) for count in kinds.values())
 
 
 # --- how tokens are forced ---------------------------------------------------------------------------------------

@@ -128,7 +128,9 @@ def parity_check(name: str, compared: Sequence[Compared] | str, expected: Expect
         return Check(name, v.nmse <= CEILING, f"NMSE {v.nmse:.1e}", f"{CEILING:.0e}", (where, *notes), figures)
     measured = f"NMSE {v.nmse:.1e} = {v.ratio:.2g} x reference's {v.floor:.1e}"
     where += f" = {v.worst_ratio:.2g} x the reference's worst"
-    return Check(name, v.ok, measured, f"{RATIO:g} x, {CEILING:.0e}", (where, *notes), figures)
+    if v.ceiling > CEILING:
+        notes = (*notes, f"rounding alone is near {CEILING:.0e} here: mistakes below {v.ceiling:.1e} would not show")
+    return Check(name, v.ok, measured, f"{RATIO:g} x, {v.ceiling:.0e}", (where, *notes), figures)
 
 
 def decode_check(compared: Sequence[Compared] | str, expected: Expected) -> Check:

@@ -132,7 +132,7 @@ def engine_arguments(request: dict[str, Any]) -> dict[str, Any]:
     }
     config = EngineArgs(**arguments).create_engine_config()
     if "num_gpu_blocks_override" in given:
-        arguments["num_gpu_blocks_override"] = blocks(config, given["num_gpu_blocks_override"])
+        arguments["num_gpu_blocks_override"] = blocks(config, given["num_gpu_blocks_override"], given["block_size"])
     if "kv_cache_memory_bytes" not in given:
         block = config.cache_config.block_size or 128
         room = max(sum(-(-n // block) * block for n in total) for total in totals)

@@ -7,21 +7,30 @@ the conversion.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+
+from ..errors import Kind, MdlError, Problem
 
 Config = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One known difference: for models of this type, where the config says so, and what helps."""
+    """One known difference: for models of this type, where the config says so, and what helps.
+
+    ``inside`` is a part of the served class's full name, where only one of vLLM's implementations has the fault.
+    ``evaded`` is a fault that mdl keeps vLLM from when it verifies and serves on a CPU, and others have to.
+    """
 
     model_type: str
     what: str
     remedy: str = ""
     when: Callable[[Config], bool] = lambda _: True
+    inside: str = ""
+    evaded: bool = False
 
 
 _TRANSFORMERS = "serve it with vLLM's Transformers backend: `-- --model-impl transformers`"
@@ -56,6 +65,7 @@ FAULTS = (
         "drops logits_scaling in the Transformers backend, so that every logit is too large",
         "serve it with the native class: `-- --model-impl vllm`",
         lambda c: float(c.get("logits_scaling") or 1) != 1,
+        ".transformers.",
     ),
     *(
         Fault(
@@ -63,16 +73,36 @@ FAULTS = (
             "rotates q and k wrongly in the CPU's own rotary operator when MLA hands them over in three dimensions",
             "mdl switches that operator off; a plain vLLM needs --compilation-config "
             '\'{"custom_ops": ["all", "-rotary_embedding"]}\'',
+            evaded=True,
         )
         for name in ("deepseek_v2", "deepseek_v3")
     ),
 )
 
 
-def known_faults(config: Config) -> tuple[str, ...]:
-    """What is known against vLLM for a model of this config, in sentences; empty for most."""
+def known_faults(config: Config, served: str = "", *, evaded: bool = False) -> tuple[str, ...]:
+    """What is known against vLLM for a model of this config, in sentences; empty for most.
+
+    ``served`` is the full name of vLLM's class, if it got as far as having one. With ``evaded``, what mdl keeps vLLM
+    from, and nothing else.
+    """
     return tuple(
         f"vLLM itself is known to differ here: it {fault.what}" + (f"; {fault.remedy}" if fault.remedy else "")
         for fault in FAULTS
-        if fault.model_type == config.get("model_type") and fault.when(config)
+        if fault.model_type == config.get("model_type")
+        and fault.when(config)
+        and (not served or fault.inside in served)
+        and fault.evaded >= evaded
     )
+
+
+@contextmanager
+def naming_faults(config: Config) -> Generator[None]:
+    """Where vLLM's process dies over a model that it is known to have trouble with, the error says so."""
+    try:
+        yield
+    except MdlError as error:
+        known = known_faults(config) if error.kind is Kind.MACHINE else ()
+        raise (
+            MdlError(error.kind, [*error.problems, *(Problem(what) for what in known)]) if known else error
+        ) from None

@@ -88,9 +88,7 @@ def locate(
 def find_culprit(answers: Sequence[Answer], weights: Weights | None = None, *, least: float = 0.0) -> Answer | None:
     """The first faulty module that holds no faulty one. If all are under the absolute limit, ``least`` replaces it."""
     for absolute in (ABSOLUTE, least):
-        faulty = [
-            a for a in answers if _errs(a, absolute) and not (weights and _scaled_elsewhere(a, absolute, weights))
-        ]
+        faulty = [a for a in answers if _errs(a, absolute) and not (weights and _joined_elsewhere(a, weights))]
         units = [a.unit for a in faulty]
         for answer in faulty:
             if not any(below(answer.unit, units)):
@@ -102,14 +100,18 @@ def _errs(answer: Answer, absolute: float) -> bool:
     return not answer.error <= max(RATIO * answer.floor, absolute)
 
 
-def _scaled_elsewhere(answer: Answer, absolute: float, weights: Weights) -> bool:
-    """Right but for one factor, with the very weights that the plan makes: one side applies the factor inside the
-    module, the other outside (as with Gemma's embedding). Where that is a fault, what follows shows it."""
+def _joined_elsewhere(answer: Answer, weights: Weights) -> bool:
+    """Right but for one factor or for the order of its columns, with the very weights that the plan makes: one side
+    applies the factor inside the module, the other outside (as with Gemma's embedding), or vLLM fuses projections in an
+    order of its own (as with Falcon's). Where that is a fault, what follows shows it. Right means down to rounding: a
+    norm whose epsilon is wrong is nearly a factor, too."""
     got, exact = answer.got.double(), answer.exact
     factor = float((got * exact).sum() / exact.square().sum())
-    if not answer.unit.leaf or not math.isfinite(factor) or factor == 0:
+    if not answer.unit.leaf or not math.isfinite(factor):
         return False
-    alike = not _errs(replace(answer, error=nmse(got / factor, exact)), absolute)
+    sorts = got.sort(-1).values, exact.sort(-1).values
+    forms = [sorts, (got / factor, exact)] if factor else [sorts]
+    alike = any(not _errs(replace(answer, error=nmse(*form)), 0.0) for form in forms)
     return alike and not any(weights.difference(name) for name in answer.unit.tensors)
 
 

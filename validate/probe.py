@@ -144,7 +144,8 @@ class Probe:
         self._mdl_answers = {}
 
     def _mdl_keep(self, key: str, rows: int, module: torch.nn.Module, args: Any, out: Any) -> None:
-        """A block that carries its residual beside it answers with both: their sum is the reference's output."""
+        """Some blocks answer with a residual beside the hidden states, some projections with their bias: the
+        reference's output is the sum of both."""
         outs = [t for t in (out if isinstance(out, tuple) else (out,)) if isinstance(t, torch.Tensor)]
         if not outs or len(outs[0]) < rows:
             return
@@ -152,6 +153,8 @@ class Probe:
         answer = outs[0][:rows].float()
         if not place.slices and len(outs) == 2 and outs[1].shape == outs[0].shape:
             answer = answer + outs[1][:rows].float()
+        if place.slices and len(outs) == 2 and outs[1].shape == outs[0].shape[-1:]:
+            answer = answer + outs[1].float()
         if any(place.slices.values()):
             answer = torch.cat([answer[:, slice(*s)] for s in filter(None, place.slices.values())], -1)
         self._mdl_answers[key] = answer.cpu().clone()

@@ -17,7 +17,7 @@ from . import checks, scenarios
 from .checks import Expected
 from .client import Engine, EngineFailure, EngineResult, Scenario
 from .compare import Distance, distance
-from .faults import known_faults
+from .faults import known_faults, naming_faults
 from .inputs import Inputs, make_inputs
 from .layout import layout_problems
 from .reference import Reference, builtin_reference, rounded_to, user_reference
@@ -241,7 +241,8 @@ def _float32(
     generate = scenarios.generate_case(inputs)
     cases = [*prefill, *decode, *([generate] if generate else [])]
     arguments = {**scenarios.engine_settings(inputs), **_parallel(settings)}
-    result = engine.run(layout, [c.scenario for c in cases], dtype="float32", scratch=folder, **arguments)
+    with naming_faults(read_config(layout)):
+        result = engine.run(layout, [c.scenario for c in cases], dtype="float32", scratch=folder, **arguments)
     if isinstance(result, EngineFailure):
         found += checks.failed_to_run(result, TIERS)
         return result, None
@@ -310,9 +311,13 @@ def _serving_type(layout: Path, side: Side, settings: Settings, engine: Engine, 
 
 
 def _vllm_notes(layout: Path, result: EngineResult | EngineFailure, found: Sequence[Check]) -> tuple[str, ...]:
-    """What is to be said about vLLM itself: the engine's notes and, for a failure, the faults it is known to have."""
-    noted = result.notes if isinstance(result, EngineResult) else ()
-    return (*noted, *(known_faults(read_config(layout)) if any(c.ok is False for c in found) else ()))
+    """What is to be said about vLLM itself: the engine's notes, the faults that this model would have without mdl, and
+    for a failure all that are known."""
+    failed = any(c.ok is False for c in found)
+    if isinstance(result, EngineFailure):
+        return known_faults(read_config(layout))
+    known = known_faults(read_config(layout), result.model_class, evaded=not failed)
+    return (*result.notes, *(known if failed or result.device == "cpu" else ()))
 
 
 def _locate(layout: Path, side: Side, engine: Engine, scratch: Path, evidence: Evidence | None) -> Located | None:
