@@ -307,13 +307,38 @@ TABLE = [
         "columns 64-191 of 192",
         "only in channels 64-191 of 192",
     ),
+    Mutation(
+        "rank files of wo joined in the wrong order",
+        "llama_meta",
+        edited(layer(0, "self_attn.o_proj"), lambda w: torch.cat([w[:, 64:], w[:, :64]], 1)),
+        "layers.0.attention.wo",
+        "heads in another order: 0 holds 1, 1 holds 0 .of 2.",
+        suite=True,
+    ),
+    Mutation(
+        "Llama 3.1's rotary scaling left out",
+        "llama_meta",
+        configured(rope_parameters={"rope_type": "default", "rope_theta": 500000.0}),
+        "layers.0.attention",
+        "config.json: rope_parameters.*falls from",
+        ROTARY,
+    ),
 ]
 """Every mutation, with what has to be said about it."""
 
 
+CHECKPOINTS: dict[str, Callable[[Path], Path]] = {
+    "llama2c": lambda folder: make.llama2c(folder / "ckpt.pt", layers=3),
+    "nanogpt": lambda folder: make.nanogpt(folder / "ckpt.pt"),
+    "llama_meta": lambda folder: make.meta(
+        folder / "release", ranks=2, dtype=torch.float32, rope_theta=500000.0, use_scaled_rope=True, vocab_size=96
+    ),
+}
+
+
 def checkpoint(family: str, folder: Path) -> Path:
     """The checkpoint that a family's mutations start from."""
-    return make.llama2c(folder / "ckpt.pt", layers=3) if family == "llama2c" else make.nanogpt(folder / "ckpt.pt")
+    return CHECKPOINTS[family](folder)
 
 
 def mutated(good: Path, out: Path, change: Callable[[Tensors, Config], None]) -> Path:
@@ -354,7 +379,7 @@ def misses(mutation: Mutation, found: Located | None) -> list[str]:
 def good(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
     """A checkpoint and its layout, per family."""
     made: dict[str, tuple[Path, Path]] = {}
-    for family in ("llama2c", "nanogpt"):
+    for family in CHECKPOINTS:
         folder = tmp_path_factory.mktemp(family)
         source = checkpoint(family, folder)
         made[family] = source, make.layout(source, folder / "out")

