@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mdl.archs.registry import all_archs, mapping_path
+from mdl.convert.plan import Plan, Source, Step
 from mdl.convert.prepare import Options, prepare
+from mdl.mappings.moves import Split
+from mdl.mappings.tensors import TensorInfo
+from mdl.validate import hypothesis
 from mdl.validate.client import Engine
 from mdl.validate.inputs import make_inputs
 from mdl.validate.locate import locate
@@ -408,21 +413,71 @@ def test_a_right_layout_has_no_faulty_module(
     assert find(*good[family], engine, tmp_path / "scratch") is None
 
 
-@pytest.mark.engine
-def test_a_mapping_that_forgets_the_rotary_order_is_found_by_trial(tmp_path: Path, engine: Engine) -> None:
-    """The layout is what the plan makes, so the weights can't tell: the changed reference does."""
+def forgetful(folder: Path, change: Callable[[str], str]) -> str:
+    """llama2.c with a changed mapping, as a file for ``--arch``."""
     text = mapping_path(all_archs()["llama2c"]).read_text()
-    (tmp_path / "forgetful.yaml").write_text("\n".join(x for x in text.splitlines() if "permute_rope" not in x))
-    (tmp_path / "forgetful.py").write_text("from mdl.archs.llama2c import ARCH\n")
+    (folder / "forgetful.yaml").write_text(change(text))
+    (folder / "forgetful.py").write_text("from mdl.archs.llama2c import ARCH\n")
+    return str(folder / "forgetful.py")
+
+
+def without_rotary(text: str) -> str:
+    return "\n".join(line for line in text.splitlines() if "permute_rope" not in line)
+
+
+def gate_for_up(text: str) -> str:
+    return text.replace("gate_proj", "?").replace("up_proj", "gate_proj").replace("?", "up_proj")
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    ("change", "module", "signature", "cause"),
+    [
+        (without_rotary, "layers.0.attention", ROTARY, "not moved from rotary pairs to rotary halves: so changed"),
+        (
+            gate_for_up,
+            "layers.0.feed_forward",
+            "at every position alike",
+            "with layers.0.feed_forward.w1.weight and layers.0.feed_forward.w3.weight exchanged: so changed",
+        ),
+    ],
+)
+def test_a_wrong_mapping_is_found_by_trial(
+    change: Callable[[str], str], module: str, signature: str, cause: str, tmp_path: Path, engine: Engine
+) -> None:
+    """The layout is what the plan makes, so the weights can't tell: the changed reference does."""
+    arch = forgetful(tmp_path, change)
     source = make.llama2c(tmp_path / "ckpt.pt")
-    arch = str(tmp_path / "forgetful.py")
     found = find(source, make.layout(source, tmp_path / "out", arch=arch), engine, tmp_path / "scratch", arch=arch)
 
     assert found is not None
-    assert (found.module, found.served) == ("layers.0.attention", "model.layers.0.self_attn")
-    assert found.signature.startswith(ROTARY)
-    assert "not moved from rotary pairs to rotary halves: so changed" in found.hypothesis
+    assert found.module == module
+    assert found.signature.startswith(signature)
+    assert cause in found.hypothesis
     assert "forgetful.yaml:" in found.governed_by
+
+
+def test_parts_that_a_rule_splits_are_tried_in_each_other_s_place() -> None:
+    info = TensorInfo("ff.gate_up", (6, 2), "float32", "", 0, (2, 1), "")
+    step = Step(
+        "transform",
+        ("mlp.gate.weight", "mlp.up.weight", "mlp.rest.weight"),
+        ((2, 2),) * 3,
+        "float32",
+        (Source("ff.gate_up", (info,), (6, 2), None),),
+        (Split(0, (2, 2, 2)),),
+        rule="foo.yaml:7:3",
+    )
+    prepared: Any = SimpleNamespace(plan=Plan((step,), (), "float32", 1))
+    state = {"ff.gate_up": torch.arange(12.0).view(6, 2)}
+
+    first, *rest = hypothesis.exchanged(prepared, {"ff.gate_up": ("mlp.gate.weight", "foo.yaml:7:3")})
+
+    assert first.words == "with the parts of ff.gate_up that become gate and up exchanged"
+    assert first.governed_by == "mapping: foo.yaml:7:3"
+    assert first.edit is not None
+    assert first.edit(state)["ff.gate_up"][:, 0].tolist() == [4, 6, 0, 2, 8, 10]
+    assert len(rest) == 2
 
 
 USERS = """

@@ -1,8 +1,8 @@
 """Explanations put to the test: the reference is built again with one thing changed, and fed the same input.
 
 If the changed reference answers what vLLM answered, that thing is the cause. Three sources of changes: what
-config.json says otherwise than the checkpoint, values that are often mistaken for each other, and rows of the
-weights in another order.
+config.json says otherwise than the checkpoint, values that are often mistaken for each other, and weights that are
+in another order or in each other's place.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ import importlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import combinations, islice
 from typing import TYPE_CHECKING, Any, cast
 
 from ..archs.base import Dim, Dims, Value
 from ..convert.prepare import Prepared
 from ..errors import MdlError
 from ..mappings.lazy import Lazy
-from ..mappings.moves import PermuteRope, ReorderHeads
+from ..mappings.moves import PermuteRope, ReorderHeads, Split
 from ..mappings.ops import Op, OpError
 from .asking import Answer, nmse, replay
 from .pairing import Seen
@@ -32,6 +34,9 @@ MISTAKEN: dict[str, tuple[Value, ...]] = {
     "activation": ("gelu", "gelu_new", "silu", "relu"),
 }
 """Values of a dim that one implementation has and another has not."""
+
+_PAIRS = 60
+"""Pairs of tensors that are looked at: those of one attention or MLP; a whole model's would take minutes."""
 
 State = dict[str, Any]
 
@@ -212,6 +217,33 @@ def reordered(prepared: Prepared, inside: Mapping[str, tuple[str, str]]) -> Iter
     for factor, words in ((head**0.5, "without the attention scale"), (head**-0.5, "with a scale of 1/D for 1/√D")):
         q = [n for n in queries if inside[n][0].endswith("q_proj.weight")]
         yield Change(words, where, edit=lambda state, q=q, f=factor: state | {n: state[n] * f for n in q})
+
+
+def exchanged(prepared: Prepared, inside: Mapping[str, tuple[str, str]]) -> Iterator[Change]:
+    """Two tensors of one shape taken for each other, or two equal parts of a tensor that a rule splits first of all."""
+    shapes = {source.name: source.shape for step in prepared.plan.writes for source in step.sources}
+    for a, b in islice(combinations(sorted(inside), 2), _PAIRS):
+        if shapes[a] == shapes[b]:
+            where = "mapping: " + ", ".join(dict.fromkeys((inside[a][1], inside[b][1])))
+            yield Change(f"with {a} and {b} exchanged", where, edit=lambda s, a=a, b=b: s | {a: s[b], b: s[a]})
+    for step in prepared.plan.writes:
+        name = step.sources[0].name if step.sources else ""
+        split = step.ops[0] if step.ops else None
+        if name in inside and isinstance(split, Split) and len(split.sizes) == len(step.targets):
+            for i, j in combinations(range(len(split.sizes)), 2):
+                if split.sizes[i] == split.sizes[j]:
+                    parts = " and ".join(step.targets[k].split(".")[-2] for k in (i, j))
+                    words = f"with the parts of {name} that become {parts} exchanged"
+                    edit = partial(_exchange, name, split, i, j)
+                    yield Change(words, f"mapping: {step.rule}", edit=edit)
+
+
+def _exchange(name: str, split: Split, i: int, j: int, state: State) -> State:
+    import torch
+
+    parts = list(state[name].split(list(split.sizes), split.axis))
+    parts[i], parts[j] = parts[j], parts[i]
+    return state | {name: torch.cat(parts, split.axis)}
 
 
 def _editor(names: Mapping[str, str], head: int, make: Callable[[int], Op]) -> Callable[[State], State]:

@@ -16,7 +16,7 @@ from ..convert.prepare import Prepared
 from ..convert.sources import Files
 from .asking import Answer, ask, nmse
 from .client import Engine, EngineFailure
-from .hypothesis import Change, Trials, Tried, differences, from_config, often_mistaken, reordered
+from .hypothesis import Change, Trials, Tried, differences, exchanged, from_config, often_mistaken, reordered
 from .pairing import Seen, Unit, below, make_units, stream, watch
 from .reference import Reference, builtin_reference
 from .report import Located
@@ -222,14 +222,15 @@ def _by_trial(layout: Path, prepared: Prepared, trials: Trials) -> _Cause:
     if found is None:
         found = trials.best(iter([Change("mdl's own eager forward answers as vLLM does", "the reference's own code")]))
     found = found or trials.best(often_mistaken(prepared))
-    found = found or trials.best(reordered(prepared, _inside(prepared, trials.answer.unit)))
+    inside = _inside(prepared, trials.answer.unit)
+    found = found or trials.best(reordered(prepared, inside)) or trials.best(exchanged(prepared, inside))
     if found is not None:
         return _Cause(found.change.governed_by, f"{same}; {_fall(found, trials.answer)}")
     said = [f"{path} is {a!r} for {b!r}" for path, (a, b) in differences(config, prepared.config).items()]
     if said:
         fields = ", ".join(differences(config, prepared.config))
         return _Cause(f"config.json: {fields}", f"{same}, so the config decides: {'; '.join(said)}")
-    rules = dict.fromkeys(rule for _, rule in _inside(prepared, trials.answer.unit).values())
+    rules = dict.fromkeys(rule for _, rule in inside.values())
     return _Cause(f"mapping: {', '.join(rules)}", f"{same} and so is config.json; nothing that was tried explains it")
 
 
