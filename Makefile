@@ -46,8 +46,8 @@ $(READY): requirements/dev.txt pyproject.toml | $(UV)
 demo: $(READY) ## inspect, convert, verify and serve the checkpoint in examples/moby_dick
 	PATH="$(CURDIR)/$(BIN):$$PATH" sh examples/demo.sh
 
-test: $(READY) ## run the tests; make test ARGS="-k plan" runs some of them
-	$(BIN)/python -m pytest $(ARGS)
+test: $(READY) ## run the tests, two at a time; make test ARGS="-k plan" runs some of them
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal $(ARGS)
 
 lint: $(READY) ## ruff (rules and format) and pyright
 	$(BIN)/ruff check .
