@@ -164,10 +164,23 @@ def show_converted(c: Converted) -> None:
         ("wrote", f"{c.out}: {what}"),
         ("files", ", ".join(c.files)),
         ("tokenizer", (c.tokenizer.kind, *c.tokenizer.notes)),
+        ("values", _values(c) or ("all are finite",)),
         ("notes", c.manifest.notes or ("none",)),
         ("next", f"mdl verify {c.out}"),
     ]
     render.out().print(render.facts(lines))
+
+
+def _values(c: Converted) -> list[str]:
+    """Broken and strange values, layers of which the same is to be said on one line."""
+    from .convert.values_judged import told_in_words
+
+    groups: dict[str, list[str]] = {}
+    for name, what in told_in_words(c.manifest.values):
+        groups.setdefault(what, []).append(name)
+    lines = [f"{' + '.join(render.collapse(names))}: {what}" for what, names in groups.items()]
+    more = len(lines) - render.SHOWN
+    return [*lines[: render.SHOWN], *([f"… and {more} more (--json for all)"] if more > 0 else [])]
 
 
 def show_report(report: Report) -> None:

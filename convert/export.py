@@ -14,6 +14,7 @@ from ..mappings.lazy import Lazy
 from ..mappings.ops import Op, OpError, invert
 from ..mappings.tensors import ITEMSIZE, TensorInfo
 from .check import check_layout
+from .locks import reading
 from .manifest import NAME, Manifest, read_manifest, revive_join, revive_op
 from .safetensors_file import read_safetensors
 from .sources import Files
@@ -54,10 +55,15 @@ def export(
     """
     if out.exists() and not force:
         raise usage_error("exists already; nothing was written", str(out), "choose another name, or pass --force")
-    manifest = read_manifest(layout)
-    problems = check_layout(layout, manifest)
-    if problems:
-        raise MdlError(Kind.INPUT, problems)
+    with reading(layout):
+        manifest = read_manifest(layout)
+        problems = check_layout(layout, manifest)
+        if problems:
+            raise MdlError(Kind.INPUT, problems)
+        return _export(layout, manifest, out, progress)
+
+
+def _export(layout: Path, manifest: Manifest, out: Path, progress: Callable[[int], None]) -> Exported:
     backs, lost = _reverse(manifest)
     if manifest.source["extras"] and not _has_room(manifest):
         names = ", ".join(manifest.source["extras"])

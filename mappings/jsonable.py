@@ -27,6 +27,22 @@ def plain(value: Any) -> Any:
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
+def strict_loads(text: str) -> Any:
+    """The document in a text. Raises ValueError also for what only some parsers take: NaN, Infinity, a key twice."""
+    return json.loads(text, parse_constant=_no_constant, object_pairs_hook=_once)
+
+
+def _no_constant(text: str) -> Any:
+    raise ValueError(f"{text} is not JSON")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        raise ValueError(f"a key occurs twice among {', '.join(sorted(made))[:200]}")
+    return made
+
+
 def numbers_back(value: Any) -> Any:
     """What :func:`plain` made text of because JSON lacks it, as floats again."""
     if isinstance(value, dict):

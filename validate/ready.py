@@ -8,7 +8,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from ..convert.check import check_layout
+from ..convert.check import check_layout, quick_check
+from ..convert.locks import reading
 from ..convert.manifest import NAME, fingerprint, own_version, read_manifest
 from ..convert.prepare import Options, prepare
 from ..convert.run import convert
@@ -26,8 +27,13 @@ def ready_layout(path: Path, *, unverified: bool, say: Callable[[str], None]) ->
     """
     if not (path / NAME).is_file():
         return _from_checkpoint(path, unverified=unverified, say=say)
-    say("checking the layout's files")
-    problems = check_layout(path, read_manifest(path))
+    with reading(path):
+        say("checking the layout's files")
+        manifest = read_manifest(path)
+        problems = quick_check(path, manifest)
+        if not problems:
+            say("checking every byte of the weights")  # vLLM reads them next, then from memory
+            problems = check_layout(path, manifest)
     if problems:
         raise MdlError(Kind.INPUT, problems)
     green, why = green_report(path)
