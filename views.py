@@ -164,10 +164,11 @@ def show_converted(c: Converted) -> None:
         ("wrote", f"{c.out}: {what}"),
         ("files", ", ".join(c.files)),
         ("tokenizer", (c.tokenizer.kind, *c.tokenizer.notes)),
-        ("values", _values(c) or ("all are finite",)),
         ("notes", c.manifest.notes or ("none",)),
         ("next", f"mdl verify {c.out}"),
     ]
+    if strange := _values(c):
+        lines.insert(2, ("values", strange))
     render.out().print(render.facts(lines))
 
 

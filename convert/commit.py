@@ -45,7 +45,7 @@ def committed(out: Path, *, force: bool, need: int) -> Generator[Scratch]:
                 yield from _commit(out, claim)
         done = True
     except OSError as error:
-        raise _os_problem(error, out) from error
+        raise os_problem(error, out) from error
     except OpError as error:
         raise input_error(str(error), str(out)) from error
     finally:
@@ -135,7 +135,9 @@ def _remove_parents(made: list[Path]) -> None:
             folder.rmdir()
 
 
-def _os_problem(error: OSError, out: Path) -> MdlError:
+def os_problem(error: OSError, out: Path) -> MdlError:
+    """What the operating system refused while ``out`` was written, in words: USAGE for a place that can't be one,
+    MACHINE for a disk that is full, closed or broken."""
     if isinstance(error, NotADirectoryError | FileExistsError):
         return usage_error(f"can't be made: {error.strerror}", error.filename or str(out), "choose another place")
     return machine_error(f"writing failed: {error.strerror or error}", error.filename or str(out), _do(error))
