@@ -177,7 +177,7 @@ def verify(
     """Run the layout under vLLM and the original forward on the same tokens; exit 1 if they differ."""
     state.json = json
     from . import views
-    from .validate.report import save_report
+    from .validate.report import keep_report
     from .validate.verify import Settings
     from .validate.verify import verify as run
 
@@ -199,7 +199,7 @@ def verify(
         return
     with render.steps(quiet=state.quiet or json) as say:
         report = run(layout, settings, say=say)
-    save_report(report, layout)
+    report = keep_report(report, layout)
     views.write_reports(report, junit, html)
     _show(json, lambda: report, lambda: views.show_report(report))
     _exit(0 if report.ok else 1)

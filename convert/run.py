@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from ..errors import input_error
+from ..errors import input_error, usage_error
 from .check import INDEX
 from .commit import committed
 from .config import write_configs
@@ -57,6 +57,7 @@ def convert(
     call.
     """
     prepared.plan.refuse()
+    _keep_source(prepared.inventory.files, out)
     begin = time.perf_counter()
     source, notes = choose_tokenizer(prepared.checkpoint, tokenizer)
     shards = assign(prepared.plan, max_shard_size)
@@ -82,6 +83,13 @@ def convert(
         _flush([*names, NAME], folder)
     files = (*(shard.file for shard in shards), *names, NAME)
     return Converted(str(out), manifest, info, files, prepared.plan.nbytes, time.perf_counter() - begin)
+
+
+def _keep_source(files: tuple[str, ...], out: Path) -> None:
+    """Raise MdlError (USAGE) if the checkpoint lies in the folder that ``--force`` would replace."""
+    inside = next((file for file in files if Path(file).resolve().is_relative_to(out.resolve())), None)
+    if inside is not None and out.is_dir():
+        raise usage_error("holds the checkpoint itself, which would be lost", str(out), "choose another name")
 
 
 def _write_weights(shards: tuple[Shard, ...], folder: Path, progress: Progress) -> dict[str, list[Written]]:

@@ -11,7 +11,13 @@ from typing import Any, cast
 
 def to_json(document: Any) -> str:
     """One JSON document with a newline at its end. Non-finite numbers, which JSON lacks, are the texts inf and nan."""
-    return json.dumps(plain(document), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    value = plain(document)
+    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # a file's name need not be text; only an escaped one comes back as it was
+        text = json.dumps(value, indent=1, allow_nan=False)
+    return text + "\n"
 
 
 def plain(value: Any) -> Any:

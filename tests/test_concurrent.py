@@ -21,7 +21,8 @@ from typing import Any
 
 import pytest
 
-from mdl.convert import commit, locks
+from mdl import serve as serving
+from mdl.convert import commit, locks, write
 from mdl.convert.check import check_layout
 from mdl.convert.locks import lock_path, reading
 from mdl.convert.manifest import read_manifest
@@ -303,6 +304,53 @@ def test_a_full_disk(tied: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -
         assert "Read-only file system" in said
     finally:
         subprocess.run(["umount", place], check=True)
+
+
+@pytest.mark.parametrize(("number", "told"), [(errno.ENOSPC, True), (errno.EDQUOT, True), (errno.EOPNOTSUPP, False)])
+def test_a_full_disk_is_told_before_an_hour_of_copying(
+    number: int, told: bool, tied: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    written: list[int] = []
+    monkeypatch.setattr(write.os, "posix_fallocate", refuse)
+    if told:
+        assert os.strerror(number) in refusal(Kind.MACHINE, tied, place / "out", progress=written.append)
+        assert written == []
+    else:
+        here(tied, place / "out")
+        assert whole(place / "out", tied)
+
+
+def test_a_server_keeps_its_layout(tied: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here(tied, place / "out")
+
+    def answer(layout: Path, *_: Any, **__: Any) -> str:
+        return refusal(Kind.MACHINE, tied, layout, force=True)
+
+    monkeypatch.setattr(serving, "answer_once", answer)
+    assert serving.serve(place / "out", prompt="x") == 0
+    here(tied, place / "out", force=True)
+
+
+def test_the_checkpoint_is_not_replaced_by_its_layout(tied: Path, place: Path) -> None:
+    here(tied, place / "out")
+    assert "holds the checkpoint itself" in refusal(Kind.USAGE, place / "out", place / "out", force=True)
+    inside = shutil.copy(tied, place / "out" / "ckpt.pt")
+
+    assert "holds the checkpoint itself" in refusal(Kind.USAGE, Path(inside), place / "out", force=True)
+    assert Path(inside).is_file()
+
+
+def test_a_name_that_is_no_text(tied: Path, place: Path) -> None:
+    """Names of files are bytes; the manifest must hold this one, and give it back."""
+    odd = tied.rename(Path(os.fsdecode(os.fsencode(tied.parent) + b"/odd-\xff.pt")))
+
+    here(odd, place / "out")
+
+    assert whole(place / "out", odd)
+    assert run("check", place / "out")[0] == 0
 
 
 @pytest.mark.skipif(not Path("/sys").is_dir(), reason="has no /sys, where nobody may make a folder")
