@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from . import render
-from .errors import MdlError, Problem, usage_error
+from .errors import Kind, MdlError, Problem, usage_error
 
 if TYPE_CHECKING:
     from .validate.verify import Settings
@@ -49,6 +49,8 @@ TokenizerOption = Annotated[
 ]
 ShardOption = Annotated[str, typer.Option("--max-shard-size", help="Largest weight file, such as 5GB or 500MB.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace what mdl wrote there before.")]
+NonfiniteOption = Annotated[bool, typer.Option("--allow-nonfinite", help="Write NaN and Inf too, and list them.")]
+FlushOption = Annotated[bool, typer.Option("--allow-flush", help="Write 0 for what is too small for the type.")]
 ReferenceOption = Annotated[
     str | None,
     typer.Option("--reference", help="Your own forward, FILE.py:FUNCTION; its code runs. See docs/verify.md."),
@@ -123,6 +125,8 @@ def convert(
     tokenizer: TokenizerOption = None,
     max_shard_size: ShardOption = "5GB",
     force: ForceOption = False,
+    allow_nonfinite: NonfiniteOption = False,
+    allow_flush: FlushOption = False,
     json: Json = False,
 ) -> None:
     """Write a folder that vLLM serves: safetensors, config.json, tokenizer and manifest."""
@@ -131,6 +135,7 @@ def convert(
     from .convert.prepare import prepare
     from .convert.run import convert as run
     from .convert.shards import parse_size
+    from .convert.values_judged import Allow
 
     limit = parse_size(max_shard_size)
     options = _options(arch, set_, weights, dtype)
@@ -143,6 +148,7 @@ def convert(
             tokenizer=tokenizer,
             max_shard_size=limit,
             force=force,
+            allow=Allow(nonfinite=allow_nonfinite, flush=allow_flush),
             progress=progress,
         )
     _show(json, lambda: done, lambda: views.show_converted(done))
@@ -171,7 +177,7 @@ def verify(
     """Run the layout under vLLM and the original forward on the same tokens; exit 1 if they differ."""
     state.json = json
     from . import views
-    from .validate.report import save_report
+    from .validate.report import keep_report
     from .validate.verify import Settings
     from .validate.verify import verify as run
 
@@ -193,7 +199,7 @@ def verify(
         return
     with render.steps(quiet=state.quiet or json) as say:
         report = run(layout, settings, say=say)
-    save_report(report, layout)
+    report = keep_report(report, layout)
     views.write_reports(report, junit, html)
     _show(json, lambda: report, lambda: views.show_report(report))
     _exit(0 if report.ok else 1)
@@ -284,11 +290,12 @@ def check(layout: Layout, json: Json = False) -> None:
     state.json = json
     from . import views
     from .convert.check import check_layout
+    from .convert.locks import reading
     from .convert.manifest import read_manifest
 
-    manifest = read_manifest(layout)
     total = sum(p.stat().st_size for p in layout.glob("*.safetensors"))
-    with render.byte_progress("checking", total, quiet=state.quiet or json) as progress:
+    with reading(layout), render.byte_progress("checking", total, quiet=state.quiet or json) as progress:
+        manifest = read_manifest(layout)
         problems = check_layout(layout, manifest, progress)
     good = f"{layout}: {len(manifest.tensors)} tensors and {len(manifest.files)} files are as mdl convert wrote them"
     _show(json, lambda: {"ok": not problems, "problems": problems}, lambda: views.show_problems(problems, good))
@@ -387,8 +394,6 @@ def _usage_exception() -> type[Exception]:
 
 def _bug(error: Exception) -> NoReturn:
     """Something that we did not foresee: say so plainly, and how to report it."""
-    from .errors import Kind
-
     problem = Problem(f"{type(error).__name__}: {error}", "inside mdl", "run again with `mdl --debug …` and report it")
     render.print_error(MdlError(Kind.INPUT, [problem]), as_json=state.json)
     sys.exit(Kind.INPUT.value)

@@ -21,6 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from .convert.locks import reading
 from .errors import MdlError, input_error, machine_error, usage_error
 from .validate.child import INSTALL, TAIL
 from .validate.client import CPU_COMPILATION, Engine, EngineFailure
@@ -58,30 +59,31 @@ def serve(
     the server may take to start, in seconds.
 
     Raises:
-        MdlError: MACHINE, if vLLM is missing or does not start; USAGE, if the port is taken; INPUT, if there is no
-            layout here, or no tokenizer to read the prompt with.
+        MdlError: MACHINE, if vLLM is missing or does not start, or mdl convert is replacing the layout; USAGE, if the
+            port is taken; INPUT, if there is no layout here, or no tokenizer to read the prompt with.
     """
     if taken := [a for a in extra if a.split("=")[0] in OURS]:
         raise usage_error(
             f"mdl sets this itself: {', '.join(taken)}", "", "use mdl's own option, or start vLLM yourself"
         )
-    name = served_name or layout.resolve().name
-    arguments = [*server_arguments(layout, name), *extra]
-    if prompt is not None:
-        answer = answer_once(layout, prompt, arguments, max_tokens=max_tokens, timeout=timeout)
-        sys.stdout.write((json.dumps({"prompt": prompt, "answer": answer}) if as_json else answer) + "\n")
-        return 0
-    if importlib.util.find_spec("vllm") is None:
-        raise machine_error("vLLM is not installed", sys.executable, INSTALL)
-    port = free_port(host, port)
-    command = [sys.executable, "-m", SERVER, "--host", host, "--port", str(port), *arguments]
-    with Server(command, quiet=quiet) as server:
-        if server.wait_ready("127.0.0.1" if host in ("0.0.0.0", "::", "") else host, port, timeout):  # noqa: S104 - a comparison
-            url, curl = how_to_ask(layout, name, host, port)
-            text = f"ready: {url}  model {name}\n{curl}"
-            sys.stdout.write((json.dumps({"url": url, "model": name, "curl": curl}) if as_json else text) + "\n")
-            sys.stdout.flush()
-        return server.wait()
+    with reading(layout):
+        name = served_name or layout.resolve().name
+        arguments = [*server_arguments(layout, name), *extra]
+        if prompt is not None:
+            answer = answer_once(layout, prompt, arguments, max_tokens=max_tokens, timeout=timeout)
+            sys.stdout.write((json.dumps({"prompt": prompt, "answer": answer}) if as_json else answer) + "\n")
+            return 0
+        if importlib.util.find_spec("vllm") is None:
+            raise machine_error("vLLM is not installed", sys.executable, INSTALL)
+        port = free_port(host, port)
+        command = [sys.executable, "-m", SERVER, "--host", host, "--port", str(port), *arguments]
+        with Server(command, quiet=quiet) as server:
+            if server.wait_ready("127.0.0.1" if host in ("0.0.0.0", "::", "") else host, port, timeout):  # noqa: S104 - a comparison
+                url, curl = how_to_ask(layout, name, host, port)
+                text = f"ready: {url}  model {name}\n{curl}"
+                sys.stdout.write((json.dumps({"url": url, "model": name, "curl": curl}) if as_json else text) + "\n")
+                sys.stdout.flush()
+            return server.wait()
 
 
 def answer_once(layout: Path, prompt: str, arguments: Sequence[str], *, max_tokens: int, timeout: float) -> str:

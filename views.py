@@ -167,7 +167,21 @@ def show_converted(c: Converted) -> None:
         ("notes", c.manifest.notes or ("none",)),
         ("next", f"mdl verify {c.out}"),
     ]
+    if strange := _values(c):
+        lines.insert(2, ("values", strange))
     render.out().print(render.facts(lines))
+
+
+def _values(c: Converted) -> list[str]:
+    """Broken and strange values, layers of which the same is to be said on one line."""
+    from .convert.values_judged import told_in_words
+
+    groups: dict[str, list[str]] = {}
+    for name, what in told_in_words(c.manifest.values):
+        groups.setdefault(what, []).append(name)
+    lines = [f"{' + '.join(render.collapse(names))}: {what}" for what, names in groups.items()]
+    more = len(lines) - render.SHOWN
+    return [*lines[: render.SHOWN], *([f"… and {more} more (--json for all)"] if more > 0 else [])]
 
 
 def show_report(report: Report) -> None:

@@ -14,6 +14,8 @@ from ..mappings.lazy import Lazy
 from ..mappings.ops import Op, OpError, invert
 from ..mappings.tensors import ITEMSIZE, TensorInfo
 from .check import check_layout
+from .commit import os_problem
+from .locks import claimed, reading
 from .manifest import NAME, Manifest, read_manifest, revive_join, revive_op
 from .safetensors_file import read_safetensors
 from .sources import Files
@@ -50,14 +52,31 @@ def export(
 
     The state dict comes back under its wrapper with the plain hyperparameters beside it; tensors that a rule
     dropped, and hyperparameters that had no wrapper to lie beside, are listed in
-    ``lost``. Needs torch (its own format is best written by its own code).
+    ``lost``. Needs torch (its own format is best written by its own code). Raises MdlError: INPUT for a changed
+    layout, USAGE where ``out`` exists, MACHINE for a disk that takes no more or another run that writes there.
     """
     if out.exists() and not force:
-        raise usage_error("exists already; nothing was written", str(out), "choose another name, or pass --force")
-    manifest = read_manifest(layout)
-    problems = check_layout(layout, manifest)
-    if problems:
-        raise MdlError(Kind.INPUT, problems)
+        raise _exists(out)
+    with reading(layout):
+        manifest = read_manifest(layout)
+        problems = check_layout(layout, manifest)
+        if problems:
+            raise MdlError(Kind.INPUT, problems)
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            with claimed(out):
+                if out.exists() and not force:
+                    raise _exists(out)
+                return _export(layout, manifest, out, progress)
+        except OSError as error:
+            raise os_problem(error, out) from error
+
+
+def _exists(out: Path) -> MdlError:
+    return usage_error("exists already; nothing was written", str(out), "choose another name, or pass --force")
+
+
+def _export(layout: Path, manifest: Manifest, out: Path, progress: Callable[[int], None]) -> Exported:
     backs, lost = _reverse(manifest)
     if manifest.source["extras"] and not _has_room(manifest):
         names = ", ".join(manifest.source["extras"])

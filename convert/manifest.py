@@ -15,7 +15,7 @@ from ..archs.base import Value
 from ..errors import input_error
 from ..mappings import moves, values
 from ..mappings.expand import Join
-from ..mappings.jsonable import plain, to_json
+from ..mappings.jsonable import plain, strict_loads, to_json
 from ..mappings.ops import Op
 from .plan import Source, Step
 from .prepare import Prepared
@@ -36,7 +36,9 @@ class Manifest:
 
     ``source`` names the checkpoint's files with size and fingerprint; ``dims`` holds value, source and reason of
     each; ``steps`` are the plan's, complete enough to run it backwards without the checkpoint; ``tensors`` maps a
-    target to its file, dtype, shape and xxh3-128; ``files`` maps every other file of the layout to its sha256.
+    target to its file, dtype, shape and xxh3-128; ``files`` maps every other file of the layout to its sha256;
+    ``values`` names the tensors whose values are broken or strange (see :func:`.values_judged.judge`). In the file
+    stands also ``digest``, the sha256 of all the rest, so that an edited record is noticed.
     """
 
     mdl: str
@@ -53,12 +55,14 @@ class Manifest:
     tensors: Map[str, Map[str, Any]]
     files: Map[str, str]
     tokenizer: Map[str, Any] = field(default_factory=dict[str, Any])
+    values: Map[str, Map[str, Any]] = field(default_factory=dict[str, Map[str, Any]])
     notes: tuple[str, ...] = ()
     format: int = FORMAT
 
     def to_json(self) -> str:
         """The text of mdl.json."""
-        return to_json(self)
+        content = plain(self)
+        return to_json({**content, "digest": digest_of(content)})
 
     def dim_values(self) -> dict[str, Value]:
         """The dims as plain values: what an eager reference is built from."""
@@ -66,18 +70,39 @@ class Manifest:
 
 
 def read_manifest(layout: Path) -> Manifest:
-    """The manifest of a layout. Raises MdlError (INPUT) if there is none or it is not one."""
+    """The manifest of a layout. Raises MdlError (INPUT) if there is none, it is not one, or it was edited."""
     path = layout / NAME
     if not path.is_file():
         do = "give the folder that mdl convert wrote" if layout.is_dir() else "no such folder"
         raise input_error(f"holds no {NAME}, so mdl did not write it", str(layout), do)
     try:
-        data = cast("dict[str, Any]", json.loads(path.read_text(encoding="utf-8")))
+        data = cast("dict[str, Any]", strict_loads(path.read_text(encoding="utf-8")))
         if data.get("format") != FORMAT:
             raise input_error(f"manifest format {data.get('format')}, this mdl reads {FORMAT}", str(path))
-        return Manifest(**data)
-    except (ValueError, TypeError, AttributeError) as error:
+        if data.pop("digest", None) != digest_of(data):
+            what = "this manifest was edited after mdl convert wrote it: its digest is not that of its content"
+            raise input_error(what, str(path), "convert again; to change a layout, convert with other options")
+        manifest = Manifest(**data)
+        _check_names(manifest)
+        return manifest
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise input_error(f"not a manifest: {error}", str(path), "convert again") from error
+
+
+def _check_names(manifest: Manifest) -> None:
+    """Raise ValueError, TypeError or AttributeError where the tables of files are not what they should be. A layout may
+    be a stranger's: no name may lead out of its folder."""
+    for fact in manifest.tensors.values():
+        if not set(fact) >= {"file", "dtype", "shape", "xxh3"} or not isinstance(fact["shape"], list):
+            raise ValueError("a tensor has no file, dtype, shape or xxh3")
+    for name in {*manifest.files, *(fact["file"] for fact in manifest.tensors.values())}:
+        if not isinstance(name, str) or name in ("", ".", "..") or any(c in name for c in "/\\\0"):
+            raise ValueError(f"it names a file outside its folder: {name!r}")
+
+
+def digest_of(content: Map[str, Any]) -> str:
+    """The sha256 of a document's JSON in one fixed spelling: other spacing or another order of keys is no change."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def make_manifest(
@@ -87,6 +112,7 @@ def make_manifest(
     files: Map[str, str],
     options: Map[str, Any],
     tokenizer: Map[str, Any],
+    values: Map[str, Map[str, Any]],
     notes: tuple[str, ...] = (),
 ) -> Manifest:
     """Put the record together after everything else is written."""
@@ -116,6 +142,7 @@ def make_manifest(
         tensors=tensors,
         files=files,
         tokenizer=tokenizer,
+        values=values,
         notes=(*inventory.notes, *notes),
     )
 

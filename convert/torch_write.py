@@ -44,6 +44,8 @@ def save_torch(
     try:
         torch.save({**extras, **document} if wrapper else document, scratch)
         scratch.replace(path)
+    except RuntimeError as error:  # what torch's own writer says of a full disk
+        raise machine_error(f"writing failed: {str(error).splitlines()[0]}", str(path)) from error
     finally:
         scratch.unlink(missing_ok=True)
 

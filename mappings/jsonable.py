@@ -11,7 +11,13 @@ from typing import Any, cast
 
 def to_json(document: Any) -> str:
     """One JSON document with a newline at its end. Non-finite numbers, which JSON lacks, are the texts inf and nan."""
-    return json.dumps(plain(document), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    value = plain(document)
+    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # a file's name need not be text; only an escaped one comes back as it was
+        text = json.dumps(value, indent=1, allow_nan=False)
+    return text + "\n"
 
 
 def plain(value: Any) -> Any:
@@ -25,6 +31,22 @@ def plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+def strict_loads(text: str) -> Any:
+    """The document in a text. Raises ValueError also for what only some parsers take: NaN, Infinity, a key twice."""
+    return json.loads(text, parse_constant=_no_constant, object_pairs_hook=_once)
+
+
+def _no_constant(text: str) -> Any:
+    raise ValueError(f"{text} is not JSON")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        raise ValueError(f"a key occurs twice among {', '.join(sorted(made))[:200]}")
+    return made
 
 
 def numbers_back(value: Any) -> Any:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,26 @@ def value_dtype(dtype: str) -> np.dtype[Any]:
     return np.dtype(dtype)
 
 
+Note = Callable[[Array, Array, str, str], None]
+"""Told of every rounding: the raw values before and after, and the two element types."""
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """Raw values of one element type made into those of another, to nearest even."""
+
+    source: str
+    target: str
+    note: Note | None = None
+
+    def __call__(self, values: Array) -> Array:
+        with np.errstate(all="ignore"):  # whoever watches counts what is lost; a warning would name no tensor
+            made = values.view(value_dtype(self.source)).astype(value_dtype(self.target)).view(raw_dtype(self.target))
+        if self.note is not None:
+            self.note(values, made, self.source, self.target)
+        return made
+
+
 class Node:
     """Part of a description. Every node can be cut, split, turned and read; none of the first three reads data."""
 
@@ -59,6 +79,10 @@ class Node:
     def read(self) -> Array:
         """The values, in raw form."""
         raise NotImplementedError
+
+    def watched(self, note: Note) -> Node:
+        """The same description, whose roundings are told to ``note`` when they are read."""
+        return self
 
 
 @dataclass(frozen=True)
@@ -150,29 +174,38 @@ class Joined(Node):
             return self.parts[0].read()
         return np.concatenate([p.read() for p in self.parts], axis=self.axis)
 
+    def watched(self, note: Note) -> Node:
+        return Joined(self.axis, tuple(p.watched(note) for p in self.parts))
+
 
 @dataclass(frozen=True)
 class Computed(Node):
-    """Element-wise arithmetic over arrays of one shape; structure passes through to the operands."""
+    """Element-wise arithmetic over arrays of one shape, then perhaps a rounding; structure passes to the operands."""
 
     function: Callable[[list[Array]], Array]
     parts: tuple[Node, ...]
+    rounding: Rounding | None = None
 
     @property
     def shape(self) -> Shape:  # type: ignore[override]  # computed here, a plain attribute in the base
         return self.parts[0].shape
 
     def split(self, axis: int, sizes: Shape) -> Node:
-        return Computed(self.function, tuple(p.split(axis, sizes) for p in self.parts))
+        return replace(self, parts=tuple(p.split(axis, sizes) for p in self.parts))
 
     def permute(self, order: Shape) -> Node:
-        return Computed(self.function, tuple(p.permute(order) for p in self.parts))
+        return replace(self, parts=tuple(p.permute(order) for p in self.parts))
 
     def slice(self, axis: int, start: int, stop: int) -> Node:
-        return Computed(self.function, tuple(p.slice(axis, start, stop) for p in self.parts))
+        return replace(self, parts=tuple(p.slice(axis, start, stop) for p in self.parts))
 
     def read(self) -> Array:
-        return self.function([p.read() for p in self.parts])
+        made = self.function([p.read() for p in self.parts])
+        return self.rounding(made) if self.rounding else made
+
+    def watched(self, note: Note) -> Node:
+        parts = tuple(p.watched(note) for p in self.parts)
+        return Computed(self.function, parts, self.rounding and replace(self.rounding, note=note))
 
 
 @dataclass(frozen=True)
@@ -265,27 +298,25 @@ class Lazy:
         """Join along a logical dimension."""
         return Lazy(Joined(axis, (self, *others)), (1,) * len(self.groups), self.dtype)
 
-    def combined(self, others: list[Lazy], function: Callable[[list[Array]], Array]) -> Lazy:
+    def combined(
+        self, others: list[Lazy], function: Callable[[list[Array]], Array], rounding: Rounding | None = None
+    ) -> Lazy:
         """Element-wise arithmetic with other arrays of the same shape; ``function`` sees and returns raw values."""
         nodes = (Joined(0, (x,)) if x.shape else x.node for x in (self, *others))
-        return Lazy(Computed(function, tuple(nodes)), (1,) * len(self.shape), self.dtype)
+        dtype = rounding.target if rounding else self.dtype
+        return Lazy(Computed(function, tuple(nodes), rounding), (1,) * len(self.shape), dtype)
 
     def cast(self, dtype: str) -> Lazy:
         """Round to another element type."""
-        if dtype == self.dtype:
-            return self
-        source, target = value_dtype(self.dtype), value_dtype(dtype)
-        raw = raw_dtype(dtype)
-        done = self.combined([], lambda xs: xs[0].view(source).astype(target).view(raw))
-        return Lazy(done.node, done.groups, dtype)
+        return self if dtype == self.dtype else self.combined([], lambda xs: xs[0], Rounding(self.dtype, dtype))
 
     def scaled(self, factor: float) -> Lazy:
         """Multiply by a constant, in float32 (float64 stays float64), rounded back."""
-        return self.combined([], _arithmetic(self.dtype, lambda xs: xs[0] * xs[0].dtype.type(factor)))
+        return self._computed([], lambda xs: xs[0] * xs[0].dtype.type(factor))
 
     def shifted(self, value: float) -> Lazy:
         """Add a constant, in float32 (float64 stays float64), rounded back."""
-        return self.combined([], _arithmetic(self.dtype, lambda xs: xs[0] + xs[0].dtype.type(value)))
+        return self._computed([], lambda xs: xs[0] + xs[0].dtype.type(value))
 
     def summed(self, others: list[Lazy], *, mean: bool) -> Lazy:
         """The sum or mean with other arrays, in float32 (float64 stays float64), rounded once."""
@@ -297,7 +328,15 @@ class Lazy:
                 total = total + x
             return total / total.dtype.type(count) if mean else total
 
-        return self.combined(others, _arithmetic(self.dtype, function))
+        return self._computed(others, function)
+
+    def watched(self, note: Note) -> Lazy:
+        """The same array, every rounding in it told to ``note`` when its values are read.
+
+        Values that an operation had to read while the description was made (see :meth:`unflatten`) were rounded
+        before anybody watched.
+        """
+        return self._with(self.node.watched(note))
 
     def read(self) -> Array:
         """All values at once, in raw form and logical shape."""
@@ -306,6 +345,17 @@ class Lazy:
     def blocks(self, limit: int = 1 << 20) -> Iterator[Array]:
         """The values in C order, in contiguous raw pieces of at most about ``limit`` bytes."""
         yield from _blocks(self.node, limit, ITEMSIZE[self.dtype])
+
+    def _computed(self, others: list[Lazy], function: Callable[[list[Array]], Array]) -> Lazy:
+        """Arithmetic on numbers, at least in float32, rounded back to this element type."""
+        value = value_dtype(self.dtype)
+        wide = "float64" if self.dtype == "float64" else "float32"
+
+        def widened(xs: list[Array]) -> Array:
+            with np.errstate(all="ignore"):
+                return function([x.view(value).astype(wide) for x in xs])
+
+        return self.combined(others, widened, Rounding(wide, self.dtype))
 
     def _with(self, node: Node) -> Lazy:
         return Lazy(node, self.groups, self.dtype)
@@ -319,17 +369,6 @@ class Lazy:
 
     def _copied(self) -> Lazy:
         return Lazy.of(np.ascontiguousarray(self.read()), self.dtype)
-
-
-def _arithmetic(dtype: str, function: Callable[[list[Array]], Array]) -> Callable[[list[Array]], Array]:
-    """Wrap arithmetic on numbers into a function on raw values, computing at least in float32."""
-    value, raw = value_dtype(dtype), raw_dtype(dtype)
-    wide = np.dtype("float64") if dtype == "float64" else np.dtype("float32")
-
-    def wrapped(xs: list[Array]) -> Array:
-        return function([x.view(value).astype(wide) for x in xs]).astype(value).view(raw)
-
-    return wrapped
 
 
 def _blocks(node: Node, limit: int, itemsize: int) -> Iterator[Array]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mdl.archs import targets
-from mdl.convert import run, write
+from mdl.convert import commit, run, write
 from mdl.convert.manifest import read_manifest
 from mdl.convert.prepare import Options, prepare
 from mdl.convert.run import Converted, convert
@@ -267,7 +267,7 @@ def test_a_full_disk_is_told(tied: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert "No space left" in refusal(Kind.MACHINE, tied, tmp_path / "out")
     monkeypatch.undo()
 
-    monkeypatch.setattr(write.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    monkeypatch.setattr(commit.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000))
     assert "0.0 GB are free" in refusal(Kind.MACHINE, tied, tmp_path / "out")
     assert names(tmp_path) == ["tied.pt"]
 
@@ -280,7 +280,7 @@ def test_a_failing_swap_brings_the_old_layout_back(
     rename = Path.rename
 
     def reluctant(self: Path, target: Path) -> Path:
-        if ".partial-" in self.name and not self.name.endswith("-old"):
+        if self.name.endswith(".mdl-partial"):
             raise OSError(errno.EIO, "it does not move")
         return rename(self, target)
 
@@ -306,37 +306,6 @@ def test_force_replaces_only_what_mdl_wrote(tied: Path, untied: Path, tmp_path: 
     (tmp_path / "file").write_text("mine")
     assert "holds no mdl.json" in refusal(Kind.USAGE, tied, tmp_path / "file", force=True)
     assert (tmp_path / "file").read_text() == "mine"
-
-
-def gone() -> int:
-    """The id of a process that has ended."""
-    pid = os.fork()
-    if pid == 0:
-        os._exit(0)
-    os.waitpid(pid, 0)
-    return pid
-
-
-def test_leftovers_of_killed_runs_are_removed(tied: Path, tmp_path: Path) -> None:
-    out = tmp_path / "a[1]"  # no pattern, although it looks like one
-    dead, own, living = (tmp_path / f"a[1].partial-{pid}" for pid in (gone(), os.getpid(), os.getppid()))
-    other = tmp_path / "a[1].partial-notes"
-    for folder in (dead, own, living, other):
-        folder.mkdir()
-        (folder / "x").write_text("x")
-
-    converted(tied, out)
-
-    assert [path.exists() for path in (dead, own, living, other)] == [False, False, True, True]
-
-
-def test_a_layout_that_a_killed_run_had_set_aside_comes_back(tied: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    converted(tied, out)
-    out.rename(tmp_path / f"out.partial-{gone()}-old")
-
-    assert "exists already" in refusal(Kind.USAGE, tied, out)
-    assert names(tmp_path) == ["out", "tied.pt"]
 
 
 @pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600)])

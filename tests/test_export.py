@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import resource
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ import torch
 
 from mdl.archs import targets
 from mdl.convert.export import Exported, export
+from mdl.convert.locks import claimed
 from mdl.convert.prepare import Options, prepare
 from mdl.convert.run import convert
 from mdl.errors import Kind, MdlError
@@ -147,3 +151,32 @@ def test_a_changed_layout_is_refused(tied: Path, tmp_path: Path) -> None:
     with pytest.raises(MdlError, match="was changed after mdl convert wrote it") as changed:
         export(tmp_path / "out", tmp_path / "back.pt", force=True)
     assert changed.value.kind is Kind.INPUT
+
+
+def test_a_disk_that_takes_no_more(tied: Path, tmp_path: Path) -> None:
+    convert(prepare(tied), tmp_path / "out", options=Options(), tokenizer="none")
+    (tmp_path / "place").mkdir()
+    command = [Path(sys.executable).with_name("mdl"), "export", tmp_path / "out", tmp_path / "place" / "back.pt"]
+    limit = (20_000, 20_000)
+
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit),
+    )
+
+    assert done.returncode == 4
+    assert "writing failed" in done.stderr
+    assert list((tmp_path / "place").iterdir()) == []
+
+
+def test_two_exports_into_one_file(tied: Path, tmp_path: Path) -> None:
+    convert(prepare(tied), tmp_path / "out", options=Options(), tokenizer="none")
+    with claimed(tmp_path / "back.pt"), pytest.raises(MdlError, match="is writing it at this moment") as busy:
+        export(tmp_path / "out", tmp_path / "back.pt")
+    assert busy.value.kind is Kind.MACHINE
+
+    export(tmp_path / "out", tmp_path / "back.pt")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["back.pt", "out", "tied.pt"]

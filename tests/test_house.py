@@ -161,7 +161,7 @@ COMMANDS = {
     "plan": {"checkpoint", "--arch", "--set", "--weights", "--dtype", "--reverse", "--json"},
     "convert": {
         "checkpoint", "out", "--arch", "--set", "--weights", "--dtype", "--tokenizer", "--max-shard-size", "--force",
-        "--json",
+        "--allow-nonfinite", "--allow-flush", "--json",
     },
     "verify": {
         "layout", "--against", "--reference", "--reference-python", "--golden", "--prompt", "--seed", "--dtype",

@@ -20,7 +20,7 @@ from mdl.validate import charts, svg
 from mdl.validate.compare import RATIO
 from mdl.validate.html import SEQUENCES, to_html
 from mdl.validate.junit import to_junit
-from mdl.validate.report import Check, Evidence, Located, Report
+from mdl.validate.report import Check, Evidence, Located, Report, keep_report
 from mdl.validate.text import to_text
 
 HOSTILE = '<script>alert(1)</script> & "quoted" $title \x00\x1b[31m'
@@ -282,3 +282,13 @@ def test_red_and_green_and_blue_reach_the_screen(tmp_path: Path) -> None:
         width, height, colours = pixels(picture)
         assert (width, height) == (800, 1100)
         assert {seal, (0x2F, 0x66, 0xD8)} <= colours
+
+
+def test_a_report_that_cannot_be_saved_is_not_lost(tmp_path: Path) -> None:
+    report = a_report(ok=True)
+
+    assert keep_report(report, tmp_path) == report
+    assert (tmp_path / "mdl-report.json").is_file()
+    *others, note = keep_report(report, tmp_path / "none").notes
+    assert others == list(report.notes)
+    assert note.startswith("the report can't be saved in the layout (No such file or directory)")

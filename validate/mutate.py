@@ -19,11 +19,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ..convert.check import INDEX
 from ..convert.config import read_config
+from ..convert.locks import reading
 from ..convert.manifest import NAME as MANIFEST
 from ..convert.manifest import Manifest, read_manifest
 from ..convert.prepare import Options, prepare
-from ..convert.run import INDEX, convert
+from ..convert.run import convert
+from ..convert.values_judged import Allow
 from ..errors import Kind, MdlError, Problem, usage_error
 from .client import Engine
 from .kills import ControlRow, MutationRow, MutationTable
@@ -84,9 +87,9 @@ def run_mutations(
     """
     begin = time.perf_counter()
     settings = replace(settings or Settings(), locate=locate)
-    manifest, config = read_manifest(layout), read_config(layout)
-    chosen = _chosen(catalogue(config), names)
-    with tempfile.TemporaryDirectory(prefix="mdl-mutate-") as folder:
+    with reading(layout), tempfile.TemporaryDirectory(prefix="mdl-mutate-") as folder:
+        manifest, config = read_manifest(layout), read_config(layout)
+        chosen = _chosen(catalogue(config), names)
         say("running the reference")
         side = reference_side(layout, source_of(manifest, settings), settings, Path(folder))
         tensors = read_tensors(layout, manifest)
@@ -205,7 +208,8 @@ def _rounded(run: _Run) -> ControlRow:
     def act() -> Report:
         out = run.scratch / "bfloat16"
         path = run.settings.against or Path(run.manifest.source["path"])
-        convert(prepare(path, options), out, options=options, tokenizer=source)
+        allow = Allow(nonfinite=True, flush=True)  # whatever it holds, rounding alone must not be found
+        convert(prepare(path, options), out, options=options, tokenizer=source, allow=allow)
         return verify(out, run.settings, engine=run.engine)
 
     return _control(name, description, act)

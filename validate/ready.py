@@ -8,7 +8,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from ..convert.check import check_layout
+from ..convert.check import check_layout, quick_check
+from ..convert.locks import reading
 from ..convert.manifest import NAME, fingerprint, own_version, read_manifest
 from ..convert.prepare import Options, prepare
 from ..convert.run import convert
@@ -26,14 +27,25 @@ def ready_layout(path: Path, *, unverified: bool, say: Callable[[str], None]) ->
     """
     if not (path / NAME).is_file():
         return _from_checkpoint(path, unverified=unverified, say=say)
-    say("checking the layout's files")
-    problems = check_layout(path, read_manifest(path))
-    if problems:
-        raise MdlError(Kind.INPUT, problems)
+    _check(path, say)
     green, why = green_report(path)
     if not green and not unverified:
         raise usage_error(f"is not proven: {why}", str(path), f"run `mdl verify {path}` first, or pass --unverified")
     return path
+
+
+def _check(layout: Path, say: Callable[[str], None]) -> None:
+    """Raise MdlError (INPUT) if the layout is not what was written. What a glance shows is told before every byte is
+    read, which costs little: vLLM reads the same bytes next, then from memory."""
+    with reading(layout):
+        say("checking the layout's files")
+        manifest = read_manifest(layout)
+        problems = quick_check(layout, manifest)
+        if not problems:
+            say("checking every byte of the weights")
+            problems = check_layout(layout, manifest)
+    if problems:
+        raise MdlError(Kind.INPUT, problems)
 
 
 def _from_checkpoint(path: Path, *, unverified: bool, say: Callable[[str], None]) -> Path:
@@ -46,6 +58,8 @@ def _from_checkpoint(path: Path, *, unverified: bool, say: Callable[[str], None]
         say(f"converting into {out}")
         out.parent.mkdir(parents=True, exist_ok=True)
         convert(prepared, out, options=options)
+    else:
+        _check(out, say)
     if not unverified and not green_report(out)[0]:
         say("verifying")
         report = verify(out, Settings(command=f"mdl verify {out}"), say=say)

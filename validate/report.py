@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -118,6 +118,16 @@ def save_report(report: Report, layout: Path) -> Path:
     scratch.write_text(report.to_json(), encoding="utf-8")
     scratch.replace(path)
     return path
+
+
+def keep_report(report: Report, layout: Path) -> Report:
+    """Save it, or say in it why that can't be: a layout may lie on a read-only disk, and minutes of work are in it."""
+    try:
+        save_report(report, layout)
+    except OSError as error:
+        note = f"the report can't be saved in the layout ({error.strerror}), so `mdl serve` will not know of it"
+        return replace(report, notes=(*report.notes, note))
+    return report
 
 
 def green_report(layout: Path) -> tuple[bool, str]:

@@ -9,10 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..convert.check import unreadable
 from ..convert.config import read_config
+from ..convert.locks import reading
 from ..convert.manifest import Manifest, fingerprint, own_version, read_manifest
 from ..convert.prepare import Options, Prepared, prepare
-from ..errors import MdlError, Problem, input_error, usage_error
+from ..errors import Kind, MdlError, Problem, input_error, usage_error
 from . import checks, scenarios
 from .checks import Expected
 from .client import Engine, EngineFailure, EngineResult, Scenario
@@ -62,13 +64,21 @@ class Side:
 def verify(
     layout: Path, settings: Settings | None = None, *, engine: Engine | None = None, say: Say = lambda _: None
 ) -> Report:
-    """Verify a layout. Raises MdlError: INPUT for an unusable layout or reference, MACHINE where vLLM is missing.
+    """Verify a layout. Raises MdlError: INPUT for an unusable layout or reference, MACHINE where vLLM is missing or
+    where mdl convert is replacing the layout.
 
     A wrong layout is not an error but a report whose ``ok`` is False. ``engine`` lends a running engine (tests share
     one); otherwise one is started and ended here. ``say`` receives what is being done, a line at a time.
     """
-    settings = settings or Settings()
+    with reading(layout):
+        return _verify(layout, settings or Settings(), engine, say)
+
+
+def _verify(layout: Path, settings: Settings, engine: Engine | None, say: Say) -> Report:
+    say("looking at the layout's files")
     manifest = read_manifest(layout)
+    if problems := unreadable(layout, manifest):  # minutes before vLLM would fail on them
+        raise MdlError(Kind.INPUT, problems)
     prepared = source_of(manifest, settings)
     own = engine is None
     running = engine or Engine(
@@ -382,7 +392,5 @@ def _versions(result: EngineResult | EngineFailure) -> dict[str, str]:
 
 def require_ok(report: Report) -> None:
     """Raise MdlError (PARITY) if the report failed."""
-    from ..errors import Kind
-
     if not report.ok:
         raise MdlError(Kind.PARITY, [Problem(report.verdict, report.layout)])
