@@ -12,6 +12,7 @@ from ..errors import Kind, MdlError, Problem, input_error
 from .beside import find_sidecars, find_tokenizers
 from .legacy import read_legacy
 from .pause import collector_paused
+from .plain import key_text
 from .safetensors_file import check_index, read_safetensors, read_shards
 from .sniff import LEGACY, ZIP, is_checkpoint, sniff
 from .torch_zip import read_torch_zip
@@ -56,12 +57,21 @@ class _Group:
 
 @collector_paused()
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Read the metadata of a checkpoint file or folder. Raises MdlError (INPUT) that says what to give instead."""
+    """Read the metadata of a checkpoint file or folder. Raises MdlError (INPUT) that says what to give instead; if it
+    has several files, with the problems of all of them."""
+    try:
+        return _open(path)
+    except OSError as error:
+        where = str(error.filename or path)
+        raise input_error(f"this can't be read ({error.strerror})", where, "check the path and its permissions") from None
+
+
+def _open(path: Path) -> Checkpoint:
     notes: list[str] = []
     group = _group_of_folder(path, notes) if path.is_dir() else _group_of_file(path, notes)
     formats: set[str] = set()
     metadata: dict[str, str] = {}
-    read = [_read(file, formats, metadata) for file in group.files]
+    read = _read_all(group.files, formats, metadata)
     if len(formats) > 1:
         raise input_error(f"the files of {group.name} have different formats: {', '.join(sorted(formats))}", str(path))
     trees = tuple(read) if group.ranks or len(read) == 1 else (_join(group, read),)
@@ -82,6 +92,19 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 def _absolute(path: Path) -> str:
     return os.path.abspath(path)  # noqa: PTH100 - Path.resolve would follow symlinks and lose the name of the file
+
+
+def _read_all(files: tuple[Path, ...], formats: set[str], metadata: dict[str, str]) -> list[Any]:
+    read: list[Any] = []
+    problems: list[Problem] = []
+    for file in files:
+        try:
+            read.append(_read(file, formats, metadata))
+        except MdlError as error:
+            problems += error.problems
+    if problems:
+        raise MdlError(Kind.INPUT, problems)
+    return read
 
 
 def _read(file: Path, formats: set[str], metadata: dict[str, str]) -> Any:
@@ -105,7 +128,7 @@ def _join(group: _Group, trees: list[Any]) -> dict[Any, Any]:
             raise input_error("this shard holds no table of tensors", str(file))
         joined.update(tree)
         for name in tree:
-            held.setdefault(str(name), []).append(file.name)
+            held.setdefault(key_text(name), []).append(file.name)
     if group.index is not None:
         check_index(group.index, group.weight_map, held)
     doubled = [
