@@ -28,11 +28,14 @@ WRAPPER_PARTS = frozenset(
 ATTRIBUTES = frozenset({"model", "net", "lm", "backbone"})
 """Leading name parts that are the attribute of an outer module if all tensors share them."""
 
-MAX_NESTED = 4
-MAX_TABLES = 16
-"""Tables inside one another, and side by side in each of these, that a state dict may have: one per adapter, say."""
+MAX_NESTED = 20
+"""Tables inside one another that a state dict may have."""
+MAX_VISITED = 1_000_000
+"""Entries of such tables. A file may hold one table in many places, and would be walked through once for each."""
 MAX_NAME = 1000
 """Characters of a tensor's name."""
+
+_STATE_DICT = "save model.state_dict(), a table of names to tensors"
 
 Path = tuple[str, ...]
 
@@ -107,7 +110,7 @@ def _choose(ckpt: Checkpoint, weights: str | None) -> Path:
     raise input_error(
         "no weights were found in this checkpoint under a known key",
         ckpt.path,
-        f"choose one: {flags}" if flags else "save model.state_dict(), a table of names to tensors",
+        f"choose one: {flags}" if flags else _STATE_DICT,
     )
 
 
@@ -217,15 +220,22 @@ def _is_outside(key: object, value: Any, wrapper: Path) -> bool:
     return not wrapper and "." not in key_text(key) and not is_tensor(value) and not tensors_in(value)
 
 
-def _flat(entries: Iterable[tuple[Any, Any]], path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
+def _flat(entries: Iterable[tuple[Any, Any]]) -> Iterator[tuple[str, Any]]:
     """Entries of a state dict; tables of tensors inside it are entered, their names joined by a dot."""
-    for count, (key, value) in enumerate(entries):
-        if isinstance(value, dict) and tensors_in(value):
-            if len(path) >= MAX_NESTED or (path and count > MAX_TABLES):
-                raise input_error("the weights lie in tables inside tables without end", do="save model.state_dict()")
-            yield from _flat(dict.items(value), (*path, key_text(key)))
+    waiting = [("", iter(entries))]
+    visited = 0
+    while waiting:
+        prefix, rest = waiting[-1]
+        for key, value in rest:
+            if isinstance(value, dict) and tensors_in(value):
+                visited += len(value)
+                if len(waiting) > MAX_NESTED or visited > MAX_VISITED:
+                    raise input_error("the weights lie in tables inside tables without end", do=_STATE_DICT)
+                waiting.append((f"{prefix}{key_text(key)}.", iter(dict.items(value))))
+                break
+            yield f"{prefix}{key_text(key)}", value
         else:
-            yield ".".join((*path, key_text(key))), value
+            waiting.pop()
 
 
 def _some(names: list[str]) -> str:

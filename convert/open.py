@@ -20,6 +20,7 @@ from .torch_zip import read_torch_zip
 _SUFFIXES = frozenset({".pt", ".pth", ".bin", ".ckpt", ".safetensors"})
 _RANK = re.compile(r"consolidated\.(\d+)\.(?:pth|pt)")
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.(safetensors|bin)")
+_MAX_RANKS = 1000
 _NOT_WEIGHTS = re.compile(r"(optim|scheduler|training_args|rng_state|random_state|scaler|grad_scaler)")
 _INDEX = ".index.json"
 
@@ -219,6 +220,14 @@ def _may_be_weights(file: Path) -> bool:
 
 def _indexed(index: Path) -> _Group:
     weight_map, shards = read_shards(index)
+    listed = {shard.name for shard in shards}
+    for found in filter(None, (_SHARD.fullmatch(shard) for shard in listed)):
+        beside = {file.name for file in _same_set([file for file in index.parent.iterdir() if file.is_file()], found)}
+        if beside - listed:
+            names = ", ".join(sorted(beside - listed)[:5])
+            what = f"{index.name} does not list {names}, which by its name is another shard of the same model"
+            raise input_error(what, str(index.parent), "download the index again, or remove what does not belong here")
+        break
     return _Group(index.name, tuple(shards), index=index, weight_map=weight_map)
 
 
@@ -231,6 +240,12 @@ def _ranked(files: list[Path]) -> _Group:
         if number in numbers:
             raise input_error(f"{numbers[number].name} and {file.name} are the same rank", str(file.parent))
         numbers[number] = file
+    if max(numbers) >= _MAX_RANKS:
+        raise input_error(
+            f"{numbers[max(numbers)].name} would be one of more than {_MAX_RANKS:,} rank files",
+            str(files[0].parent),
+            "rename it if it is none: no release has so many",
+        )
     missing = [f"{n:02d}" for n in range(max(numbers)) if n not in numbers]
     if missing:
         raise input_error(
@@ -244,6 +259,8 @@ def _ranked(files: list[Path]) -> _Group:
 
 def _numbered(stem: str, total: str, suffix: str, shards: list[Path]) -> _Group:
     """Shards named ``…-00001-of-00003…`` that no index lists."""
+    if int(total) > len(shards) + _MAX_RANKS:
+        raise input_error(f"{len(shards)} of {int(total):,} shards are here", str(shards[0].parent), "download the rest")
     wanted = [f"{stem}-{n:05d}-of-{total}.{suffix}" for n in range(1, int(total) + 1)]
     names = {shard.name for shard in shards}
     missing = [name for name in wanted if name not in names]
