@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
-
 MAX_TEXT = 4000
 """Characters of one part of a problem; of a longer text its ends are shown."""
 

@@ -227,8 +227,9 @@ class NumpyArray:
 
     def fill(self, shape: object, dtype: object, data: object, *, fortran: bool) -> None:
         """Set all parts, after checking their kinds."""
-        fine = isinstance(shape, tuple) and len(shape) <= _MAX_DIMS and isinstance(dtype, NumpyType)
-        if not fine or not all(type(n) is int and 0 <= n < 1 << 63 for n in shape):
+        if not isinstance(shape, tuple) or not isinstance(dtype, NumpyType):
+            raise RefusedError("a numpy array in this file has an unknown form")
+        if len(shape) > _MAX_DIMS or not all(type(n) is int and 0 <= n < 1 << 63 for n in shape):
             raise RefusedError("a numpy array in this file has an unknown form")
         self.shape = shape
         self.dtype, self.fortran = dtype, fortran
@@ -249,6 +250,7 @@ class NumpyArray:
 
 def numpy_scalar(dtype: object, data: object = b"", *_: object) -> Any:
     """The Python number or string that a pickled numpy scalar stands for."""
-    short = isinstance(data, bytes) and len(data) <= _MAX_SCALAR
-    values = dtype.decode(data) if isinstance(dtype, NumpyType) and short else None
+    if not isinstance(dtype, NumpyType) or not isinstance(data, bytes) or len(data) > _MAX_SCALAR:
+        return "a numpy scalar"
+    values = dtype.decode(data)
     return values[0] if values else "a numpy scalar"

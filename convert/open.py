@@ -64,7 +64,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
         return _open(path)
     except OSError as error:
         where = str(error.filename or path)
-        raise input_error(f"this can't be read ({error.strerror})", where, "check the path and its permissions") from None
+        raise input_error(
+            f"this can't be read ({error.strerror})", where, "check the path and its permissions"
+        ) from None
 
 
 def _open(path: Path) -> Checkpoint:
@@ -260,7 +262,9 @@ def _ranked(files: list[Path]) -> _Group:
 def _numbered(stem: str, total: str, suffix: str, shards: list[Path]) -> _Group:
     """Shards named ``…-00001-of-00003…`` that no index lists."""
     if int(total) > len(shards) + _MAX_RANKS:
-        raise input_error(f"{len(shards)} of {int(total):,} shards are here", str(shards[0].parent), "download the rest")
+        raise input_error(
+            f"{len(shards)} of {int(total):,} shards are here", str(shards[0].parent), "download the rest"
+        )
     wanted = [f"{stem}-{n:05d}-of-{total}.{suffix}" for n in range(1, int(total) + 1)]
     names = {shard.name for shard in shards}
     missing = [name for name in wanted if name not in names]

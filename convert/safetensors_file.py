@@ -88,7 +88,11 @@ def _parse(header: bytes, file: str) -> tuple[dict[str, Any], list[str]]:
 
 def _whole(values: object) -> list[int] | None:
     """The list if it holds a few whole numbers ≥ 0 of 63 bits only: a product of more could take very long."""
-    if isinstance(values, list) and len(values) <= _MAX_DIMS and all(type(n) is int and 0 <= n < 1 << 63 for n in values):
+    if (
+        isinstance(values, list)
+        and len(values) <= _MAX_DIMS
+        and all(type(n) is int and 0 <= n < 1 << 63 for n in values)
+    ):
         return cast("list[int]", values)
     return None
 

@@ -26,35 +26,27 @@ def read_json(path: Path, *, limit: int, infinite: bool = False) -> Any:
 
 def parse_json(text: str, *, infinite: bool = False) -> Any:
     """The content of a JSON text, as strictly as :func:`read_json`."""
-
-    def constant(name: str) -> float:
-        if infinite and name != "NaN":
-            return float(name)
-        raise ValueError(f"{name} is no JSON number")
-
     try:
-        content = json.loads(text, parse_constant=constant, parse_float=_finite, object_pairs_hook=_table)
+        content = json.loads(text, object_pairs_hook=_table)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-    _check_depth(content)
+    _check(content, infinite=infinite)
     return content
 
 
-def _check_depth(content: Any) -> None:
-    """What is nested more deeply could be read, but neither walked through nor written by simple means."""
-    level = [content]
-    for _ in range(MAX_DEPTH):
-        tables = [list(node.values()) if isinstance(node, dict) else node for node in level]
-        level = [node for nodes in tables if isinstance(nodes, list) for node in nodes]
-    if level:
-        raise ValueError("it is nested too deeply")
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"the number {text[:40]} is too large")
-    return value
+def _check(content: Any, *, infinite: bool) -> None:
+    """Refuse numbers that are none, and what is nested so deeply that simple means can't walk through or write it."""
+    waiting: list[tuple[tuple[str, ...], Any]] = [((), content)]
+    while waiting:
+        path, node = waiting.pop()
+        if len(path) > MAX_DEPTH:
+            raise ValueError("it is nested too deeply")
+        if isinstance(node, dict):
+            waiting.extend(((*path, key), value) for key, value in node.items() if not isinstance(value, str))
+        elif isinstance(node, list):
+            waiting.extend(((*path, str(n)), value) for n, value in enumerate(node) if not isinstance(value, str))
+        elif isinstance(node, float) and not math.isfinite(node) and not (infinite and math.isinf(node)):
+            raise ValueError(f"{'.'.join(path) or 'it'} is {node}: not a number, or one too large")
 
 
 def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

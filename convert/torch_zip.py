@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import struct
 import zipfile
@@ -40,7 +41,15 @@ def _directory(stream: io.BufferedReader, file: str) -> tuple[str, dict[str, zip
         with zipfile.ZipFile(stream) as archive:
             infos = archive.infolist()
             end = archive.start_dir
-    except (zipfile.BadZipFile, struct.error, NotImplementedError, ValueError, OSError, EOFError, OverflowError) as error:
+    except (
+        zipfile.BadZipFile,
+        struct.error,
+        NotImplementedError,
+        ValueError,
+        OSError,
+        EOFError,
+        OverflowError,
+    ) as error:
         raise input_error(
             f"this zip archive can't be read ({error}); the file is probably cut short",
             file,
@@ -81,7 +90,7 @@ def _root(members: dict[str, zipfile.ZipInfo], file: str) -> str:
 
 @dataclass
 class _Archive:
-    """An open archive; ``ranges`` collects (start, end, member) of every storage that was asked for."""
+    """An open archive; ``ranges`` collects (start, end, member) of every member that was asked for, header and all."""
 
     file: str
     descriptor: int
@@ -118,8 +127,7 @@ class _Archive:
         size = self.members[member].file_size
         if size != nbytes:
             raise RefusedError(f"storage {key} has {size:,} bytes in the archive, but {nbytes:,} by its description")
-        start = self._start(member)
-        return start
+        return self._start(member)
 
     def _read(self, member: str, most: int) -> bytes:
         # Not zipfile's own read: torch can be told to write no checksums, and zipfile would then refuse the member.
@@ -141,7 +149,9 @@ class _Archive:
         # The length of the extra field differs from the directory's copy: torch pads it to align the data.
         _, _, _, method, *_, name_length, extra_length = _LOCAL_HEADER.unpack_from(header)
         if name_length != len(name) or header[_LOCAL_HEADER.size :] != name or method != zipfile.ZIP_STORED:
-            raise RefusedError(f"{member} is called or stored otherwise by its own header", f"copy it again, or {_RESAVE}")
+            raise RefusedError(
+                f"{member} is called or stored otherwise by its own header", f"copy it again, or {_RESAVE}"
+            )
         start = info.header_offset + _LOCAL_HEADER.size + name_length + extra_length
         if start + info.file_size > self.end or info.compress_size != info.file_size:
             raise RefusedError(f"{member} ends behind the end of the archive", "copy the file again")

@@ -185,7 +185,9 @@ class _Doors:
         if not isinstance(size, (tuple, list)) or not isinstance(stride, (tuple, list)):
             raise RefusedError(_NO_SIZE)
         if len(size) > MAX_DIMS or len(stride) > MAX_DIMS:
-            raise RefusedError(f"a tensor of this file has {len(size):,} dimensions; no tensor has more than {MAX_DIMS}")
+            raise RefusedError(
+                f"a tensor of this file has {len(size):,} dimensions; no tensor has more than {MAX_DIMS}"
+            )
         shape, steps = tuple(size), tuple(stride)
         needed = _extent(shape, steps, offset) * itemsize
         if needed > storage.nbytes:
@@ -209,8 +211,8 @@ class _Slow(_Doors, pickle._Unpickler):  # type: ignore[name-defined, misc]  # p
 
 
 # Bytes of memory that a copy takes per element of the original.
-_COPY: dict[type, int] = {str: 4, bytes: 1, bytearray: 1, list: 8, tuple: 8, set: 64, frozenset: 64}
-_COPY |= {dict: 100, Ordered: 100}
+_COPY: dict[type, int] = {str: 4, bytes: 1, bytearray: 1, list: 8, tuple: 8, set: 64, frozenset: 64,
+                          dict: 100, Ordered: 100}  # fmt: skip
 
 
 def _narrow(whole: Storage, view: object, itemsize: int) -> Storage:

@@ -37,10 +37,9 @@ _TENSOR = re.compile(
 )  # fmt: skip
 
 # Bytes that follow an instruction, and of length fields how many bytes they have (the data follows them).
-_FIXED = {b"K": 1, b"M": 2, b"J": 4, b"G": 8, b"\x80": 1, b"N": 0, b"\x88": 0, b"\x89": 0}
-_FIXED |= {b")": 0, b"]": 0, b"}": 0, b"\x8f": 0}
-_LENGTH = {b"U": 1, b"T": 4, b"C": 1, b"B": 4, b"\x8e": 8, b"\x8c": 1, b"X": 4, b"\x8d": 8, b"\x96": 8}
-_LENGTH |= {b"\x8a": 1, b"\x8b": 4}
+_FIXED = {b"K": 1, b"M": 2, b"J": 4, b"G": 8} | dict.fromkeys((b"N", b"\x88", b"\x89", b")", b"]", b"}"), 0)
+_LENGTH = {b"U": 1, b"T": 4, b"C": 1, b"B": 4, b"\x8e": 8, b"\x8c": 1, b"X": 4, b"\x8d": 8, b"\x96": 8,
+           b"\x8a": 1, b"\x8b": 4}  # fmt: skip
 _LINES = {b"I": 1, b"L": 1, b"F": 1, b"S": 1, b"V": 1, b"P": 1, b"c": 2}
 # Values taken and values left.
 _TAKES = {b"R": (2, 1), b"\x81": (2, 1), b"\x92": (3, 1), b"\x93": (2, 1), b"b": (1, 0), b"a": (1, 0), b"Q": (1, 1)}
@@ -302,7 +301,6 @@ def _table() -> tuple[list[int], dict[int, Callable[[_Walk, int, int], int]]]:
     handlers: dict[int, Callable[[_Walk, int, int], int]] = {}
     for op, size in _FIXED.items():
         simple[op[0]] = size
-    simple[0x80] = simple[0x8F] = -1
     for ops, handler in (
         (b"".join(_LENGTH), _text), (b"".join(_LINES), _lines), (b"".join(_TAKES), _takes),
         (b"".join(_TUPLES), _small_tuple), (b"t", _tuple), (b"(", _mark), (b"ldo\x91i", _container),

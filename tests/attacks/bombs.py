@@ -103,7 +103,9 @@ def _refused() -> dict[str, tuple[bytes, str]]:
         "a number in 500,000 digits": (b"L" + b"9" * 500_000 + b"L\n", "a line of it"),
         "bytes of a number": (ops.call("builtins", "bytes", ops.number(1 << 40)), "builtins.bytes of a int"),
         "bytearray of a number": (ops.call("builtins", "bytearray", ops.number(1 << 30)), "builtins.bytes of a int"),
-        "set of a range": (ops.call("builtins", "set", ops.call("builtins", "range", ops.number(1 << 60))), "set of a str"),
+        "set of a range": (
+            ops.call("builtins", "set", ops.call("builtins", "range", ops.number(1 << 60))), "set of a str",
+        ),
         "300,000 empty sets": (b"](" + b"\x8f" * 300_000 + b"e", "sets"),
         "copies of a text": (long + encode + b"](" + (_get(2) + _get(3) + b"R") * 5_000 + b"e", proportion),
         "copies of a list": (
@@ -193,12 +195,17 @@ def _json() -> Iterator[Case]:
     }  # fmt: skip
     for name, (header, phrase) in headers.items():
         yield Case(name, file(ops.safetensors(header, bytes(8)), "x.safetensors"), (phrase,))
-    for name, length in {"header of 2**63": 1 << 63, "header of 2**64-1": (1 << 64) - 1, "header of 1 GB": 1 << 30}.items():
+    for name, length in {
+        "header of 2**63": 1 << 63,
+        "header of 2**64-1": (1 << 64) - 1,
+        "header of 1 GB": 1 << 30,
+    }.items():
         yield Case(name, file(struct.pack("<Q", length) + b'{"a":1}', "x.safetensors"), ("x.safetensors",))
     good = ops.safetensors({"w": ops.entry(0, 8, [2])}, bytes(8))
     yaml = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 40))
     for name, text in {
-        "config.yaml": yaml, "hparams.yaml": "[" * 5_000 + "]" * 5_000, "params.json": '{"a":' * 5_000 + "1" + "}" * 5_000,
+        "config.yaml": yaml, "hparams.yaml": "[" * 5_000 + "]" * 5_000,
+        "params.json": '{"a":' * 5_000 + "1" + "}" * 5_000,
     }.items():  # fmt: skip
         phrase = ("can't be parsed", name)
         yield Case(f"{name} that explodes", folder({"x.safetensors": good, name: text}), phrase)

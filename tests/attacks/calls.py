@@ -57,7 +57,7 @@ def _reduce() -> dict[str, tuple[bytes, str]]:
         "partial called": (ops.call("functools", "partial", SYSTEM, TOUCH) + b")R", "functools.partial"),
         "reduce": (ops.call("functools", "reduce", SYSTEM, b"]"), "functools.reduce"),
         "map": (ops.call("builtins", "map", SYSTEM, b"]"), "builtins.map"),
-        "getattr of a module": (ops.call("builtins", "getattr", ops.named("os", "path"), ops.text("System")), "getattr"),
+        "getattr of a module": (ops.call("builtins", "getattr", ops.named("os", "path"), ops.text("Sys")), "getattr"),
         "getattr chain": (
             ops.call("builtins", "getattr", ops.call("builtins", "getattr", ops.named("a", "B"), ops.text("__class__")),
                      ops.text("__base__")),
@@ -67,7 +67,7 @@ def _reduce() -> dict[str, tuple[bytes, str]]:
             ops.call("builtins", "getattr", ops.named("collections", "OrderedDict"), ops.text("_function")), "getattr",
         ),
         "setattr": (ops.call("builtins", "setattr", ops.named("a", "B"), ops.text("may_call"), b"\x88"), "setattr"),
-        "copyreg extension": (ops.call("copyreg", "add_extension", ops.text("os"), ops.text("system")), "add_extension"),
+        "copyreg extension": (ops.call("copyreg", "add_extension", ops.text("os"), ops.text("system")), "extension"),
         "copyreg.__reduce_ex__": (ops.call("copyreg", "__reduce_ex__", ops.named("a", "B"), ops.number(2)), "copyreg"),
         "copyreg._reconstructor": (ops.call("copyreg", "_reconstructor", SYSTEM, b"N", b"N"), "os.system"),
         "copyreg.__newobj__": (ops.call("copyreg", "__newobj__", SYSTEM, TOUCH), "copyreg.__newobj__"),
@@ -102,7 +102,7 @@ def _opcodes() -> dict[str, tuple[bytes, str]]:
         "EXT4": (b"\x84\x01\x00\x00\x01" + b"(" + TOUCH + b"tR", "extension code 16777217"),
         "BUILD on our table": (setstate, "__setstate__ of collections.OrderedDict"),
         "BUILD on a class": (ops.named("a", "B") + b"}" + ops.text("may_call") + b"\x88sb", "damaged"),
-        "BUILD on a tensor": (ops.tensor() + b"}" + ops.text("file") + ops.text("/etc/passwd") + b"sb", "state of its own"),
+        "BUILD on a tensor": (ops.tensor() + b"}" + ops.text("file") + ops.text("/etc/x") + b"sb", "state of its own"),
         "calling an object": (ops.named("a", "B") + b")R(" + TOUCH + b"tR", "a.B"),
         "calling a text": (ops.text("x") + b")R", "damaged"),
         "buffers from outside": (b"\x97\x98", "buffers from outside"),
@@ -142,7 +142,9 @@ def _places(attack: bytes) -> Iterator[Case]:
     yield Case("in a persistent id", file(ops.zipped(ops.pickled(attack + b"Q"))), ("os.system",))
     pid = b"(" + ops.text("storage") + attack + ops.text("0") + ops.text("cpu") + ops.number(2) + b"tQ"
     yield Case("in a storage", file(ops.zipped(ops.pickled(pid))), ("os.system",))
-    yield Case("storage of another class", file(ops.zipped(ops.pickled(pid.replace(attack, SYSTEM)))), ("unknown class",))
+    yield Case(
+        "storage of another class", file(ops.zipped(ops.pickled(pid.replace(attack, SYSTEM)))), ("unknown class",)
+    )
     yield Case("persistent id of a text", file(ops.zipped(ops.pickled(ops.text("x") + b"Q"))), ("persistent id",))
     yield Case("persistent id in text", file(ops.zipped(ops.pickled(b"Pevil\n"))), ("persistent id",))
     keys = ops.legacy(ops.pickled(ops.table({"w": ops.tensor()})))
@@ -152,5 +154,11 @@ def _places(attack: bytes) -> Iterator[Case]:
     yield Case("in the head", file(head), ("os.system",))
     nested = ops.call("torch._utils", "_rebuild_parameter", attack, b"\x88", b"}")
     yield Case("in a parameter", file(ops.zipped(ops.pickled(ops.table({"w": nested})))), ("os.system", "key w"))
-    made = ops.call("torch._tensor", "_rebuild_from_type_v2", SYSTEM, ops.named("torch", "Tensor"), b"(" + TOUCH + b"t", b"}")
-    yield Case("as a tensor's function", file(ops.zipped(ops.pickled(ops.table({"w": made})))), ("a tensor of class torch.Tensor",))
+    made = ops.call(
+        "torch._tensor", "_rebuild_from_type_v2", SYSTEM, ops.named("torch", "Tensor"), b"(" + TOUCH + b"t", b"}"
+    )
+    yield Case(
+        "as a tensor's function",
+        file(ops.zipped(ops.pickled(ops.table({"w": made})))),
+        ("a tensor of class torch.Tensor",),
+    )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 if not __package__:  # run by hand
     sys.path.insert(0, str(Path(__file__).parents[1]))
-    __package__ = "attacks"  # noqa: A001 - Python's own name, which relative imports go by
+    __package__ = "attacks"  # Python's own name, which relative imports go by
 
 from . import bombs, calls, lies, odd
 from .case import Case

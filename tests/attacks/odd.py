@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 import zipfile
 from collections.abc import Iterator
@@ -15,7 +16,12 @@ from .case import PARAMS, Case, file, folder, llama, nanogpt, nanogpt_args, stat
 def _views() -> bytes:
     """Views of one storage of 24 elements: dense, transposed, from the middle, every second, one value repeated."""
     shapes = {"dense": ((4, 6), (6, 1), 0), "turned": ((6, 4), (1, 6), 0), "middle": ((3, 3), (6, 1), 8)}
-    shapes |= {"step": ((4, 3), (6, 2), 0), "repeated": ((5,), (0,), 3), "scalar": ((), (), 23), "none": ((0, 7), (7, 1), 99)}
+    shapes |= {
+        "step": ((4, 3), (6, 2), 0),
+        "repeated": ((5,), (0,), 3),
+        "scalar": ((), (), 23),
+        "none": ((0, 7), (7, 1), 99),
+    }
     views = {
         name: ops.tensor("0", shape, stride=stride, offset=offset, numel=24)
         for name, (shape, stride, offset) in shapes.items()
@@ -35,8 +41,13 @@ def named_ordered() -> bytes:
 def _settings() -> bytes:
     """Settings of every kind that people pickle."""
     attributes = ops.table({"n_layer": ops.number(2), "lr": b"G" + struct.pack(">d", 0.1)})
-    omega = ops.table({"_content": ops.table({"dim": ops.named("omegaconf.nodes", "AnyNode") + b")\x81" + ops.table(
-        {"_val": ops.number(8)}) + b"b"})})
+    omega = ops.table(
+        {
+            "_content": ops.table(
+                {"dim": ops.named("omegaconf.nodes", "AnyNode") + b")\x81" + ops.table({"_val": ops.number(8)}) + b"b"}
+            )
+        }
+    )
     return ops.pickled(
         ops.table(
             {
@@ -69,7 +80,7 @@ def _linked(at: Path) -> Path:
 def _hub_cache(at: Path) -> Path:
     """A folder as huggingface_hub keeps it: links to files named by their hashes, the index among them."""
     names = {"model-00001-of-00002.safetensors": "a", "model-00002-of-00002.safetensors": "b"}
-    index = '{"weight_map": {%s}}' % ", ".join(f'"{tensor}": "{name}"' for name, tensor in names.items())
+    index = json.dumps({"weight_map": {tensor: name for name, tensor in names.items()}})
     files = {name: ops.safetensors({t: ops.entry(0, 4, [1])}, bytes(4)) for name, t in names.items()}
     for n, (name, data) in enumerate([*files.items(), ("model.safetensors.index.json", index)]):
         ops.write(at / f"blobs/{n:064x}", data)
@@ -102,7 +113,9 @@ def cases() -> Iterator[Case]:
     yield Case("views, legacy", file(ops.legacy(_views(), {"0": bytes(96)})), tensors=views)
     tied = ops.pickled(ops.table({"a": ops.tensor(), "b": ops.tensor()}))
     yield Case("tied tensors", file(ops.zipped(tied)), tensors=("a", "b"))
-    part = ops.table({"w": ops.tensor(shape=(1,), numel=2, view=b"(" + ops.text("v") + ops.number(1) + ops.number(1) + b"t")})
+    part = ops.table(
+        {"w": ops.tensor(shape=(1,), numel=2, view=b"(" + ops.text("v") + ops.number(1) + ops.number(1) + b"t")}
+    )
     yield Case("a view of a storage, legacy", file(ops.legacy(ops.pickled(part))), tensors=("w",))
     yield Case("settings of every kind", file(ops.zipped(_settings())), tensors=("w",))
     for protocol in (0, 1, 2, 3, 4, 5):
@@ -118,7 +131,9 @@ def cases() -> Iterator[Case]:
     yield Case("hard-linked shards", _hard_linked, tensors=("a", "b"))
     yield Case("a read-only folder", _read_only, tensors=("w",))
     table = {n: ops.entry(4 * k, 4 * k + 4, [1]) for k, n in enumerate("ab")} | {"none": ops.entry(8, 8, [0])}
-    yield Case("safetensors, an empty tensor", file(ops.safetensors(table, bytes(8)), "x.safetensors"), tensors=("a", "b"))
+    yield Case(
+        "safetensors, an empty tensor", file(ops.safetensors(table, bytes(8)), "x.safetensors"), tensors=("a", "b")
+    )
     padded = ops.safetensors(b'{"a":{"dtype":"F8_E4M3","shape":[2],"data_offsets":[0,2]}}   ', bytes(2))
     yield Case("safetensors, padded, fp8", file(padded, "x.safetensors"), tensors=("a",))
     infinite = {"x.safetensors": ops.safetensors({"w": ops.entry(0, 8, [2])}, bytes(8))}
@@ -136,8 +151,20 @@ def cases() -> Iterator[Case]:
         b"(" + ops.text("storage") + ops.named("torch", "ComplexFloatStorage") + ops.text("c") + ops.text("cpu")
         + ops.number(4) + b"tQ", ops.number(0), ops.ints((4,)), ops.ints((1,)), b"\x89", named_ordered(),
     )  # fmt: skip
-    args = ops.table({k: ops.number(n) for k, n in {"dim": 8, "n_layers": 2, "n_heads": 2, "n_kv_heads": 2,
-                                                    "vocab_size": 12, "max_seq_len": 16, "multiple_of": 8}.items()})
+    args = ops.table(
+        {
+            k: ops.number(n)
+            for k, n in {
+                "dim": 8,
+                "n_layers": 2,
+                "n_heads": 2,
+                "n_kv_heads": 2,
+                "vocab_size": 12,
+                "max_seq_len": 16,
+                "multiple_of": 8,
+            }.items()
+        }
+    )
     with_freqs = made[:-1] + ops.text("freqs_cis") + freqs + b"u"
     old = ops.zipped(ops.pickled(ops.table({"model": with_freqs, "model_args": args})), {**records, "c": bytes(32)})
     yield Case("complex buffers that are dropped", file(old), tensors=("freqs_cis", *meta), plan=True)

@@ -54,7 +54,14 @@ def ints(values: Iterable[int]) -> bytes:
 def storage(key: str, numel: int, kind: str = "F32", view: bytes = b"") -> bytes:
     """A persistent id of torch.save."""
     return (
-        b"(" + text("storage") + named("torch", FLOATS[kind][0]) + text(key) + text("cpu") + number(numel) + view + b"tQ"
+        b"("
+        + text("storage")
+        + named("torch", FLOATS[kind][0])
+        + text(key)
+        + text("cpu")
+        + number(numel)
+        + view
+        + b"tQ"
     )
 
 
@@ -103,7 +110,9 @@ def archive(members: Mapping[str, bytes], root: str = "x/", method: int = zipfil
     return stream.getvalue()
 
 
-def legacy(pickle: bytes, records: Mapping[str, bytes] | None = None, *, itemsize: int = 4, little: bool = True) -> bytes:
+def legacy(
+    pickle: bytes, records: Mapping[str, bytes] | None = None, *, itemsize: int = 4, little: bool = True
+) -> bytes:
     """The stream of torch before 1.6."""
     held = {"0": bytes(8)} if records is None else records
     sizes = table({"short": number(2), "int": number(4), "long": number(4)})
