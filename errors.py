@@ -6,6 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
+MAX_TEXT = 4000
+"""Characters of one part of a problem; of a longer text its ends are shown."""
+
 
 class Kind(Enum):
     """The closed set of failures. The value is the process's exit code."""
@@ -27,6 +30,20 @@ class Problem:
     what: str
     where: str = ""
     do: str = ""
+
+    def __post_init__(self) -> None:
+        """Parts come from files that strangers made: no control character of theirs reaches a terminal."""
+        for name in ("what", "where", "do"):
+            text = getattr(self, name)
+            if not text.isprintable() or len(text) > MAX_TEXT:
+                object.__setattr__(self, name, _shown(text))
+
+
+def _shown(text: str) -> str:
+    """A text as it can be printed: line breaks stay, other unprintable characters are spelled out."""
+    if len(text) > MAX_TEXT:
+        text = f"{text[: MAX_TEXT // 2]} … {text[-MAX_TEXT // 4 :]}"
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 class MdlError(Exception):

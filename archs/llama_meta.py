@@ -46,10 +46,10 @@ def block_sizes(m: Measure, where: tuple[str, ...]) -> None:
     ``where`` are the extras that may hold dim, n_layers, n_heads, n_kv_heads.
     """
     inv, ranks = m.inventory, m.inventory.ranks
-    hidden = (inv.shape("norm.weight") or (None,))[0]
+    width = (inv.shape("norm.weight") or (None,))[0]
     layers = inv.count("layers.{}.attention_norm.weight")
     m.set("layers", file=_in(where, "n_layers"), shape=(layers, "blocks layers.0 … with an attention_norm"))
-    m.set("hidden", file=_in(where, "dim"), shape=(hidden, "norm.weight"))
+    hidden = m.set("hidden", file=_in(where, "dim"), shape=(width, "norm.weight"))
     heads = m.set("heads", file=_in(where, "n_heads"), ask="wq is square, so no shape tells")
     if isinstance(heads, int) and isinstance(hidden, int):
         _head_sizes(m, where, heads, hidden)

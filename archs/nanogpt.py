@@ -13,7 +13,7 @@ def detect(inv: Inventory) -> list[str]:
     """nanoGPT's names, learned positions, and c_attn stored [3C, C] (Hugging Face's own GPT-2 has it [C, 3C])."""
     wte, wpe = inv.shape("transformer.wte.weight"), inv.shape("transformer.wpe.weight")
     fused = inv.shape("transformer.h.0.attn.c_attn.weight")
-    if wte is None or wpe is None or fused is None or fused != (3 * wte[1], wte[1]):
+    if wte is None or len(wte) != 2 or wpe is None or fused is None or fused != (3 * wte[1], wte[1]):
         return []
     because = [
         "transformer.wte, transformer.wpe and transformer.h.N.attn.c_attn are nanoGPT's names",

@@ -80,7 +80,7 @@ def mapping_path(arch: Arch) -> Path:
 def detect(inventory: Inventory, archs: Iterable[Arch] | None = None) -> Match:
     """The one family that recognises the checkpoint. Raises MdlError (INPUT) for none and for several."""
     candidates = list(archs if archs is not None else all_archs().values())
-    matches = [Match(arch, tuple(because)) for arch in candidates if (because := arch.detect(inventory))]
+    matches = [Match(arch, because) for arch in candidates if (because := evidence(arch, inventory))]
     if not matches:
         raise _nothing(inventory, candidates)
     if len(matches) > 1:
@@ -88,6 +88,17 @@ def detect(inventory: Inventory, archs: Iterable[Arch] | None = None) -> Match:
         reasons = " / ".join(f"{match.arch.name}: {'; '.join(match.because)}" for match in matches)
         raise input_error(f"could be any of {names} ({reasons})", inventory.path, "say which with --arch NAME")
     return matches[0]
+
+
+def evidence(arch: Arch, inventory: Inventory) -> tuple[str, ...]:
+    """Why the checkpoint is of the family, in sentences; empty if it is not.
+
+    A family looks at the shapes that its own checkpoints have. Where it stumbles over others, it is none of them.
+    """
+    try:
+        return tuple(arch.detect(inventory))
+    except (LookupError, TypeError, ValueError):
+        return ()
 
 
 def _nothing(inventory: Inventory, candidates: list[Arch]) -> MdlError:

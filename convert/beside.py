@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from pathlib import Path
 from typing import Any
 
 from ..errors import Kind, MdlError, Problem
+from .plain import TooLargeError, plain
+from .strict_json import read_json
 
 _SETTINGS = ("params.json", "config.json", "meta.json", "model_args.json", "generation_config.json")
 _SETTINGS_YAML = ("model_config.yaml", "hparams.yaml", "config.yaml")
+_FROM_TRANSFORMERS = ("config.json", "generation_config.json")
+_MAX_JSON = 16 << 20
+_MAX_YAML = 256 << 10  # PyYAML reads about 100 KB a second
 _STEP = re.compile(r".*?(\d+)")
 _TOKENIZERS = ("tokenizer.model", "tokenizer.json", "tokenizer.pkl", "tekken.json", "meta.pkl")
 _TOKENIZER_PAIRS = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
@@ -34,7 +38,7 @@ def find_sidecars(folder: Path, weights: str) -> dict[str, Any]:
         stem = "meta" if file.name.startswith("meta_") else file.stem
         try:
             found[file.name if stem in found else stem] = _parse(file)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             problems.append(Problem(f"{file.name} can't be parsed ({error})", str(file), "mend or remove it"))
     if problems:
         raise MdlError(Kind.INPUT, problems)
@@ -42,23 +46,36 @@ def find_sidecars(folder: Path, weights: str) -> dict[str, Any]:
 
 
 def _parse(file: Path) -> Any:
-    text = file.read_text("utf-8")
     if file.suffix == ".json":
-        return json.loads(text)
+        # transformers itself writes Infinity into config.json, for example as the end of Mamba's time_step_limit.
+        content = read_json(file, limit=_MAX_JSON, infinite=file.name in _FROM_TRANSFORMERS)
+    else:
+        content = _yaml(file)
+    if not isinstance(content, dict):
+        raise ValueError("it holds no table of settings")
+    return content
+
+
+def _yaml(file: Path) -> Any:
     import yaml
 
+    if file.stat().st_size > _MAX_YAML:
+        raise ValueError(f"it has more than {_MAX_YAML:,} bytes")
     try:
-        return yaml.safe_load(text)
+        return plain(yaml.safe_load(file.read_text("utf-8")))
+    except TooLargeError:
+        raise ValueError("it holds more values, or deeper ones, than settings have") from None
     except yaml.YAMLError as error:
         raise ValueError(str(error).splitlines()[0]) from error
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def find_tokenizers(folder: Path) -> tuple[str, ...]:
     """Absolute paths of tokenizer-like files in ``folder``, both files of a pair or none."""
     names = [name for name in _TOKENIZERS if (folder / name).is_file()]
     names += [name for pair in _TOKENIZER_PAIRS if all((folder / n).is_file() for n in pair) for name in pair]
-    names += sorted(
-        file.name for pattern in ("tok*.model", "tokenizer.model.*", "*.tiktoken") for file in folder.glob(pattern)
-    )
+    found = (file for pattern in ("tok*.model", "tokenizer.model.*", "*.tiktoken") for file in folder.glob(pattern))
+    names += sorted(file.name for file in found if file.is_file())
     root = os.path.abspath(folder)  # noqa: PTH100 - Path.resolve would follow symlinks and lose the folder's name
     return tuple(str(Path(root) / name) for name in dict.fromkeys(names))

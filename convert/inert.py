@@ -26,15 +26,21 @@ _FORMATS = {
 }
 MAX_ARRAY = 4096
 """Arrays with more elements than this are described, not decoded: no hyperparameter is that long."""
+MAX_ARGS = 256
+"""Arguments that a function of the closed table may get; the parts of a path are the longest list."""
+_MAX_DIMS = 64
+_MAX_SCALAR = 4096
 
 
 class RefusedError(Exception):
     """What a pickle asks for and can't have. The file's path is added by whoever knows it."""
 
-    def __init__(self, what: str, do: str = "") -> None:
+    def __init__(self, what: str, do: str = "", *, located: bool = False) -> None:
         super().__init__(what)
         self.what = what
         self.do = do
+        self.located = located
+        """Whether it helps to know under which key of the file it lies."""
 
 
 def refuse(qualname: str) -> NoReturn:
@@ -43,6 +49,7 @@ def refuse(qualname: str) -> NoReturn:
         f"this file would run code when loaded with torch.load: it calls {qualname}",
         "if you made it yourself: load it where you made it, and save it again as torch.save({'model': "
         "model.state_dict(), 'config': <a plain dict>}, path); otherwise ask its author for such a file",
+        located=True,
     )
 
 
@@ -52,6 +59,8 @@ class StubType(type):
     qualname: str
     may_call: bool
     may_make: bool
+    spend: Callable[..., None]
+    """Counts what an instance copies of the values it is given; the reader that made the class sets it."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         if not cls.may_call:
@@ -80,6 +89,7 @@ class Stub(metaclass=StubType):
     def __new__(cls, *args: Any, **kwargs: Any) -> Stub:
         if not cls.may_make:
             refuse(cls.qualname)
+        cls.spend(args, kwargs)
         self = object.__new__(cls)
         self.args, self.kwargs = args, kwargs
         self.state, self.entries, self.elements = {}, {}, []
@@ -94,11 +104,14 @@ class Stub(metaclass=StubType):
     def __setstate__(self, state: object) -> None:
         """Take what BUILD brings: a dict, or a pair (dict or None, dict of slots); anything else under ``state``."""
         pair: tuple[Any, ...] = state if isinstance(state, tuple) and len(state) == 2 else (state,)
-        if all(part is None or isinstance(part, dict) for part in pair):
-            for part in pair:
-                self.state.update(part or {})
+        if type(state) is dict and not self.state:
+            self.state = state  # the usual case; not copied, for a file may bring one large dict to many objects
+        elif all(part is None or isinstance(part, dict) for part in pair):
+            type(self).spend(self.state, *pair)
+            self.state = {key: value for part in (self.state, *pair) for key, value in (part or {}).items()}
         else:
-            self.state["state"] = state
+            type(self).spend(self.state)
+            self.state = {**self.state, "state": state}
 
     def __setitem__(self, key: Any, value: Any) -> None:
         self.entries[key] = value
@@ -114,13 +127,17 @@ class Stub(metaclass=StubType):
     add = append
 
 
+def _free(*_: object) -> None:
+    """Counts nothing."""
+
+
 def stub_class(qualname: str, *, call: bool, make: bool) -> StubType:
     """A new stub class. ``call``: REDUCE may apply it; ``make``: NEWOBJ may instantiate it; else both are refused.
 
     Only a class can be instantiated, whatever its name looks like; a call may be of a function.
     """
     name = qualname.rpartition(".")[2]
-    members = {"__slots__": (), "qualname": qualname, "may_call": call and make, "may_make": make}
+    members = {"__slots__": (), "qualname": qualname, "may_call": call and make, "may_make": make, "spend": _free}
     return StubType(name, (Stub,), members)
 
 
@@ -134,6 +151,8 @@ class Call:
         self._function = function
 
     def __call__(self, *args: Any) -> Any:
+        if len(args) > MAX_ARGS:
+            raise RefusedError(f"this file gives {self.qualname} {len(args):,} arguments", located=True)
         return self._function(*args)
 
     def __setstate__(self, state: object) -> NoReturn:
@@ -167,7 +186,9 @@ class NumpyType:
     __slots__ = ("code", "order")
 
     def __init__(self, code: object, *_: object) -> None:
-        self.code = str(code)
+        if type(code) is not str or len(code) > 20:
+            raise RefusedError("a numpy type in this file has an unknown form")
+        self.code = code
         self.order = "<"
 
     def __setstate__(self, state: object) -> None:
@@ -208,7 +229,9 @@ class NumpyArray:
         """Set all parts, after checking their kinds."""
         if not isinstance(shape, tuple) or not isinstance(dtype, NumpyType):
             raise RefusedError("a numpy array in this file has an unknown form")
-        self.shape = tuple(int(n) for n in shape)
+        if len(shape) > _MAX_DIMS or not all(type(n) is int and 0 <= n < 1 << 63 for n in shape):
+            raise RefusedError("a numpy array in this file has an unknown form")
+        self.shape = shape
         self.dtype, self.fortran = dtype, fortran
         self.data = bytes(data) if isinstance(data, (bytes, bytearray)) else b""
 
@@ -227,5 +250,7 @@ class NumpyArray:
 
 def numpy_scalar(dtype: object, data: object = b"", *_: object) -> Any:
     """The Python number or string that a pickled numpy scalar stands for."""
-    values = dtype.decode(data) if isinstance(dtype, NumpyType) and isinstance(data, bytes) else None
+    if not isinstance(dtype, NumpyType) or not isinstance(data, bytes) or len(data) > _MAX_SCALAR:
+        return "a numpy scalar"
+    values = dtype.decode(data)
     return values[0] if values else "a numpy scalar"

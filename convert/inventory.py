@@ -13,7 +13,7 @@ from ..mappings.tensors import Target, TensorInfo
 from .inert import NumpyArray, Stub, Unreadable
 from .open import Checkpoint
 from .pause import collector_paused
-from .plain import TooLargeError, is_tensor, plain, tensors_in
+from .plain import TooLargeError, counts_kept, is_tensor, key_text, plain, tensors_in
 
 WRAPPERS = ("model", "state_dict", "model_state_dict", "module", "net", "weights", "params")
 WRAPPERS_EMA = ("ema", "ema_model", "model_ema", "ema_state_dict")
@@ -28,10 +28,20 @@ WRAPPER_PARTS = frozenset(
 ATTRIBUTES = frozenset({"model", "net", "lm", "backbone"})
 """Leading name parts that are the attribute of an outer module if all tensors share them."""
 
+MAX_NESTED = 20
+"""Tables inside one another that a state dict may have."""
+MAX_VISITED = 1_000_000
+"""Entries of such tables. A file may hold one table in many places, and would be walked through once for each."""
+MAX_NAME = 1000
+"""Characters of a tensor's name."""
+
+_STATE_DICT = "save model.state_dict(), a table of names to tensors"
+
 Path = tuple[str, ...]
 
 
 @collector_paused()
+@counts_kept()
 def take_inventory(ckpt: Checkpoint, *, weights: str | None = None) -> Inventory:
     """The tensors of a checkpoint under their family's own names, and everything beside them as plain values.
 
@@ -100,7 +110,7 @@ def _choose(ckpt: Checkpoint, weights: str | None) -> Path:
     raise input_error(
         "no weights were found in this checkpoint under a known key",
         ckpt.path,
-        f"choose one: {flags}" if flags else "save model.state_dict(), a table of names to tensors",
+        f"choose one: {flags}" if flags else _STATE_DICT,
     )
 
 
@@ -129,7 +139,8 @@ def _at(tree: Any, path: Path) -> Any:
 
 def _is_training(key: object) -> bool:
     """Whether a key names training state. A dotted key is a tensor's name, whatever its first part is called."""
-    return "." not in str(key) and _TRAINING.match(str(key)) is not None
+    text = key_text(key)
+    return "." not in text and _TRAINING.match(text) is not None
 
 
 def _has_weights(node: Any) -> bool:
@@ -159,7 +170,7 @@ def _everywhere(tree: Any) -> list[Path]:
     for key, value in _table(tree).items():
         if isinstance(key, str) and not _is_training(key):
             found += [(key,)] if _has_weights(value) else []
-            found += [(key, str(k)) for k, v in _table(value).items() if not _is_training(k) and _has_weights(v)]
+            found += [(key, key_text(k)) for k, v in _table(value).items() if not _is_training(k) and _has_weights(v)]
     return found
 
 
@@ -171,9 +182,12 @@ def _weights_of(tree: Any, wrapper: Path, rank: int, ckpt: Checkpoint, findings:
         findings.problems.append(Problem(f"rank {rank} has no weights under {'/'.join(wrapper) or 'its top'}", where))
     held: dict[str, TensorInfo] = {}
     left_out: list[str] = []
+    unwritable: list[str] = []
     entries = [(key, value) for key, value in node.items() if not _is_outside(key, value, wrapper)]
-    for name, value in _flat(entries, ""):
-        if isinstance(value, TensorInfo):
+    for name, value in _flat(entries):
+        if not name.isprintable() or len(name) > MAX_NAME:
+            unwritable.append(ascii(name[:MAX_NAME]))
+        elif isinstance(value, TensorInfo):
             if name in held:
                 findings.problems.append(Problem(f"{name} occurs twice in the weights", where, "save one of them only"))
             held[name] = value
@@ -183,6 +197,9 @@ def _weights_of(tree: Any, wrapper: Path, rank: int, ckpt: Checkpoint, findings:
             )
         else:
             left_out.append(name)
+    if unwritable:
+        what = f"names of tensors hold characters that can't be printed, or too many: {_some(unwritable)}"
+        findings.problems.append(Problem(what, where, "rename them before saving: letters, digits, dots, underscores"))
     if left_out and rank == 0:
         findings.notes.append(f"not tensors, left out: {_some(left_out)}")
     return held
@@ -200,16 +217,25 @@ def _is_outside(key: object, value: Any, wrapper: Path) -> bool:
     """Whether an entry of the table that holds the weights is none of them: training state or, if bare, settings."""
     if _is_training(key):
         return not (wrapper and isinstance(value, TensorInfo))
-    return not wrapper and "." not in str(key) and not is_tensor(value) and not tensors_in(value)
+    return not wrapper and "." not in key_text(key) and not is_tensor(value) and not tensors_in(value)
 
 
-def _flat(entries: Iterable[tuple[Any, Any]], prefix: str) -> Iterator[tuple[str, Any]]:
+def _flat(entries: Iterable[tuple[Any, Any]]) -> Iterator[tuple[str, Any]]:
     """Entries of a state dict; tables of tensors inside it are entered, their names joined by a dot."""
-    for key, value in entries:
-        if isinstance(value, dict) and tensors_in(value):
-            yield from _flat(dict.items(value), f"{prefix}{key}.")
+    waiting = [("", iter(entries))]
+    visited = 0
+    while waiting:
+        prefix, rest = waiting[-1]
+        for key, value in rest:
+            if isinstance(value, dict) and tensors_in(value):
+                visited += len(value)
+                if len(waiting) > MAX_NESTED or visited > MAX_VISITED:
+                    raise input_error("the weights lie in tables inside tables without end", do=_STATE_DICT)
+                waiting.append((f"{prefix}{key_text(key)}.", iter(dict.items(value))))
+                break
+            yield f"{prefix}{key_text(key)}", value
         else:
-            yield f"{prefix}{key}", value
+            waiting.pop()
 
 
 def _some(names: list[str]) -> str:
@@ -296,7 +322,7 @@ def _beside(tree: Any, wrapper: Path, findings: _Findings) -> None:
         for key, value in _table(_at(tree, wrapper[:depth])).items():
             within = depth == len(wrapper)
             if _is_outside(key, value, wrapper) if within else key != wrapper[depth]:
-                _note_or_keep(str(key), "/".join((*wrapper[:depth], str(key))), value, findings)
+                _note_or_keep(key_text(key), "/".join((*wrapper[:depth], key_text(key))), value, findings)
 
 
 def _note_or_keep(key: str, path: str, value: Any, findings: _Findings) -> None:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import struct
-from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
 from ..errors import input_error
-from .unpickle import unpickle
+from .inert import RefusedError
+from .unpickle import MAX_PICKLE, unpickle
+from .vet import end_of_pickle
 
 MAGIC = 0x1950A86A20F9469CFC6C
 MAGIC_BYTES = MAGIC.to_bytes(10, "little")
 """How the magic number looks in a pickle: found within the first bytes of every such file."""
 _PROTOCOL = 1001
+_AS_TENSORS = "it holds arrays as numpy objects: convert them with torch.from_numpy, and save the file again"
 _AGAIN = "copy or download the file again, and compare its size with the original"
 
 
@@ -25,24 +28,39 @@ def read_legacy(path: Path) -> Any:
     their positions are known, for the tensors.
     """
     file = os.path.abspath(path)  # noqa: PTH100 - Path.resolve would follow symlinks and lose the name of the file
-    with path.open("rb") as stream:
-        _check_head(stream, file)
-        begin = stream.tell()
+    with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        pickles, begin = _pickles(mapped, file)
+        _check_head(pickles[:3], file)
         sizes: dict[str, tuple[int, int]] = {}
 
         def note(key: str, nbytes: int, itemsize: int) -> int:
             sizes[key] = (nbytes, itemsize)
             return 0
 
-        unpickle(stream, file, note)
-        keys = unpickle(stream, file, note)
-        starts = _starts(stream, file, keys, sizes)
-        stream.seek(begin)
-        return unpickle(stream, file, lambda key, _nbytes, _itemsize: starts[key])
+        unpickle(pickles[3], file, note, walked=True)
+        keys = unpickle(pickles[4], file, note, walked=True)
+        starts = _starts(mapped, begin, file, keys, sizes)
+        return unpickle(pickles[3], file, lambda key, _nbytes, _itemsize: starts[key], walked=True)
 
 
-def _check_head(stream: BufferedReader, file: str) -> None:
-    magic, protocol, system = (unpickle(stream, file, _nowhere) for _ in range(3))
+def _pickles(mapped: mmap.mmap, file: str) -> tuple[list[bytes], int]:
+    """The five pickles of the stream (three of the head, the object, the list of storages) and where they end."""
+    found: list[bytes] = []
+    position = 0
+    for _ in range(5):
+        try:
+            end = end_of_pickle(mapped, len(mapped), position)
+        except RefusedError as problem:
+            raise input_error(problem.what, file, problem.do) from None
+        if end - position > MAX_PICKLE:
+            raise input_error(f"the pickled part of this file has {end - position:,} bytes", file, _AS_TENSORS)
+        found.append(mapped[position:end])
+        position = end
+    return found, position
+
+
+def _check_head(pickles: list[bytes], file: str) -> None:
+    magic, protocol, system = (unpickle(one, file, _nowhere, walked=True) for one in pickles)
     if magic != MAGIC or protocol != _PROTOCOL:
         raise input_error("this pickle was not written by torch.save", file, "give the checkpoint itself")
     if not isinstance(system, dict) or system.get("little_endian") is not True:
@@ -57,16 +75,18 @@ def _nowhere(_key: str, _nbytes: int, _itemsize: int) -> int:
     return 0
 
 
-def _starts(stream: BufferedReader, file: str, keys: object, sizes: dict[str, tuple[int, int]]) -> dict[str, int]:
+def _starts(
+    mapped: mmap.mmap, position: int, file: str, keys: object, sizes: dict[str, tuple[int, int]]
+) -> dict[str, int]:
     """Byte position of each storage: per key, in the list's order, an int64 element count and then the bytes."""
-    if not isinstance(keys, list) or {str(key) for key in keys} != set(sizes) or len(keys) != len(sizes):
+    named = isinstance(keys, list) and all(type(key) in (str, int) for key in keys)
+    if not isinstance(keys, list) or not named or {str(key) for key in keys} != set(sizes) or len(keys) != len(sizes):
         raise input_error("the list of storages does not match the tensors of this file", file, _AGAIN)
-    position = stream.tell()
-    total = os.fstat(stream.fileno()).st_size
+    total = len(mapped)
     starts: dict[str, int] = {}
     for key in map(str, keys):
         nbytes, itemsize = sizes[key]
-        head = os.pread(stream.fileno(), 8, position)
+        head = mapped[position : position + 8]
         if len(head) < 8 or position + 8 + nbytes > total:
             raise input_error(f"this file is cut short: storage {key} ends behind its {total:,} bytes", file, _AGAIN)
         (count,) = struct.unpack("<q", head)

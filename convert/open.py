@@ -12,6 +12,7 @@ from ..errors import Kind, MdlError, Problem, input_error
 from .beside import find_sidecars, find_tokenizers
 from .legacy import read_legacy
 from .pause import collector_paused
+from .plain import key_text
 from .safetensors_file import check_index, read_safetensors, read_shards
 from .sniff import LEGACY, ZIP, is_checkpoint, sniff
 from .torch_zip import read_torch_zip
@@ -19,6 +20,7 @@ from .torch_zip import read_torch_zip
 _SUFFIXES = frozenset({".pt", ".pth", ".bin", ".ckpt", ".safetensors"})
 _RANK = re.compile(r"consolidated\.(\d+)\.(?:pth|pt)")
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.(safetensors|bin)")
+_MAX_RANKS = 1000
 _NOT_WEIGHTS = re.compile(r"(optim|scheduler|training_args|rng_state|random_state|scaler|grad_scaler)")
 _INDEX = ".index.json"
 
@@ -56,12 +58,23 @@ class _Group:
 
 @collector_paused()
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Read the metadata of a checkpoint file or folder. Raises MdlError (INPUT) that says what to give instead."""
+    """Read the metadata of a checkpoint file or folder. Raises MdlError (INPUT) that says what to give instead; if it
+    has several files, with the problems of all of them."""
+    try:
+        return _open(path)
+    except OSError as error:
+        where = str(error.filename or path)
+        raise input_error(
+            f"this can't be read ({error.strerror})", where, "check the path and its permissions"
+        ) from None
+
+
+def _open(path: Path) -> Checkpoint:
     notes: list[str] = []
     group = _group_of_folder(path, notes) if path.is_dir() else _group_of_file(path, notes)
     formats: set[str] = set()
     metadata: dict[str, str] = {}
-    read = [_read(file, formats, metadata) for file in group.files]
+    read = _read_all(group.files, formats, metadata)
     if len(formats) > 1:
         raise input_error(f"the files of {group.name} have different formats: {', '.join(sorted(formats))}", str(path))
     trees = tuple(read) if group.ranks or len(read) == 1 else (_join(group, read),)
@@ -82,6 +95,19 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 def _absolute(path: Path) -> str:
     return os.path.abspath(path)  # noqa: PTH100 - Path.resolve would follow symlinks and lose the name of the file
+
+
+def _read_all(files: tuple[Path, ...], formats: set[str], metadata: dict[str, str]) -> list[Any]:
+    read: list[Any] = []
+    problems: list[Problem] = []
+    for file in files:
+        try:
+            read.append(_read(file, formats, metadata))
+        except MdlError as error:
+            problems += error.problems
+    if problems:
+        raise MdlError(Kind.INPUT, problems)
+    return read
 
 
 def _read(file: Path, formats: set[str], metadata: dict[str, str]) -> Any:
@@ -105,7 +131,7 @@ def _join(group: _Group, trees: list[Any]) -> dict[Any, Any]:
             raise input_error("this shard holds no table of tensors", str(file))
         joined.update(tree)
         for name in tree:
-            held.setdefault(str(name), []).append(file.name)
+            held.setdefault(key_text(name), []).append(file.name)
     if group.index is not None:
         check_index(group.index, group.weight_map, held)
     doubled = [
@@ -196,6 +222,14 @@ def _may_be_weights(file: Path) -> bool:
 
 def _indexed(index: Path) -> _Group:
     weight_map, shards = read_shards(index)
+    listed = {shard.name for shard in shards}
+    for found in filter(None, (_SHARD.fullmatch(shard) for shard in listed)):
+        beside = {file.name for file in _same_set([file for file in index.parent.iterdir() if file.is_file()], found)}
+        if beside - listed:
+            names = ", ".join(sorted(beside - listed)[:5])
+            what = f"{index.name} does not list {names}, which by its name is another shard of the same model"
+            raise input_error(what, str(index.parent), "download the index again, or remove what does not belong here")
+        break
     return _Group(index.name, tuple(shards), index=index, weight_map=weight_map)
 
 
@@ -208,6 +242,12 @@ def _ranked(files: list[Path]) -> _Group:
         if number in numbers:
             raise input_error(f"{numbers[number].name} and {file.name} are the same rank", str(file.parent))
         numbers[number] = file
+    if max(numbers) >= _MAX_RANKS:
+        raise input_error(
+            f"{numbers[max(numbers)].name} would be one of more than {_MAX_RANKS:,} rank files",
+            str(files[0].parent),
+            "rename it if it is none: no release has so many",
+        )
     missing = [f"{n:02d}" for n in range(max(numbers)) if n not in numbers]
     if missing:
         raise input_error(
@@ -221,6 +261,10 @@ def _ranked(files: list[Path]) -> _Group:
 
 def _numbered(stem: str, total: str, suffix: str, shards: list[Path]) -> _Group:
     """Shards named ``…-00001-of-00003…`` that no index lists."""
+    if int(total) > len(shards) + _MAX_RANKS:
+        raise input_error(
+            f"{len(shards)} of {int(total):,} shards are here", str(shards[0].parent), "download the rest"
+        )
     wanted = [f"{stem}-{n:05d}-of-{total}.{suffix}" for n in range(1, int(total) + 1)]
     names = {shard.name for shard in shards}
     missing = [name for name in wanted if name not in names]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-from ..mappings.tensors import ITEMSIZE
+from ..mappings.tensors import ITEMSIZE, TensorInfo
 from .inert import Call, NumpyArray, NumpyType, Ordered, Stub, StubType, Unreadable, numpy_scalar, refuse, stub_class
 
 _STORAGES = {
@@ -44,6 +44,8 @@ _HARMLESS = frozenset(
     | {"datetime.datetime", "datetime.date", "datetime.time", "datetime.timedelta", "datetime.timezone"}
 )
 _HARMLESS_MODULES = frozenset({"typing"})
+MAX_QUALNAME = 1000
+_A_CLASS = bytes(2048)  # about what one more class takes
 
 
 class StorageClass(NamedTuple):
@@ -87,7 +89,8 @@ def _rebuild_from_type(function: object, kind: object, args: object, *_: object)
     """A tensor with attributes, or of a subclass. Plain tensors and parameters are themselves; others are not read."""
     qualname = getattr(kind, "qualname", "an unknown class")
     plain = ("torch.Tensor", "torch._tensor.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer")
-    if isinstance(function, Call) and qualname in plain and isinstance(args, tuple):
+    nested = isinstance(function, Call) and function.qualname == "torch._tensor._rebuild_from_type_v2"
+    if isinstance(function, Call) and not nested and qualname in plain and isinstance(args, tuple):
         return function(*args)
     return Unreadable(f"a tensor of class {qualname}")
 
@@ -96,13 +99,19 @@ def _get_attribute(owner: object, name: object) -> Any:
     """A class nested in an unknown class, which old protocols pickle as ``getattr(Outer, 'Inner')``."""
     if not (isinstance(owner, StubType) and owner.may_call and isinstance(name, str) and name[:1].isupper()):
         refuse("builtins.getattr")
-    return stub_class(f"{owner.qualname}.{name}", call=True, make=True)
+    if len(owner.qualname) + len(name) > MAX_QUALNAME:
+        refuse("builtins.getattr with a very long name")
+    made = stub_class(f"{owner.qualname}.{name}", call=True, make=True)
+    made.spend = owner.spend
+    owner.spend(_A_CLASS)
+    return made
 
 
 def _encode(text: object, codec: object = "utf-8") -> bytes:
     """Bytes, which protocol 2 writes as text. Other codecs are refused: looking one up would import a module."""
     if not isinstance(text, str) or codec not in ("latin1", "latin-1", "utf-8", "ascii"):
-        refuse(f"_codecs.encode with the codec {codec!r}")
+        shown = repr(codec[:40]) if isinstance(codec, str) else f"of type {type(codec).__name__}"
+        refuse(f"_codecs.encode with the codec {shown}")
     return text.encode(codec)
 
 
@@ -112,7 +121,23 @@ def _bytes(data: object = b"", codec: object = "latin-1") -> bytes:
         return _encode(data, codec)
     if not isinstance(data, (bytes, list)):
         refuse(f"builtins.bytes of a {type(data).__name__}")
+    if isinstance(data, list) and not all(type(n) is int and 0 <= n < 256 for n in data):
+        refuse("builtins.bytes of a list of other things than bytes")
     return bytes(data)
+
+
+def _quick_to_hash(values: list[Any] | tuple[Any, ...]) -> list[Any] | tuple[Any, ...]:
+    """The values, if none of them is a tuple that holds tuples in turn: hashing it could take for ever."""
+    if any(type(value) is tuple and any(type(part) is tuple for part in value) for value in values):
+        refuse("a set or table whose keys are nested tuples")
+    return values
+
+
+def _size(values: object = ()) -> tuple[int, ...]:
+    """``torch.Size``."""
+    if not isinstance(values, (list, tuple)) or len(values) > 64 or not all(type(n) is int for n in values):
+        refuse("torch.Size of something else than a few whole numbers")
+    return tuple(values)
 
 
 def _items(kind: Callable[[Any], Any]) -> Callable[..., Any]:
@@ -121,7 +146,7 @@ def _items(kind: Callable[[Any], Any]) -> Callable[..., Any]:
     def make(values: object = ()) -> Any:
         if not isinstance(values, (list, tuple)):
             refuse(f"builtins.{kind.__name__} of a {type(values).__name__}")
-        return kind(values)
+        return kind(_quick_to_hash(values))
 
     return make
 
@@ -129,6 +154,10 @@ def _items(kind: Callable[[Any], Any]) -> Callable[..., Any]:
 def _ordered(pairs: object = ()) -> Ordered:
     if not isinstance(pairs, (list, tuple, dict)):
         refuse(f"collections.OrderedDict of a {type(pairs).__name__}")
+    if not isinstance(pairs, dict):
+        if not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs):
+            refuse("collections.OrderedDict of something else than pairs")
+        _quick_to_hash([pair[0] for pair in pairs])
     return Ordered(pairs)
 
 
@@ -147,11 +176,22 @@ def _reconstruct(cls: object, *_: object) -> Any:
 
 def _first(data: object, *_: object) -> object:
     """What wraps a tensor (a parameter, a device) adds nothing that is read."""
-    return data
+    return data if isinstance(data, (TensorInfo, Unreadable)) else Unreadable("a parameter without a tensor")
+
+
+def _said(value: object) -> str:
+    """A text or number as text. Nothing else: the text of nested containers can be of any length."""
+    if isinstance(value, (str, int, float, type(None))):
+        return str(value)
+    return f"({type(value).__name__})"
+
+
+def _call_text(name: str) -> Callable[..., str]:
+    return lambda *args: f"{name}({', '.join(map(_said, args))})"
 
 
 def _device(kind: object = "cpu", index: object = None) -> str:
-    return f"{kind}" if index is None else f"{kind}:{index}"
+    return _said(kind) if index is None else f"{_said(kind)}:{_said(index)}"
 
 
 def _table() -> dict[str, Any]:
@@ -161,9 +201,9 @@ def _table() -> dict[str, Any]:
         "torch._utils._rebuild_device_tensor_from_cpu_tensor": _first,
         "torch._utils._rebuild_meta_tensor_no_storage": lambda *_: Unreadable("a meta tensor: it has no values"),
         "torch._tensor._rebuild_from_type_v2": _rebuild_from_type,
-        "torch.Size": _items(tuple),
+        "torch.Size": _size,
         "torch.device": _device,
-        "torch.serialization._get_layout": str,
+        "torch.serialization._get_layout": _said,
         "collections.OrderedDict": _ordered,
         "collections.defaultdict": lambda *_: Ordered(),
         "builtins.set": _items(set),
@@ -171,8 +211,8 @@ def _table() -> dict[str, Any]:
         "builtins.bytes": _bytes,
         "builtins.bytearray": _bytes,
         "builtins.complex": complex,
-        "builtins.slice": lambda *args: f"slice{args}",
-        "builtins.range": lambda *args: f"range{args}",
+        "builtins.slice": _call_text("slice"),
+        "builtins.range": _call_text("range"),
         "builtins.getattr": _get_attribute,
         "copyreg._reconstructor": _reconstruct,
         "_codecs.encode": _encode,
@@ -189,7 +229,7 @@ def _table() -> dict[str, Any]:
 
 
 def _path(separator: str, *parts: object) -> str:
-    texts = [str(part) for part in parts]
+    texts = [_said(part) for part in parts]
     if texts and texts[0].endswith(separator):  # the root comes as a part of its own
         return texts[0] + separator.join(texts[1:])
     return separator.join(texts) or "."

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from ..mappings.tensors import TensorInfo
@@ -10,38 +12,56 @@ from .inert import NumpyArray, Stub, StubType, Unreadable
 
 MAX_VALUES = 10_000
 """A value with more parts than this is no hyperparameter and is left out."""
+MAX_DEPTH = 50
+"""A value nested more deeply than this is no hyperparameter and is left out."""
+MAX_TEXT = 100_000
+"""A text of more characters than this is no hyperparameter and is told by its length alone."""
 _SCALARS = (str, int, float, bool, complex, type(None))
 
 
 class TooLargeError(Exception):
-    """The value has more than MAX_VALUES parts."""
+    """The value has more than MAX_VALUES parts or is nested more than MAX_DEPTH deep."""
 
 
 def plain(value: Any) -> Any:
     """``value`` in dicts, lists, tuples, numbers and strings. Raises TooLargeError.
 
-    A stub becomes the dict of its attributes, an enum member its value. Whatever occurs twice is converted once, and
-    a cycle ends in the text "(itself)", so no pickle can blow up here.
+    A stub becomes the dict of its attributes, an enum member its value. A cycle ends in the text "(itself)". What
+    occurs twice is converted once but counted twice, for whoever prints it meets it twice: no pickle can blow up here.
     """
     return _Converter().convert(value)
 
 
 class _Converter:
     def __init__(self) -> None:
-        self._done: dict[int, Any] = {}
+        self._done: dict[int, tuple[Any, int]] = {}
         self._count = 0
+        self._depth = 0
 
     def convert(self, value: Any) -> Any:
         self._count += 1
-        if self._count > MAX_VALUES:
-            raise TooLargeError
         if isinstance(value, _SCALARS):
-            return value
+            return self._scalar(value)
         known = self._done.get(id(value))
         if known is None:
-            self._done[id(value)] = "(itself)"
-            known = self._done[id(value)] = self._fresh(value)
-        return known
+            before = self._count
+            self._done[id(value)] = "(itself)", 1
+            self._depth += 1
+            self._check()
+            known = self._done[id(value)] = self._fresh(value), self._count - before
+            self._depth -= 1
+        else:
+            self._count += known[1]
+        self._check()
+        return known[0]
+
+    def _check(self) -> None:
+        if self._count > MAX_VALUES or self._depth > MAX_DEPTH:
+            raise TooLargeError
+
+    def _scalar(self, value: Any) -> Any:
+        self._check()
+        return f"(a text of {len(value):,} characters)" if type(value) is str and len(value) > MAX_TEXT else value
 
     def _fresh(self, value: Any) -> Any:
         if isinstance(value, dict):
@@ -53,7 +73,7 @@ class _Converter:
         return self._stub(value) if isinstance(value, Stub) else describe(value)
 
     def _key(self, key: Any) -> Any:
-        return key if isinstance(key, _SCALARS) else str(self.convert(key))
+        return self._scalar(key) if isinstance(key, _SCALARS) else str(self.convert(key))
 
     def _stub(self, stub: Stub) -> Any:
         state = stub.state
@@ -92,9 +112,41 @@ def is_tensor(value: Any) -> bool:
     return isinstance(value, (TensorInfo, Unreadable)) or (isinstance(value, NumpyArray) and bool(value.shape))
 
 
+_COUNTS: ContextVar[dict[int, int] | None] = ContextVar("_COUNTS", default=None)
+
+
+@contextmanager
+def counts_kept() -> Generator[None]:
+    """Keep what :func:`tensors_in` finds; usable as a decorator. The tree that is looked at must not change meanwhile.
+
+    A file can put one large table under many keys, which would be searched once for each of them.
+    """
+    token = _COUNTS.set({})
+    try:
+        yield
+    finally:
+        _COUNTS.reset(token)
+
+
 def tensors_in(value: Any) -> int:
     """How many tensors lie anywhere in ``value``; each container is visited once."""
-    return sum(1 for leaf in _leaves(value) if is_tensor(leaf))
+    if isinstance(value, _SCALARS) or type(value) is TensorInfo:
+        return 0 if isinstance(value, _SCALARS) else 1
+    kept = _COUNTS.get()
+    if kept is None:
+        return sum(1 for leaf in _leaves(value) if is_tensor(leaf))
+    if id(value) not in kept:
+        kept[id(value)] = sum(1 for leaf in _leaves(value) if is_tensor(leaf))
+    return kept[id(value)]
+
+
+def key_text(key: Any) -> str:
+    """The key of a table as text. Only simple ones are spelled out: the text of nested values can be of any length."""
+    if type(key) is str:
+        return key
+    if isinstance(key, tuple) and all(isinstance(part, _SCALARS) for part in key):
+        return str(key)
+    return str(key) if isinstance(key, _SCALARS) else str(describe(key))
 
 
 def _leaves(value: Any) -> Iterator[Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..archs.base import Arch, Dim, Dims, Inventory, Match, Measure, boolean
-from ..archs.registry import detect, load_arch, mapping_path
+from ..archs.registry import detect, evidence, load_arch, mapping_path
 from ..errors import input_error, usage_error
 from ..mappings.expand import Expanded, expand, names_target
 from ..mappings.ops import OpError
@@ -74,8 +74,7 @@ def recognise(path: Path, options: Options | None = None) -> Recognised:
     given = dict(options.given)
     tied = given.pop("tied", None)
     measure = Measure(inventory, given)
-    match.arch.dims(measure)
-    dims = measure.done()
+    dims = _measured(match.arch, measure)
     target = expected_target(match.arch.hf_config(dims)) if names_target(mapping) else None
     if target:
         inventory = with_prefix_of(inventory, target)
@@ -98,11 +97,26 @@ def prepare(path: Path, options: Options | None = None) -> Prepared:
     return Prepared(r.checkpoint, r.inventory, r.match, r.dims, r.mapping, r.expanded, config, plan)
 
 
+def _measured(arch: Arch, measure: Measure) -> Dims:
+    """The dims. A family reads the shapes that its own checkpoints have; a stranger's tensors
+    may have any, with fewer dimensions than it unpacks."""
+    try:
+        arch.dims(measure)
+    except (LookupError, TypeError, ValueError, ArithmeticError) as error:
+        raise input_error(
+            f"{arch.title} can't take its sizes from these tensors ({type(error).__name__}: {error}): "
+            "one of them is missing or has another number of dimensions",
+            measure.inventory.path,
+            "compare the shapes with `mdl inspect`; if they are right, pass another --arch",
+        ) from error
+    return measure.done()
+
+
 def _match(inventory: Inventory, name: str | None) -> Match:
     if name is None:
         return detect(inventory)
     arch = load_arch(name)
-    return Match(arch, tuple(arch.detect(inventory)) or (f"--arch {name} says so",))
+    return Match(arch, evidence(arch, inventory) or (f"--arch {name} says so",))
 
 
 def _said_tied(given: str | None) -> Dim | None:

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 from ..errors import Kind, MdlError, Problem, input_error
 from ..mappings.tensors import ITEMSIZE, TensorInfo, dense
+from .strict_json import read_json
 
 DTYPES = {
     "BOOL": "bool",
@@ -34,6 +35,8 @@ DTYPES = {
 """The format's element types and torch's names of them."""
 MAX_HEADER = 100_000_000
 """Bytes a header may have; the format's own limit."""
+_MAX_INDEX = 64 << 20
+_MAX_DIMS = 64
 _AGAIN = "copy or download the file again, and compare its size with the original"
 
 
@@ -84,8 +87,12 @@ def _parse(header: bytes, file: str) -> tuple[dict[str, Any], list[str]]:
 
 
 def _whole(values: object) -> list[int] | None:
-    """The list if it holds whole numbers ≥ 0 only."""
-    if isinstance(values, list) and all(type(n) is int and n >= 0 for n in values):
+    """The list if it holds a few whole numbers ≥ 0 of 63 bits only: a product of more could take very long."""
+    if (
+        isinstance(values, list)
+        and len(values) <= _MAX_DIMS
+        and all(type(n) is int and 0 <= n < 1 << 63 for n in values)
+    ):
         return cast("list[int]", values)
     return None
 
@@ -98,7 +105,7 @@ def _tensor(name: str, entry: object, file: str, base: int, problems: list[Probl
         return None
     dtype = DTYPES.get(str(table["dtype"]))
     if dtype is None:
-        problems.append(Problem(f"{name} has the unknown dtype {table['dtype']!r}", file))
+        problems.append(Problem(f"{name} has the unknown dtype {str(table['dtype'])[:40]!r}", file))
         return None
     begin, end = offsets
     needed = math.prod(shape) * ITEMSIZE[dtype]
@@ -127,23 +134,33 @@ def _check_layout(tensors: list[TensorInfo], base: int, total: int, file: str, p
 def read_shards(index: Path) -> tuple[dict[str, str], list[Path]]:
     """The ``weight_map`` of a ``*.index.json`` (tensor name to file name) and the shards' paths, sorted.
 
-    Raises MdlError (INPUT) with every missing shard and every name that leads out of the folder.
+    Raises MdlError (INPUT) with every missing shard and every name or link that leads out of the folder.
     """
     try:
-        content: Any = json.loads(index.read_text("utf-8"))
+        content = read_json(index, limit=_MAX_INDEX)
     except ValueError as error:
-        raise input_error(f"this index is not JSON ({error})", str(index), _AGAIN) from None
+        raise input_error(f"this index can't be read ({error})", str(index), _AGAIN) from None
     entries: Any = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(entries, dict) or not entries or not all(isinstance(name, str) for name in entries.values()):
         raise input_error("this index has no weight_map of tensor names to file names", str(index), _AGAIN)
     weight_map = cast("dict[str, str]", entries)
     shards = sorted(set(weight_map.values()))
+    # A hub's cache keeps the files of a folder elsewhere, but the index in the same place as the shards.
+    homes = (index.parent.resolve(), index.resolve().parent)
     problems: list[Problem] = []
     for shard in shards:
         if not shard or shard in (".", "..") or "/" in shard or "\\" in shard or "\0" in shard:
             problems.append(Problem(f"the index names a file outside its folder: {shard!r}", str(index)))
         elif not (index.parent / shard).is_file():
             problems.append(Problem(f"the shard {shard} is missing", str(index.parent), "download it again"))
+        elif (index.parent / shard).resolve().parent not in homes:
+            problems.append(
+                Problem(
+                    f"{shard} is a link to {(index.parent / shard).resolve()}, outside the folder of its index",
+                    str(index),
+                    "put the shard itself there, or give the folder where all files of this checkpoint really lie",
+                )
+            )
     if problems:
         raise MdlError(Kind.INPUT, problems)
     return weight_map, [index.parent / shard for shard in shards]

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any, cast
 
 from ..errors import MdlError, input_error
+from .inert import RefusedError
 from .tok_base import Built
+from .vet import end_of_pickle
 
 KIND = "characters"
 _LIMIT = 64 << 20
@@ -82,8 +84,12 @@ def _notes(stoi: dict[str, int]) -> tuple[str, ...]:
 def _unpickle(path: Path) -> dict[str, Any]:
     if path.stat().st_size > _LIMIT:
         raise input_error(f"{path.name} is too large for a character table", str(path), "name the right file")
+    data = path.read_bytes()
     try:
-        meta = _PlainUnpickler(io.BytesIO(path.read_bytes())).load()
+        end_of_pickle(data, len(data))
+        meta = _PlainUnpickler(io.BytesIO(data)).load()
+    except RefusedError as e:
+        raise input_error(f"{path.name} is no readable pickle: {e.what}", str(path), e.do or _REWRITE) from e
     except MdlError as e:
         (problem,) = e.problems
         raise input_error(problem.what, str(path), problem.do) from e

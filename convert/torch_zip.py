@@ -6,6 +6,7 @@ import io
 import os
 import struct
 import zipfile
+from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -13,12 +14,11 @@ from typing import Any
 
 from ..errors import input_error
 from .inert import RefusedError
-from .unpickle import unpickle
+from .unpickle import MAX_PICKLE, unpickle
 
+_UTF8 = 0x800  # the flag of a member whose name is not ASCII
 _LOCAL_HEADER = struct.Struct("<4sHHHHHIIIHH")
 _RESAVE = "load it with torch.load where it was made, and save it again with torch.save"
-MAX_PICKLE = 1 << 30
-"""Bytes that data.pkl may have. Tensors are not in it, so a larger one holds arrays pickled as numpy objects."""
 
 
 def read_torch_zip(path: Path) -> Any:
@@ -30,7 +30,7 @@ def read_torch_zip(path: Path) -> Any:
             pickled = archive.pickled()
         except RefusedError as problem:
             raise input_error(problem.what, file, problem.do) from None
-        tree = unpickle(io.BufferedReader(io.BytesIO(pickled)), file, archive.locate)
+        tree = unpickle(pickled, file, archive.locate)
         _refuse_overlaps(archive.ranges, file)
         return tree
 
@@ -41,7 +41,15 @@ def _directory(stream: io.BufferedReader, file: str) -> tuple[str, dict[str, zip
         with zipfile.ZipFile(stream) as archive:
             infos = archive.infolist()
             end = archive.start_dir
-    except (zipfile.BadZipFile, struct.error, NotImplementedError, ValueError, OSError, EOFError) as error:
+    except (
+        zipfile.BadZipFile,
+        struct.error,
+        NotImplementedError,
+        ValueError,
+        OSError,
+        EOFError,
+        OverflowError,
+    ) as error:
         raise input_error(
             f"this zip archive can't be read ({error}); the file is probably cut short",
             file,
@@ -49,13 +57,21 @@ def _directory(stream: io.BufferedReader, file: str) -> tuple[str, dict[str, zip
         ) from None
     members = {info.filename: info for info in infos}
     if len(members) != len(infos):
-        raise input_error("two members of this archive have the same name", file, _RESAVE)
+        doubled = [name for name, n in Counter(info.filename for info in infos).items() if n > 1]
+        some = ", ".join(doubled[:5])
+        raise input_error(f"several members of this archive have the same name: {some}", file, _RESAVE)
     return _root(members, file), members, end
 
 
 def _root(members: dict[str, zipfile.ZipInfo], file: str) -> str:
     roots = [name.removesuffix("data.pkl") for name in members if name.endswith("/data.pkl") and name.count("/") == 1]
-    if len(roots) != 1:
+    if len(roots) > 1:
+        raise input_error(
+            f"this archive holds several objects of torch.save: {', '.join(f'{root}data.pkl' for root in roots[:5])}",
+            file,
+            "somebody packed this archive anew; unpack it, and save every object to a file of its own",
+        )
+    if not roots:
         some = ", ".join(list(members)[:5]) or "nothing"
         raise input_error(
             f"this zip archive was not written by torch.save: it has no data.pkl (it holds {some})",
@@ -74,7 +90,7 @@ def _root(members: dict[str, zipfile.ZipInfo], file: str) -> str:
 
 @dataclass
 class _Archive:
-    """An open archive; ``ranges`` collects (start, end, member) of every storage that was asked for."""
+    """An open archive; ``ranges`` collects (start, end, member) of every member that was asked for, header and all."""
 
     file: str
     descriptor: int
@@ -88,7 +104,7 @@ class _Archive:
     def pickled(self) -> bytes:
         """The bytes of data.pkl, after the marks beside it were checked."""
         order = self.root + "byteorder"
-        if order in self.members and (found := self._read(order)) != b"little":
+        if order in self.members and (found := self._read(order, 16)) != b"little":
             raise RefusedError(
                 f"the byte order of this file is {found.decode('latin-1')!r}; only little-endian data is read",
                 "save it again on a little-endian machine (x86, Arm)",
@@ -99,7 +115,7 @@ class _Archive:
                 f"data.pkl has {size:,} bytes: its arrays are pickled as numpy objects, not as torch tensors",
                 "convert them with torch.from_numpy, and save the file again with torch.save",
             )
-        return self._read(self.root + "data.pkl")
+        return self._read(self.root + "data.pkl", MAX_PICKLE)
 
     def locate(self, key: str, nbytes: int, itemsize: int) -> int:
         """Where the bytes of storage ``key`` start (a :data:`~.unpickle.Locate`)."""
@@ -111,14 +127,11 @@ class _Archive:
         size = self.members[member].file_size
         if size != nbytes:
             raise RefusedError(f"storage {key} has {size:,} bytes in the archive, but {nbytes:,} by its description")
-        start = self._start(member)
-        if nbytes:
-            self.ranges.append((start, start + nbytes, member))
-        return start
+        return self._start(member)
 
-    def _read(self, member: str) -> bytes:
+    def _read(self, member: str, most: int) -> bytes:
         # Not zipfile's own read: torch can be told to write no checksums, and zipfile would then refuse the member.
-        return os.pread(self.descriptor, self.members[member].file_size, self._start(member))
+        return os.pread(self.descriptor, min(self.members[member].file_size, most), self._start(member))
 
     def _start(self, member: str) -> int:
         info = self.members[member]
@@ -129,14 +142,20 @@ class _Archive:
             )
         if not 0 <= info.header_offset < self.end:
             raise RefusedError(f"{member} lies outside the archive", "copy the file again")
-        header = os.pread(self.descriptor, _LOCAL_HEADER.size, info.header_offset)
+        name = info.orig_filename.encode("utf-8" if info.flag_bits & _UTF8 else "cp437")
+        header = os.pread(self.descriptor, _LOCAL_HEADER.size + len(name), info.header_offset)
         if len(header) < _LOCAL_HEADER.size or header[:4] != b"PK\x03\x04":
             raise RefusedError(f"{member} has no header where the archive's directory says", "copy the file again")
         # The length of the extra field differs from the directory's copy: torch pads it to align the data.
-        *_, name_length, extra_length = _LOCAL_HEADER.unpack(header)
+        _, _, _, method, *_, name_length, extra_length = _LOCAL_HEADER.unpack_from(header)
+        if name_length != len(name) or header[_LOCAL_HEADER.size :] != name or method != zipfile.ZIP_STORED:
+            raise RefusedError(
+                f"{member} is called or stored otherwise by its own header", f"copy it again, or {_RESAVE}"
+            )
         start = info.header_offset + _LOCAL_HEADER.size + name_length + extra_length
         if start + info.file_size > self.end or info.compress_size != info.file_size:
             raise RefusedError(f"{member} ends behind the end of the archive", "copy the file again")
+        self.ranges.append((info.header_offset, start + info.file_size, member))
         return start
 
 

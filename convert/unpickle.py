@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Callable
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from ..errors import input_error
 from ..mappings.tensors import ITEMSIZE, Shape, TensorInfo
-from .inert import Call, RefusedError, Unreadable
+from .inert import Call, Ordered, RefusedError, StubType, Unreadable
+from .pending import pending_keys
 from .pickle_globals import StorageClass, lookup
+from .vet import end_of_pickle
 
 Locate = Callable[[str, int, int], int]
 """``locate(key, nbytes, itemsize)``: the byte position of a storage in the file; raises RefusedError."""
 
-_NO_SIZE = "a tensor's size, stride or offset is not a whole number ≥ 0"
+MAX_PICKLE = 1 << 30
+"""Bytes of one pickle. Tensors are not in it, so a larger one holds arrays pickled as numpy objects."""
+MAX_DIMS = 64
+"""Dimensions that a tensor may have; torch itself stops at about as many."""
+MAX_NAME = 1000
+"""Characters of a global's name."""
+MAX_GLOBALS = 4096
+"""Different globals in one pickle. Each becomes a class of about 2 KB."""
+_SPARE = 32 << 20
+_FACTOR = 16
+_EXPLAINED = 16 << 20
+_NO_SIZE = "a tensor's size, stride or offset is not a whole number ≥ 0 that fits 63 bits"
+_WORD = 1 << 63
+_AGAIN = "copy or download the file again, and compare its size with the original"
 
 
 class Storage(NamedTuple):
@@ -35,32 +51,47 @@ class _Tensor(TensorInfo):
         raise RefusedError("a tensor in this file carries a state of its own")
 
 
-def unpickle(stream: BinaryIO, file: str, locate: Locate) -> Any:
-    """The next object of ``stream``, tensors as TensorInfo with an empty name, unknown classes as Stub instances.
+def unpickle(data: bytes, file: str, locate: Locate, *, walked: bool = False) -> Any:
+    """The object of one pickle, tensors as TensorInfo with an empty name, unknown classes as Stub instances.
 
+    ``data`` ends with the pickle or behind it; ``walked`` says that :func:`~.vet.end_of_pickle` has seen it already.
     ``file`` is the absolute path that the TensorInfo will name. No tensor data is read. Raises MdlError (INPUT) if the
-    pickle is damaged, if a tensor lies outside its storage, or if loading it would call anything but constructors.
+    pickle is damaged, if it would take memory or time out of proportion to its length, if a tensor lies outside its
+    storage, or if loading it would call anything but constructors.
     """
     try:
-        return _Reader(stream, file, locate).load()
+        if not walked:
+            end_of_pickle(data, len(data))
+        return _Reader(data, file, locate).load()
     except RefusedError as problem:
-        raise input_error(problem.what, file, problem.do) from None
+        raise input_error(problem.what + _place(data, file, locate, problem), file, problem.do) from None
     except Exception as error:  # a damaged pickle can end in any exception that its instructions can raise
-        raise input_error(
-            f"the pickled part of this file is damaged ({type(error).__name__}: {error})",
-            file,
-            "copy or download the file again, and compare its size with the original",
-        ) from error
+        what = f"the pickled part of this file is damaged ({type(error).__name__}: {error})"
+        raise input_error(what, file, _AGAIN) from error
 
 
-class _Reader(pickle.Unpickler):
-    """The C unpickler with every door to real code replaced."""
+def _place(data: bytes, file: str, locate: Locate, problem: RefusedError) -> str:
+    """Under which keys a refused thing lies, in words; empty where that can't be told."""
+    if len(data) > _EXPLAINED or not problem.located:
+        return ""
+    again = _Slow(data, file, locate)
+    try:
+        again.load()
+    except Exception:  # the same refusal as before: what counts is how far it came
+        keys = pending_keys(again.metastack, again.stack)
+        return f" (under the key {'/'.join(keys)})" if keys else ""
+    return ""
 
-    def __init__(self, stream: BinaryIO, file: str, locate: Locate) -> None:
+
+class _Doors:
+    """What both readers do where the pickle reaches for something outside itself."""
+
+    def __init__(self, data: bytes, file: str, locate: Locate) -> None:
         # latin-1 reads what Python 2 wrote as bytes without loss; text of later writers is not affected.
-        super().__init__(stream, encoding="latin-1")
+        super().__init__(io.BytesIO(data), encoding="latin-1")  # type: ignore[call-arg]  # the mixed-in unpickler's
         self._file = file
         self._locate = locate
+        self._left = _SPARE + _FACTOR * len(data)
         self._storages: dict[str, Storage] = {}
         self._globals: dict[str, Any] = {}
         self._own = {
@@ -71,29 +102,48 @@ class _Reader(pickle.Unpickler):
 
     def find_class(self, module_name: str, global_name: str, /) -> Any:
         """The table's entry for a global, or an inert stand-in; nothing is imported."""
+        if len(module_name) + len(global_name) > MAX_NAME or len(self._globals) > MAX_GLOBALS:
+            raise RefusedError(f"this file names more than {MAX_GLOBALS:,} classes, or one by a very long name")
         # Protocol 2 writes the names of Python 2, such as commands.Popen; these are the tables pickle itself goes by.
         module, name = NAME_MAPPING.get((module_name, global_name), (module_name, global_name))
         qualname = f"{IMPORT_MAPPING.get(module, module)}.{name}"
         if qualname not in self._globals:
             own = self._own.get(qualname)
-            self._globals[qualname] = Call(qualname, own) if own else lookup(qualname)
+            self._globals[qualname] = Call(qualname, own) if own else self._measured(lookup(qualname))
         return self._globals[qualname]
+
+    def _measured(self, found: Any) -> Any:
+        """The same global, whose copies of what the pickle gives it are counted against the file's size."""
+        if isinstance(found, StubType):
+            found.spend = self._spend
+        elif isinstance(found, Call):
+            return Call(found.qualname, lambda *args: (self._spend(*args), found(*args))[1])
+        return found
+
+    def _spend(self, *values: object) -> None:
+        """Count one more copy of each value. A few bytes of a pickle can ask for a copy of all that came before."""
+        self._left -= sum(_COPY[type(value)] * len(value) for value in values if type(value) in _COPY)  # type: ignore[arg-type]  # all types of the table have a length
+        if self._left < 0:
+            raise RefusedError("reading this file would take memory out of proportion to its size")
 
     def persistent_load(self, pid: Any, /) -> Any:
         """The storage that ``('storage', class, key, location, numel[, view])`` names."""
-        if not isinstance(pid, tuple) or not pid:
+        if type(pid) is not tuple or not 0 < len(pid) <= 6:
             raise RefusedError("a persistent id of this file is not one of torch.save's")
         parts: list[Any] = list(pid)
         kind = parts[0]
         if kind in ("module", b"module") and len(parts) > 1:
-            return parts[1]  # pre-1.0 files wrap a module's class together with its source code
+            # pre-1.0 files wrap a module's class together with its source code
+            return parts[1] if isinstance(parts[1], StubType) else None
         if kind not in ("storage", b"storage") or len(parts) not in (5, 6):
             raise RefusedError("a persistent id of this file is not one of torch.save's")
         _, storage_class, key, _location, numel, view = (*parts, None)[:6]
+        if type(key) not in (str, int):
+            raise RefusedError("a storage of this file is named by neither a text nor a number")
         return self._storage(storage_class, str(key), numel, view)
 
     def _storage(self, storage_class: object, key: str, numel: object, view: object) -> Storage:
-        if not isinstance(storage_class, StorageClass) or type(numel) is not int or numel < 0:
+        if not isinstance(storage_class, StorageClass) or type(numel) is not int or not 0 <= numel < 1 << 60:
             raise RefusedError(f"storage {key} of this file has an unknown class or size")
         whole = self._storages.get(key)
         nbytes = numel * storage_class.itemsize
@@ -132,6 +182,12 @@ class _Reader(pickle.Unpickler):
         itemsize = ITEMSIZE.get(dtype)
         if itemsize is None:
             return Unreadable(f"dtype {dtype or 'unknown'}")
+        if not isinstance(size, (tuple, list)) or not isinstance(stride, (tuple, list)):
+            raise RefusedError(_NO_SIZE)
+        if len(size) > MAX_DIMS or len(stride) > MAX_DIMS:
+            raise RefusedError(
+                f"a tensor of this file has {len(size):,} dimensions; no tensor has more than {MAX_DIMS}"
+            )
         shape, steps = tuple(size), tuple(stride)
         needed = _extent(shape, steps, offset) * itemsize
         if needed > storage.nbytes:
@@ -141,6 +197,22 @@ class _Reader(pickle.Unpickler):
         # An empty tensor may point behind the end of its storage; its position is of no use, so it gets a safe one.
         start = storage.start + offset * itemsize if needed else storage.start
         return _Tensor("", shape, dtype, storage.file, start, steps, storage.name)
+
+
+class _Reader(_Doors, pickle.Unpickler):
+    """The C unpickler with every door to real code replaced."""
+
+
+class _Slow(_Doors, pickle._Unpickler):  # type: ignore[name-defined, misc]  # pyright: ignore  # undocumented, but as old as pickle
+    """The same in Python: ten times slower, but its stack can be looked at when it stops."""
+
+    stack: list[Any]
+    metastack: list[list[Any]]
+
+
+# Bytes of memory that a copy takes per element of the original.
+_COPY: dict[type, int] = {str: 4, bytes: 1, bytearray: 1, list: 8, tuple: 8, set: 64, frozenset: 64,
+                          dict: 100, Ordered: 100}  # fmt: skip
 
 
 def _narrow(whole: Storage, view: object, itemsize: int) -> Storage:
@@ -157,12 +229,12 @@ def _narrow(whole: Storage, view: object, itemsize: int) -> Storage:
 
 def _extent(shape: Shape, stride: Shape, offset: object) -> int:
     """Elements from the storage's start to the tensor's last one; 0 if the tensor is empty."""
-    if type(offset) is not int or offset < 0 or len(shape) != len(stride):
+    if type(offset) is not int or not 0 <= offset < _WORD or len(shape) != len(stride):
         raise RefusedError(_NO_SIZE)
     last = offset
     empty = False
     for n, step in zip(shape, stride, strict=True):
-        if type(n) is not int or type(step) is not int or n < 0 or step < 0:
+        if type(n) is not int or type(step) is not int or not (0 <= n < _WORD and 0 <= step < _WORD):
             raise RefusedError(_NO_SIZE)
         empty |= n == 0
         last += (n - 1) * step
