@@ -5,14 +5,31 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from . import render
-from .errors import Kind, MdlError, Problem, usage_error
+from . import program, render
+from .options import (
+    ArchOption,
+    Checkpoint,
+    DtypeOption,
+    FlushOption,
+    ForceOption,
+    Json,
+    Layout,
+    NonfiniteOption,
+    PromptsOption,
+    PythonOption,
+    ReferenceOption,
+    SeedOption,
+    SetOption,
+    ShardOption,
+    TokenizerOption,
+    WeightsOption,
+    said,
+)
 
 if TYPE_CHECKING:
     from .validate.verify import Settings
@@ -28,35 +45,7 @@ app = typer.Typer(
 )
 
 
-@dataclass
-class _State:
-    quiet: bool = False
-    debug: bool = False
-    json: bool = False
-
-
-state = _State()
-
-Checkpoint = Annotated[Path, typer.Argument(help="Checkpoint: a .pt/.pth/.bin/.safetensors file or a folder.")]
-Layout = Annotated[Path, typer.Argument(help="A folder that `mdl convert` wrote.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
-ArchOption = Annotated[str | None, typer.Option("--arch", help="Family (see `mdl archs`), or a .py file with yours.")]
-SetOption = Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE that is not in the checkpoint.")]
-WeightsOption = Annotated[str | None, typer.Option("--weights", help="Which state dict, where a file holds several.")]
-DtypeOption = Annotated[str | None, typer.Option("--dtype", help="Round weights: float32, bfloat16 or float16.")]
-TokenizerOption = Annotated[
-    str | None, typer.Option("--tokenizer", help="Tokenizer file or folder, or `none` (default: the one beside it).")
-]
-ShardOption = Annotated[str, typer.Option("--max-shard-size", help="Largest weight file, such as 5GB or 500MB.")]
-ForceOption = Annotated[bool, typer.Option("--force", help="Replace what mdl wrote there before.")]
-NonfiniteOption = Annotated[bool, typer.Option("--allow-nonfinite", help="Write NaN and Inf too, and list them.")]
-FlushOption = Annotated[bool, typer.Option("--allow-flush", help="Write 0 for what is too small for the type.")]
-ReferenceOption = Annotated[
-    str | None,
-    typer.Option("--reference", help="Your own forward, FILE.py:FUNCTION; its code runs. See docs/verify.md."),
-]
-PromptsOption = Annotated[list[str] | None, typer.Option("--prompt", help="Also compare on this text (repeatable).")]
-SeedOption = Annotated[int, typer.Option("--seed", help="Seed of the test inputs.")]
+state = program.State()
 
 
 @app.callback(invoke_without_command=True)
@@ -86,7 +75,7 @@ def inspect(
     from . import views
     from .convert.prepare import recognise
 
-    recognised = recognise(checkpoint, _options(arch, set_, weights, None))
+    recognised = recognise(checkpoint, said(arch, set_, weights, None))
     _show(json, lambda: views.inspection(recognised), lambda: views.show_inspection(recognised))
 
 
@@ -107,7 +96,7 @@ def plan(
     from . import views
     from .convert.prepare import prepare
 
-    prepared = prepare(checkpoint, _options(arch, set_, weights, dtype))
+    prepared = prepare(checkpoint, said(arch, set_, weights, dtype))
     _show(json, lambda: views.planned(prepared), lambda: views.show_plan(prepared, reverse=reverse))
     if json:
         _exit(3 if prepared.plan.problems else 0)  # the document lists them
@@ -138,7 +127,7 @@ def convert(
     from .convert.values_judged import Allow
 
     limit = parse_size(max_shard_size)
-    options = _options(arch, set_, weights, dtype)
+    options = said(arch, set_, weights, dtype)
     prepared = prepare(checkpoint, options)
     with render.byte_progress("converting", prepared.plan.nbytes, quiet=state.quiet or json) as progress:
         done = run(
@@ -159,9 +148,7 @@ def verify(
     layout: Layout,
     against: Annotated[Path | None, typer.Option("--against", help="The raw checkpoint, if it was moved.")] = None,
     reference: ReferenceOption = None,
-    reference_python: Annotated[
-        str | None, typer.Option("--reference-python", help="Python of another environment to run --reference in.")
-    ] = None,
+    reference_python: PythonOption = None,
     golden: Annotated[Path | None, typer.Option("--golden", help="What `mdl record` wrote, in place of code.")] = None,
     prompt: PromptsOption = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Seed of the inputs (0, or the golden file's).")] = None,
@@ -210,9 +197,7 @@ def record(
     checkpoint: Checkpoint,
     reference: Annotated[str, typer.Option("--reference", help="Your own forward, FILE.py:FUNCTION; its code runs.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="File to write.")],
-    reference_python: Annotated[
-        str | None, typer.Option("--reference-python", help="Python of another environment to run it in.")
-    ] = None,
+    reference_python: PythonOption = None,
     arch: ArchOption = None,
     set_: SetOption = None,
     weights: WeightsOption = None,
@@ -226,7 +211,7 @@ def record(
     from . import views
     from .validate.golden import record_checkpoint
 
-    options = _options(arch, set_, weights, dtype)
+    options = said(arch, set_, weights, dtype)
     with render.steps(quiet=state.quiet or json) as say:
         say("running the reference")
         done = record_checkpoint(checkpoint, reference, out, options, python=reference_python, seed=seed, force=force)
@@ -338,18 +323,6 @@ def _mutate(layout: Path, settings: Settings, json: bool) -> None:
     _exit(0 if table.ok else 1)
 
 
-def _options(arch: str | None, given: list[str] | None, weights: str | None, dtype: str | None) -> Any:
-    from .convert.prepare import Options
-
-    pairs = [text.partition("=") for text in given or ()]
-    wrong = [name for name, equals, _ in pairs if not equals or not name]
-    if wrong:
-        raise usage_error(f"--set {wrong[0]}: expected NAME=VALUE", do="for example --set n_head=12")
-    if arch is not None and arch.endswith(".py"):
-        arch = str(Path(arch).resolve())
-    return Options(arch, {name: value for name, _, value in pairs}, weights, dtype)
-
-
 def _show(as_json: bool, document: Callable[[], Any], table: Callable[[], None]) -> None:
     if as_json:
         render.print_json(document())
@@ -363,37 +336,5 @@ def _exit(code: int) -> None:
 
 
 def main() -> NoReturn:
-    """The console script. Turns failures into messages and exit codes; a traceback only with --debug."""
-    try:
-        code = typer.main.get_command(app).main(standalone_mode=False)
-        sys.exit(code if isinstance(code, int) else 0)
-    except MdlError as error:
-        if state.debug:
-            raise
-        render.print_error(error, as_json=state.json)
-        sys.exit(error.kind.value)
-    except (KeyboardInterrupt, typer.Abort):
-        sys.exit(130)
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(141)
-    except Exception as error:
-        if isinstance(error, _usage_exception()):
-            error.show()  # type: ignore[attr-defined]  # every ClickException can show itself
-            sys.exit(2)
-        if state.debug:
-            raise
-        _bug(error)
-
-
-def _usage_exception() -> type[Exception]:
-    """The base of all complaints about the command line: Click's own class, or Typer's copy of it."""
-    bases = (cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
-    return next(bases, typer.BadParameter)  # type: ignore[return-value]  # found by name, so not known to be one
-
-
-def _bug(error: Exception) -> NoReturn:
-    """Something that we did not foresee: say so plainly, and how to report it."""
-    problem = Problem(f"{type(error).__name__}: {error}", "inside mdl", "run again with `mdl --debug …` and report it")
-    render.print_error(MdlError(Kind.INPUT, [problem]), as_json=state.json)
-    sys.exit(Kind.INPUT.value)
+    """The console script."""
+    program.run(lambda: typer.main.get_command(app).main(standalone_mode=False), state)

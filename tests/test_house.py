@@ -15,7 +15,12 @@ from mdl.archs.registry import all_archs, mapping_path
 
 ROOT = Path(__file__).parent.parent
 ROOMS = ["errors", "mappings", "archs", "convert", "validate", "serve", "cli"]
-BESIDE = {"render": {"errors", "mappings"}, "views": {"errors", "mappings", "archs", "convert", "validate", "render"}}
+BESIDE = {
+    "render": {"errors", "mappings"},
+    "views": {"errors", "mappings", "archs", "convert", "validate", "render"},
+    "options": {"errors", "convert"},
+    "program": {"errors", "render"},
+}
 LONGER = {"record.py": 450}  # works as one copied file on a cluster, so it can't be split
 HEAVY = ["torch", "transformers", "vllm"]
 

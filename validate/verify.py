@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -80,21 +81,17 @@ def _verify(layout: Path, settings: Settings, engine: Engine | None, say: Say) -
     if problems := unreadable(layout, manifest):  # minutes before vLLM would fail on them
         raise MdlError(Kind.INPUT, problems)
     prepared = source_of(manifest, settings)
-    own = engine is None
-    running = engine or Engine(
-        env=_environment(settings)
-    )  # vLLM imports in its own process while the reference runs in this one
-    try:
-        with tempfile.TemporaryDirectory(prefix="mdl-verify-") as scratch:
-            begin = time.perf_counter()
-            say("running the reference in float32 and float64")
-            side = reference_side(layout, prepared, settings, Path(scratch))
-            spent = time.perf_counter() - begin
-            report = judge_layout(layout, side, settings, running, Path(scratch), say)
-            return replace(report, seconds={"reference": round(spent, 2), **report.seconds})
-    finally:
-        if own:
-            running.close()
+    with (
+        # vLLM imports in its own process while the reference runs in this one
+        nullcontext(engine) if engine else Engine(env=_environment(settings)) as running,
+        tempfile.TemporaryDirectory(prefix="mdl-verify-") as scratch,
+    ):
+        begin = time.perf_counter()
+        say("running the reference in float32 and float64")
+        side = reference_side(layout, prepared, settings, Path(scratch))
+        spent = time.perf_counter() - begin
+        report = judge_layout(layout, side, settings, running, Path(scratch), say)
+        return replace(report, seconds={"reference": round(spent, 2), **report.seconds})
 
 
 def _environment(settings: Settings) -> dict[str, str]:

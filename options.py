@@ -1,0 +1,50 @@
+"""Options that several commands share, and what they say together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .errors import usage_error
+
+if TYPE_CHECKING:
+    from .convert.prepare import Options
+
+Checkpoint = Annotated[Path, typer.Argument(help="Checkpoint: a .pt/.pth/.bin/.safetensors file or a folder.")]
+Layout = Annotated[Path, typer.Argument(help="A folder that `mdl convert` wrote.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
+ArchOption = Annotated[str | None, typer.Option("--arch", help="Family (see `mdl archs`), or a .py file with yours.")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE that is not in the checkpoint.")]
+WeightsOption = Annotated[str | None, typer.Option("--weights", help="Which state dict, where a file holds several.")]
+DtypeOption = Annotated[str | None, typer.Option("--dtype", help="Round weights: float32, bfloat16 or float16.")]
+TokenizerOption = Annotated[
+    str | None, typer.Option("--tokenizer", help="Tokenizer file or folder, or `none` (default: the one beside it).")
+]
+ShardOption = Annotated[str, typer.Option("--max-shard-size", help="Largest weight file, such as 5GB or 500MB.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Replace what mdl wrote there before.")]
+NonfiniteOption = Annotated[bool, typer.Option("--allow-nonfinite", help="Write NaN and Inf too, and list them.")]
+FlushOption = Annotated[bool, typer.Option("--allow-flush", help="Write 0 for what is too small for the type.")]
+ReferenceOption = Annotated[
+    str | None,
+    typer.Option("--reference", help="Your own forward, FILE.py:FUNCTION; its code runs. See docs/verify.md."),
+]
+PythonOption = Annotated[
+    str | None, typer.Option("--reference-python", help="Python of another environment to run --reference in.")
+]
+PromptsOption = Annotated[list[str] | None, typer.Option("--prompt", help="Also compare on this text (repeatable).")]
+SeedOption = Annotated[int, typer.Option("--seed", help="Seed of the test inputs.")]
+
+
+def said(arch: str | None, given: list[str] | None, weights: str | None, dtype: str | None) -> Options:
+    """What the user said about a checkpoint. Raises MdlError (USAGE) for a --set that sets nothing."""
+    from .convert.prepare import Options
+
+    pairs = [text.partition("=") for text in given or ()]
+    wrong = [name for name, equals, _ in pairs if not equals or not name]
+    if wrong:
+        raise usage_error(f"--set {wrong[0]}: expected NAME=VALUE", do="for example --set n_head=12")
+    if arch is not None and arch.endswith(".py"):
+        arch = str(Path(arch).resolve())
+    return Options(arch, {name: value for name, _, value in pairs}, weights, dtype)

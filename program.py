@@ -1,0 +1,121 @@
+"""What surrounds every command: signals that end it, and failures turned into messages and exit codes."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from types import FrameType
+from typing import NoReturn
+
+import typer
+
+from . import render
+from .errors import Kind, MdlError, Problem, usage_error
+
+
+@dataclass
+class State:
+    """What the options before and after the command's name say about printing."""
+
+    quiet: bool = False
+    debug: bool = False
+    json: bool = False
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal that asks the program to end. It passes where Ctrl-C passes, through every clean-up."""
+
+    number = 0
+    """The last one that came: Typer swallows the exception itself."""
+
+
+def run(command: Callable[[], object], state: State) -> NoReturn:
+    """Run a command line to its end. A traceback is shown only with --debug."""
+    Interrupted.number = 0
+    try:
+        with _heard():
+            code = command()
+        if code == 128 + signal.SIGINT:  # what Typer makes of every KeyboardInterrupt
+            _interrupted(state)
+        sys.exit(code if isinstance(code, int) else 0)
+    except MdlError as error:
+        if state.debug:
+            raise
+        _end(error, state)
+    except (KeyboardInterrupt, typer.Abort):
+        _interrupted(state)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(141)
+    except Exception as error:
+        if isinstance(error, _usage_exception()):
+            _usage(error, state)
+        if state.debug:
+            raise
+        do = "run again with `mdl --debug …` and report it"
+        _end(MdlError(Kind.INPUT, [Problem(f"{type(error).__name__}: {error}", "inside mdl", do)]), state)
+
+
+@contextmanager
+def _heard() -> Generator[None]:
+    """SIGTERM and a closed terminal end the program as Ctrl-C does: by an exception, so that children end with it and
+    temporary folders go. Only the main thread may listen, and a signal that our parent ignores stays ignored."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    heard = [number for number, handler in before.items() if handler is not signal.SIG_IGN]
+    for number in heard:
+        signal.signal(number, _stop)
+    try:
+        yield
+    finally:
+        for number in heard:
+            signal.signal(number, before[number])
+
+
+def _stop(number: int, _frame: FrameType | None) -> NoReturn:
+    Interrupted.number = number
+    raise Interrupted
+
+
+def _interrupted(state: State) -> NoReturn:
+    number = signal.Signals(Interrupted.number or signal.SIGINT)
+    what = f"ended by {number.name}: what mdl started has ended too, its temporary files are removed"
+    with suppress(OSError):  # the terminal may be what was closed
+        if state.json or _asks_for_json():
+            render.print_json({"ok": False, "kind": "interrupted", "problems": [Problem(what)]})
+        else:
+            sys.stderr.write(what + "\n")
+    sys.exit(128 + number)
+
+
+def _usage_exception() -> type[Exception]:
+    """The base of all complaints about the command line: Click's own class, or Typer's copy of it."""
+    bases = (cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
+    return next(bases, typer.BadParameter)  # type: ignore[return-value]  # found by name, so not known to be one
+
+
+def _usage(error: Exception, state: State) -> NoReturn:
+    """A command line that could not be parsed. No command has run, so whether JSON is wanted is read from the words."""
+    if state.json or _asks_for_json():
+        context = getattr(error, "ctx", None)
+        path = getattr(context, "command_path", "mdl")
+        _end(usage_error(error.format_message(), path, f"{path} --help"), State(json=True))  # type: ignore[attr-defined]  # every ClickException has one
+    error.show()  # type: ignore[attr-defined]  # every ClickException can show itself
+    sys.exit(2)
+
+
+def _asks_for_json() -> bool:
+    words = sys.argv[1:]
+    return "--json" in (words[: words.index("--")] if "--" in words else words)
+
+
+def _end(error: MdlError, state: State) -> NoReturn:
+    render.print_error(error, as_json=state.json or _asks_for_json())
+    sys.stdout.flush()
+    sys.exit(error.kind.value)

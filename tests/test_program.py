@@ -1,0 +1,59 @@
+"""What surrounds every command: usage errors as documents, and signals that leave nothing behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+MDL = Path(sys.executable).with_name("mdl")
+
+
+@pytest.mark.parametrize(
+    "words", [["verify", "--json"], ["frobnicate", "--json"], ["inspect", "x.pt", "--no-such-option", "--json"]]
+)
+def test_a_usage_error_with_json_is_one_document(words: list[str]) -> None:
+    done = subprocess.run([MDL, *words], capture_output=True, text=True, check=False)
+
+    assert (done.returncode, done.stderr) == (2, "")
+    document = json.loads(done.stdout)
+    assert (document["ok"], document["kind"]) == (False, "usage")
+    assert document["problems"][0]["what"]
+    assert "--help" in document["problems"][0]["do"]
+
+
+HANGS = """
+import os, pathlib, time
+def build(checkpoint):
+    pathlib.Path({pid!r}).write_text(str(os.getpid()))
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_children_too_and_leaves_nothing(
+    number: signal.Signals, code: int, tied: Path, tmp_path: Path
+) -> None:
+    pid, scratch = tmp_path / "pid", tmp_path / "scratch"
+    scratch.mkdir()
+    (tmp_path / "model.py").write_text(HANGS.format(pid=str(pid)))
+    command = [MDL, "record", tied, "--reference", f"{tmp_path / 'model.py'}:build", "-o", tmp_path / "g.safetensors"]
+    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "TMPDIR": str(scratch)})
+    until = time.monotonic() + 60
+    while not (pid.exists() and pid.read_text()) and time.monotonic() < until:
+        time.sleep(0.05)
+    running.send_signal(number)
+    _, err = running.communicate(timeout=30)
+
+    assert running.returncode == code
+    assert f"ended by {number.name}" in err
+    assert "Traceback" not in err
+    assert list(scratch.iterdir()) == []
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
