@@ -17,8 +17,13 @@ from .check import check_layout
 from .commit import os_problem
 from .locks import claimed, reading
 from .manifest import NAME, Manifest, read_manifest, revive_join, revive_op
+from .places import check_place, check_replaced
 from .safetensors_file import read_safetensors
 from .sources import Files
+from .torch_write import exported, save_torch
+
+FOREIGN = frozenset({".safetensors", ".gguf", ".onnx", ".npz", ".h5"})
+"""Suffixes that promise another format than the one that is written."""
 
 
 @dataclass(frozen=True)
@@ -52,28 +57,45 @@ def export(
 
     The state dict comes back under its wrapper with the plain hyperparameters beside it; tensors that a rule
     dropped, and hyperparameters that had no wrapper to lie beside, are listed in
-    ``lost``. Needs torch (its own format is best written by its own code). Raises MdlError: INPUT for a changed
-    layout, USAGE where ``out`` exists, MACHINE for a disk that takes no more or another run that writes there.
+    ``lost``. Needs torch (its own format is best written by its own code). Raises MdlError: INPUT for a changed layout,
+    USAGE where ``out`` can't be made or holds what no export wrote, MACHINE for a disk that takes no more or another
+    run that writes there.
     """
-    if out.exists() and not force:
-        raise _exists(out)
+    if out.suffix in FOREIGN:
+        do = f"name it {out.stem}.pt; the layout itself is safetensors already"
+        raise usage_error(f"mdl export writes torch's own format, which is no {out.suffix}", str(out), do)
     with reading(layout):
         manifest = read_manifest(layout)
+        places = _places(manifest, out)
+        _check_places(places, out, manifest, force)
         problems = check_layout(layout, manifest)
         if problems:
             raise MdlError(Kind.INPUT, problems)
         try:
-            out.parent.mkdir(parents=True, exist_ok=True)
             with claimed(out):
-                if out.exists() and not force:
-                    raise _exists(out)
+                _check_places(places, out, manifest, force)
                 return _export(layout, manifest, out, progress)
         except OSError as error:
             raise os_problem(error, out) from error
 
 
-def _exists(out: Path) -> MdlError:
-    return usage_error("exists already; nothing was written", str(out), "choose another name, or pass --force")
+def _places(manifest: Manifest, out: Path) -> dict[str, Path]:
+    """Where the content of each of the checkpoint's files goes, by the file's name."""
+    files = {file for step in manifest.steps for source in step["sources"] for file in _homes(source)[1]}
+    return {file: out / file if manifest.source["ranks"] > 1 else out for file in files}
+
+
+def _check_places(places: Map[str, Path], out: Path, manifest: Manifest, force: bool) -> None:
+    """Raise MdlError (USAGE) where a file can't be made, or is not one that an export may replace."""
+    if manifest.source["ranks"] > 1 and out.is_dir():
+        if not force:
+            raise usage_error("exists already; nothing was written", str(out), "choose another name, or pass --force")
+    else:
+        check_place(out)
+    for path in places.values():
+        if path.parent.is_dir():
+            check_place(path)
+            check_replaced(path, force=force, ours=exported)
 
 
 def _export(layout: Path, manifest: Manifest, out: Path, progress: Callable[[int], None]) -> Exported:
@@ -85,8 +107,7 @@ def _export(layout: Path, manifest: Manifest, out: Path, progress: Callable[[int
         stored: dict[str, TensorInfo] = {}
         for file in sorted({fact["file"] for fact in manifest.tensors.values()}):
             stored |= read_safetensors(layout / file)[0]
-        ranks = int(manifest.source["ranks"])
-        written = _write(manifest, backs, stored, files, out, ranks, progress)
+        written = _write(manifest, backs, stored, files, out, progress)
     return Exported(str(out), written, len(backs), tuple(lost))
 
 
@@ -162,11 +183,8 @@ def _write(
     stored: Map[str, TensorInfo],
     files: Files,
     out: Path,
-    ranks: int,
     progress: Callable[[int], None],
 ) -> tuple[str, ...]:
-    from .torch_write import save_torch
-
     per_file: dict[str, dict[str, Lazy]] = {}
     for back in backs:
         values = [files.tensor(stored[name]) for name in back.targets]
@@ -179,7 +197,7 @@ def _write(
     extras = numbers_back(manifest.source["extras"]) if _has_room(manifest) else {}
     ties = (step for step in manifest.steps if step["kind"] == "tie")
     aliases = {s["sources"][0]["ranks"][0]["raw"]: raw for s in ties if (raw := _twin_raw(manifest, s))}
-    targets = {file: out / file if ranks > 1 else out for file in per_file}
+    targets = {file: path for file, path in _places(manifest, out).items() if file in per_file}
     for file, tensors in sorted(per_file.items()):
         save_torch(targets[file], tensors, wrapper=wrapper, extras=extras, aliases=aliases, progress=progress)
     return tuple(str(path) for path in targets.values())

@@ -8,9 +8,6 @@ from pathlib import Path
 
 from ..errors import usage_error
 
-GOLDEN = "mdl-golden/"
-"""How the metadata entry ``format`` of every golden file begins."""
-
 
 def check_place(path: Path, what: str = "") -> None:
     """Raise MdlError (USAGE) unless a file can be made or replaced here. ``what`` names the option that gave it."""

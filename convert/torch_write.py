@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,8 @@ from ..mappings.lazy import Lazy
 
 if TYPE_CHECKING:
     import torch
+
+MARK = ".data/mdl_export"
 
 
 def save_torch(
@@ -39,15 +42,32 @@ def save_torch(
     document: Any = inner
     for key in reversed(wrapper):
         document = {key: document}
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(exist_ok=True)
     scratch = path.with_name(path.name + ".partial")
     try:
         torch.save({**extras, **document} if wrapper else document, scratch)
+        _mark(scratch)
         scratch.replace(path)
     except RuntimeError as error:  # what torch's own writer says of a full disk
         raise machine_error(f"writing failed: {str(error).splitlines()[0]}", str(path)) from error
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def _mark(path: Path) -> None:
+    """Leave word in the archive that an export wrote it, where torch keeps its own such members and reads none."""
+    with zipfile.ZipFile(path, "a") as archive:
+        root = archive.namelist()[0].partition("/")[0]
+        archive.writestr(f"{root}/{MARK}", "written by mdl export")
+
+
+def exported(path: Path) -> bool:
+    """Whether :func:`save_torch` wrote this file, so that an export may replace it."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.partition("/")[2] == MARK for name in archive.namelist())
+    except (OSError, ValueError, zipfile.BadZipFile):
+        return False
 
 
 def _tensor(value: Lazy) -> torch.Tensor:

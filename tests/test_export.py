@@ -180,3 +180,43 @@ def test_two_exports_into_one_file(tied: Path, tmp_path: Path) -> None:
 
     export(tmp_path / "out", tmp_path / "back.pt")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back.pt", "out", "tied.pt"]
+
+
+def refused(layout: Path, out: Path, *, force: bool = False) -> str:
+    with pytest.raises(MdlError) as caught:
+        export(layout, out, force=force)
+    assert caught.value.kind is Kind.USAGE
+    return str(caught.value)
+
+
+def test_force_replaces_only_what_an_export_wrote(tied: Path, tmp_path: Path) -> None:
+    _, back = there_and_back(tied, tmp_path)
+    code = tmp_path / "model.py"
+    code.write_text("precious = True\n")
+    before = tied.read_bytes()
+
+    assert "--force only replaces what this command wrote" in refused(tmp_path / "out", tied, force=True)
+    assert "--force only replaces what this command wrote" in refused(tmp_path / "out", code, force=True)
+    assert (tied.read_bytes(), code.read_text()) == (before, "precious = True\n")
+    export(tmp_path / "out", back, force=True)
+    make.same(loaded(back)["model"], loaded(tied)["model"])
+
+
+def test_force_replaces_only_rank_files_that_an_export_wrote(two_ranks: Path, tmp_path: Path) -> None:
+    _, back = there_and_back(two_ranks, tmp_path)
+    export(tmp_path / "out", back, force=True)
+
+    assert "--force only replaces" in refused(tmp_path / "out", two_ranks, force=True)
+    assert "exists already" in refused(tmp_path / "out", back)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [("no/such/back.pt", "does not exist"), ("out", "this is a folder"), ("back.safetensors", "torch's own format")],
+)
+def test_a_place_that_is_none_is_told_before_any_work(name: str, says: str, tied: Path, tmp_path: Path) -> None:
+    convert(prepare(tied), tmp_path / "out", options=Options(), tokenizer="none")
+    before = sorted(tmp_path.rglob("*"))
+
+    assert says in refused(tmp_path / "out", tmp_path / name, force=True)
+    assert sorted(tmp_path.rglob("*")) == before
