@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -26,6 +27,7 @@ from .options import (
     SeedOption,
     SetOption,
     ShardOption,
+    TimeoutOption,
     TokenizerOption,
     WeightsOption,
     said,
@@ -147,8 +149,10 @@ def convert(
 def verify(
     layout: Layout,
     against: Annotated[Path | None, typer.Option("--against", help="The raw checkpoint, if it was moved.")] = None,
+    arch: Annotated[str | None, typer.Option("--arch", help="Your .py file with the family, if it was moved.")] = None,
     reference: ReferenceOption = None,
     reference_python: PythonOption = None,
+    reference_timeout: TimeoutOption = None,
     golden: Annotated[Path | None, typer.Option("--golden", help="What `mdl record` wrote, in place of code.")] = None,
     prompt: PromptsOption = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Seed of the inputs (0, or the golden file's).")] = None,
@@ -164,14 +168,18 @@ def verify(
     """Run the layout under vLLM and the original forward on the same tokens; exit 1 if they differ."""
     state.json = json
     from . import views
+    from .validate.choose import check_settings
     from .validate.report import keep_report
     from .validate.verify import Settings
     from .validate.verify import verify as run
 
+    views.check_reports(junit, html)
     settings = Settings(
         against=against,
+        arch=said(arch, None, None, None).arch,
         reference=reference,
         reference_python=reference_python,
+        reference_timeout=reference_timeout,
         golden=golden,
         prompts=tuple(prompt or ()),
         seed=seed,
@@ -181,15 +189,17 @@ def verify(
         locate=locate,
         command=shlex.join(["mdl", *sys.argv[1:]]),
     )
+    check_settings(settings)
     if mutate:
         _mutate(layout, settings, json)
         return
     with render.steps(quiet=state.quiet or json) as say:
         report = run(layout, settings, say=say)
     report = keep_report(report, layout)
-    views.write_reports(report, junit, html)
+    unwritten = views.write_reports(report, junit, html)
+    report = replace(report, notes=(*report.notes, *(f"{p.where}: {p.what}" for p in unwritten)))
     _show(json, lambda: report, lambda: views.show_report(report))
-    _exit(0 if report.ok else 1)
+    _exit(1 if not report.ok else 4 if unwritten else 0)
 
 
 @app.command()
@@ -198,6 +208,7 @@ def record(
     reference: Annotated[str, typer.Option("--reference", help="Your own forward, FILE.py:FUNCTION; its code runs.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="File to write.")],
     reference_python: PythonOption = None,
+    reference_timeout: TimeoutOption = None,
     arch: ArchOption = None,
     set_: SetOption = None,
     weights: WeightsOption = None,
@@ -209,12 +220,21 @@ def record(
     """Run your own forward where it runs, and keep its answers for `mdl verify --golden`."""
     state.json = json
     from . import views
-    from .validate.golden import record_checkpoint
+    from .validate.golden import TIMEOUT, record_checkpoint
 
     options = said(arch, set_, weights, dtype)
     with render.steps(quiet=state.quiet or json) as say:
         say("running the reference")
-        done = record_checkpoint(checkpoint, reference, out, options, python=reference_python, seed=seed, force=force)
+        done = record_checkpoint(
+            checkpoint,
+            reference,
+            out,
+            options,
+            python=reference_python,
+            seed=seed,
+            force=force,
+            timeout=reference_timeout or TIMEOUT,
+        )
     _show(json, lambda: done, lambda: views.show_recorded(out, done))
 
 

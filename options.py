@@ -33,6 +33,10 @@ ReferenceOption = Annotated[
 PythonOption = Annotated[
     str | None, typer.Option("--reference-python", help="Python of another environment to run --reference in.")
 ]
+TimeoutOption = Annotated[
+    float | None,
+    typer.Option("--reference-timeout", min=1, help="Seconds that --reference may take in its process (3600)."),
+]
 PromptsOption = Annotated[list[str] | None, typer.Option("--prompt", help="Also compare on this text (repeatable).")]
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of the test inputs.")]
 

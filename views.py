@@ -237,23 +237,36 @@ def show_mutations(table: MutationTable) -> None:
 
 def show_recorded(out: Path, answer: Mapping[str, Any]) -> None:
     """The summary of `mdl record`."""
-    lines: list[tuple[str, str | Iterable[str]]] = [("wrote", str(out))]
-    lines += [(name, str(value)) for name, value in answer.items() if name != "notes" and not isinstance(value, dict)]
+    counts = f"{answer['sequences']} sequences, {answer['positions']} positions, vocabulary {answer['vocab']}"
+    lines: list[tuple[str, str | Iterable[str]]] = [("wrote", f"{out}: {render.size(answer['bytes'])}")]
+    lines.append(("holds", counts))
     lines.append(("notes", [str(note) for note in answer.get("notes", ())] or ("none",)))
     lines.append(("next", f"mdl verify LAYOUT --golden {out}"))
     render.out().print(render.facts(lines))
 
 
-def write_reports(report: Report, junit: Path | None, html: Path | None) -> None:
-    """The forms of a report that go to files."""
-    if junit is not None:
-        from .validate.junit import to_junit
+def check_reports(junit: Path | None, html: Path | None) -> None:
+    """Refuse a place where no report can be written, before minutes of work."""
+    from .convert.places import check_place
 
-        junit.write_text(to_junit(report), encoding="utf-8")
-    if html is not None:
-        from .validate.html import to_html
+    for option, path in (("--junit", junit), ("--html", html)):
+        if path is not None:
+            check_place(path, option)
 
-        html.write_text(to_html(report), encoding="utf-8")
+
+def write_reports(report: Report, junit: Path | None, html: Path | None) -> list[Problem]:
+    """The forms of a report that go to files; what can't be written is told, for the report itself is to be shown."""
+    from .validate.html import to_html
+    from .validate.junit import to_junit
+
+    problems: list[Problem] = []
+    for path, form in ((junit, to_junit), (html, to_html)):
+        if path is not None:
+            try:
+                path.write_text(form(report), encoding="utf-8")
+            except OSError as error:
+                problems.append(Problem(f"this report can't be written ({error.strerror})", str(path)))
+    return problems
 
 
 def show_exported(e: Exported) -> None:

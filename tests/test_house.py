@@ -169,12 +169,13 @@ COMMANDS = {
         "--allow-nonfinite", "--allow-flush", "--json",
     },
     "verify": {
-        "layout", "--against", "--reference", "--reference-python", "--golden", "--prompt", "--seed", "--dtype",
-        "--tensor-parallel-size", "--pipeline-parallel-size", "--mutate", "--locate", "--junit", "--html", "--json",
+        "layout", "--against", "--arch", "--reference", "--reference-python", "--reference-timeout", "--golden",
+        "--prompt", "--seed", "--dtype", "--tensor-parallel-size", "--pipeline-parallel-size", "--mutate", "--locate",
+        "--junit", "--html", "--json",
     },
     "record": {
-        "checkpoint", "--reference", "--out", "--reference-python", "--arch", "--set", "--weights", "--dtype", "--seed",
-        "--force", "--json",
+        "checkpoint", "--reference", "--out", "--reference-python", "--reference-timeout", "--arch", "--set",
+        "--weights", "--dtype", "--seed", "--force", "--json",
     },
     "serve": {"layout", "--host", "--port", "--prompt", "--max-tokens", "--unverified", "--json"},
     "export": {"layout", "out", "--force", "--json"},

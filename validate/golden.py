@@ -16,12 +16,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from ..convert.places import check_place, check_replaced
 from ..convert.prepare import Options, Prepared, prepare
-from ..errors import input_error, machine_error, usage_error
+from ..convert.safetensors_file import read_safetensors
+from ..errors import MdlError, input_error, machine_error, usage_error
 from . import record
 from .compare import Distance
 from .inputs import Input, Inputs, make_inputs
-from .reference import Reference, rounded_to, unusable
+from .reference import Reference, check_spec, rounded_to, unusable
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 TAIL = 12
 """Lines of the other process's stderr that an error shows."""
 TIMEOUT = 3600.0
+"""Seconds that a reference in a process of its own may take, unless --reference-timeout says otherwise."""
 _KEPT_OUT = ("PYTHONHOME", "VIRTUAL_ENV", "__PYVENV_LAUNCHER__")
 
 
@@ -41,7 +44,8 @@ def golden_reference(path: Path, *, files: Sequence[Path] = ()) -> Reference:
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
-        raise input_error("there is no such file", str(path), "make it with `mdl record`")
+        what = "this is a folder, not a golden file" if path.is_dir() else "there is no such file"
+        raise input_error(what, str(path), "make it with `mdl record`")
     try:
         with safe_open(path, "pt") as opened:
             told = _metadata(path, opened.metadata() or {})
@@ -139,10 +143,9 @@ def record_golden(
 ) -> dict[str, Any]:
     """Run record.py in ``python`` (default: this one) and write the golden file; its answer, with ``notes``.
 
-    Raises MdlError like :func:`foreign_reference`, and USAGE where ``out`` exists already.
+    Raises MdlError like :func:`foreign_reference`, and USAGE where ``out`` can't be made or replaced.
     """
-    if out.exists() and not force:
-        raise usage_error("exists already", str(out), "give another name, or --force")
+    _check_out(out, force)
     program = shutil.which(python) if python else sys.executable
     if program is None:
         raise usage_error("there is no such program", str(python), "give the path of a Python that has torch")
@@ -154,7 +157,8 @@ def record_golden(
         dealt.write_text(json.dumps({"seed": inputs.seed, "sequences": sequences}), encoding="utf-8")
         command = [program, str(script), str(checkpoint), "--reference", spec, "--out", str(out), "--json"]
         command += ["--inputs", str(dealt), "--dtypes", ",".join(dtypes), *(["--round", rounded] if rounded else [])]
-        return _run(command, timeout)
+        answer = _run(command, timeout)
+    return {**answer, "bytes": out.stat().st_size}
 
 
 def record_checkpoint(
@@ -166,16 +170,32 @@ def record_checkpoint(
     python: str | None = None,
     seed: int = 0,
     force: bool = False,
+    timeout: float = TIMEOUT,
 ) -> dict[str, Any]:
     """`mdl record`: measure the checkpoint, deal the inputs that `mdl verify` would, and run the user's code on them.
 
     Returns and raises what :func:`record_golden` does.
     """
+    _check_out(out, force)
+    check_spec(spec, python)
     prepared = prepare(checkpoint, options)
     inputs = make_inputs(prepared.dims.integer("vocab"), prepared.dims.integer("context"), seed=seed)
     rounded = rounded_to(prepared.plan)
     path = Path(prepared.inventory.path)
-    return record_golden(path, spec, out, inputs, python=python, rounded=rounded, force=force)
+    return record_golden(path, spec, out, inputs, python=python, rounded=rounded, force=force, timeout=timeout)
+
+
+def _check_out(out: Path, force: bool) -> None:
+    check_place(out)
+    check_replaced(out, force=force, ours=_recorded)
+
+
+def _recorded(path: Path) -> bool:
+    """Whether `mdl record` wrote this file, by its metadata: in this format or an older one."""
+    try:
+        return read_safetensors(path)[1].get("format", "").startswith(record.FORMAT.partition("/")[0])
+    except (MdlError, OSError):
+        return False
 
 
 def _run(command: Sequence[str], timeout: float) -> dict[str, Any]:
@@ -194,7 +214,7 @@ def _run(command: Sequence[str], timeout: float) -> dict[str, Any]:
             code = process.wait(timeout)
         except subprocess.TimeoutExpired:
             what = f"the reference did not finish within {timeout:.0f} s"
-            raise machine_error(what, command[0], "allow more time, or record it elsewhere: mdl record") from None
+            raise machine_error(what, command[0], "give it more: --reference-timeout SECONDS") from None
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)

@@ -71,9 +71,17 @@ def blaming(what: str, where: str, do: str = "") -> Generator[None, None, None]:
         text = f"{type(error).__name__}: {error}"
         if isinstance(error, MemoryError) or any(w in text for w in ("out of memory", "can't allocate memory")):
             raise Unusable(f"{what} ran out of memory: {text}", where, "use a larger machine", machine=True) from error
-        frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename != __file__]
-        lines = [line.rstrip() for entry in traceback.format_list(frames[-3:]) for line in entry.splitlines()]
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if not _ours(f.filename)]
+        entries = traceback.format_list(frames[-3:])
+        if isinstance(error, SyntaxError):
+            entries += traceback.format_exception_only(type(error), error)[:-1]
+        lines = [line.rstrip() for entry in entries for line in entry.splitlines()]
         raise Unusable("\n".join([f"{what} raised {text}", *lines]), where, do) from error
+
+
+def _ours(filename: str) -> bool:
+    """Frames of this file and of the import system say nothing about the user's code."""
+    return filename == __file__ or filename.startswith("<frozen importlib")
 
 
 def load_model(spec: str, checkpoint: Path) -> Any:
@@ -117,9 +125,11 @@ class Forward:
         self._batched, self._extra, self._last = True, _target_parameter(model), False
         self._kept: dict[str, torch.Tensor] = {}
         self._dtype = ""
+        self._probed = False
 
     def probe(self) -> Forward:
         """Find out how it is called and what it can do. Raises Unusable with what to write instead."""
+        self._probed = True
         self._choose_form()
         self._need_steadiness()
         if self._last:
@@ -234,7 +244,12 @@ class Forward:
         output = self._raw(ids)
         if output.numel() != rows * self.vocab or (output.dim() > 1 and output.shape[-1] != self.vocab):
             raise Unusable(f"returns {list(output.shape)} for {len(ids)} tokens", self.name, "return [B, T, V]")
-        return output.reshape(rows, self.vocab).cpu()
+        output = output.reshape(rows, self.vocab).cpu()
+        if self._probed and self._dtype in ("", "float32", "float64") and bool(output.isnan().any()):
+            row = len(ids) - rows + int(output.isnan().any(-1).nonzero()[0])
+            what = f"gives NaN logits at position {row} of {len(ids)} tokens (the token there is {ids[row]})"
+            raise Unusable(what, self.name, "mend the forward or its weights: `mdl convert` lists NaN in a checkpoint")
+        return output
 
     def _raw(self, ids: list[int]) -> torch.Tensor:
         import torch
@@ -378,8 +393,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if given.inputs is None and (given.vocab is None or given.context is None):
         parser.error("give --vocab and --context, or --inputs")
+    if given.out.is_dir() or not given.out.absolute().parent.is_dir():
+        parser.error(f"{given.out} can't be written: give a file name in a folder that exists")
     try:
-        answer: Json = {"ok": True, "notes": _record(given)}
+        answer: Json = {"ok": True, **_record(given)}
     except Unusable as e:
         answer = {"ok": False, "machine": e.machine, "what": e.what, "where": e.where, "do": e.do}
         sys.stderr.write(f"error: {e.what}\n  where: {e.where}\n  do:    {e.do}\n")
@@ -388,7 +405,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if answer["ok"] else 4 if answer["machine"] else 3
 
 
-def _record(given: argparse.Namespace) -> list[str]:
+def _record(given: argparse.Namespace) -> Json:
     here = Path(__file__).resolve().parent
     if (here / "__init__.py").exists():  # run where it lies: its neighbours must not stand in for the standard library
         sys.path[:] = [p for p in sys.path if Path(p).resolve() != here]
@@ -414,7 +431,8 @@ def _record(given: argparse.Namespace) -> list[str]:
     if greedy := _greedy(forward, next((one["ids"] for one in sequences if one["kind"] == "long"), ())):
         sequences.append({"kind": "greedy", "ids": greedy})
     record(forward, sequences, given.out, dtypes=dtypes, about=about)
-    return forward.notes
+    positions = sum(len(one["ids"]) for one in sequences)
+    return {"sequences": len(sequences), "positions": positions, "vocab": forward.vocab, "notes": forward.notes}
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, cast
 from ..archs.base import Arch, Dims
 from ..convert.plan import Plan
 from ..convert.sources import Files, lazy_source
-from ..errors import MdlError, input_error, machine_error
+from ..errors import MdlError, input_error, machine_error, usage_error
 from .compare import Distance, distance
 from .inputs import Inputs
 from .record import Forward, Unusable, load_model
@@ -99,6 +100,25 @@ def _raw_weights(plan: Plan, wanted: set[str]) -> dict[str, torch.Tensor]:
                 value = value if value.dtype == "float64" else value.cast("float32")
                 weights[source.name] = torch.from_numpy(np.array(value.read()))
     return weights
+
+
+def check_spec(spec: str, python: str | None = None) -> None:
+    """What can be said of ``FILE.py:FUNCTION`` before anything runs. Raises MdlError: USAGE where it names no file or
+    no function, INPUT where the file is not Python (of this version: another ``python`` has to see for itself)."""
+    file, colon, function = spec.rpartition(":")
+    if not colon or not file or not function.isidentifier():
+        do = "write --reference FILE.py:FUNCTION, such as model.py:build"
+        raise usage_error(f"--reference {spec}: names no function of a file", "", do)
+    if not Path(file).is_file():
+        raise usage_error(f"--reference {spec}: there is no such file", file, "check the path")
+    if python is None:
+        try:
+            ast.parse(Path(file).read_bytes(), file)
+        except (SyntaxError, ValueError) as error:
+            line = f":{error.lineno}" if isinstance(error, SyntaxError) else ""
+            text = (error.text or "").strip() if isinstance(error, SyntaxError) else ""
+            told = f"{type(error).__name__}: {error.msg if isinstance(error, SyntaxError) else error}"
+            raise input_error(f"{told}: {text}" if text else told, f"{file}{line}", "mend the file") from None
 
 
 def user_reference(spec: str, checkpoint: Path, *, rounded: str = "") -> Reference:

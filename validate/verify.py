@@ -13,17 +13,18 @@ from typing import Any
 from ..convert.check import unreadable
 from ..convert.config import read_config
 from ..convert.locks import reading
-from ..convert.manifest import Manifest, fingerprint, own_version, read_manifest
-from ..convert.prepare import Options, Prepared, prepare
-from ..errors import Kind, MdlError, Problem, input_error, usage_error
+from ..convert.manifest import own_version, read_manifest
+from ..convert.prepare import Prepared
+from ..errors import Kind, MdlError, Problem, input_error
 from . import checks, scenarios
 from .checks import Expected
+from .choose import check_settings, choose_reference, mapping_note, source_of
 from .client import Engine, EngineFailure, EngineResult, Scenario
 from .compare import Distance, distance
 from .faults import known_faults, naming_faults
 from .inputs import Inputs, make_inputs
 from .layout import layout_problems
-from .reference import Reference, builtin_reference, rounded_to, user_reference
+from .reference import Reference
 from .report import Check, Evidence, Located, Report, manifest_hash
 
 TIERS = ("prefill", "decode", "generate")
@@ -34,15 +35,18 @@ Say = Callable[[str], None]
 class Settings:
     """How to verify.
 
-    ``against`` overrules the checkpoint's path in the manifest; ``prompts`` are texts; ``seed`` is 0 unless given, or a
-    golden file's own; ``dtype`` is the serving type,
+    ``against`` and ``arch`` overrule the checkpoint's path and the family (a name, or the path of a file) in the
+    manifest; ``prompts`` are texts; ``seed`` is 0 unless given, or a golden file's own; ``dtype`` is the serving type,
     by default the layout's own. The reference is the family's eager module, or the user's ``reference``
-    (FILE.py:FUNCTION, in another environment's ``reference_python`` if given), or what ``golden`` recorded of it.
+    (FILE.py:FUNCTION, in another environment's ``reference_python`` if given, which may take ``reference_timeout``
+    seconds), or what ``golden`` recorded of it.
     """
 
     against: Path | None = None
+    arch: str | None = None
     reference: str | None = None
     reference_python: str | None = None
+    reference_timeout: float | None = None
     golden: Path | None = None
     prompts: tuple[str, ...] = ()
     seed: int | None = None
@@ -71,8 +75,10 @@ def verify(
     A wrong layout is not an error but a report whose ``ok`` is False. ``engine`` lends a running engine (tests share
     one); otherwise one is started and ended here. ``say`` receives what is being done, a line at a time.
     """
+    settings = settings or Settings()
+    check_settings(settings)
     with reading(layout):
-        return _verify(layout, settings or Settings(), engine, say)
+        return _verify(layout, settings, engine, say)
 
 
 def _verify(layout: Path, settings: Settings, engine: Engine | None, say: Say) -> Report:
@@ -99,21 +105,6 @@ def _environment(settings: Settings) -> dict[str, str]:
     return {"VLLM_CPU_OMP_THREADS_BIND": "nobind"} if _parallel(settings) else {}
 
 
-def source_of(manifest: Manifest, settings: Settings) -> Prepared:
-    """The raw checkpoint that the layout came from, measured afresh: nothing is taken from the layout itself."""
-    path = settings.against or Path(manifest.source["path"])
-    if not path.exists():
-        raise input_error("the checkpoint of this layout is not there any more", str(path), "give it: --against CKPT")
-    said = manifest.options
-    options = Options(said.get("arch"), said.get("given", {}), said.get("weights"), said.get("dtype"))
-    prepared = prepare(path, options)
-    now = [fingerprint(Path(file)) for file in prepared.inventory.files]
-    before = manifest.source["files"]
-    if [(f["size"], f["xxh3_ends"]) for f in now] != [(f["size"], f["xxh3_ends"]) for f in before]:
-        raise input_error("is not the checkpoint that this layout was made from", str(path), "convert it again")
-    return prepared
-
-
 def reference_side(layout: Path, prepared: Prepared, settings: Settings, scratch: Path) -> Side:
     """Choose the reference and run it on every sequence; exact logits go to ``scratch``, errors stay."""
     prompts = _encode(layout, settings.prompts)
@@ -123,34 +114,6 @@ def reference_side(layout: Path, prepared: Prepared, settings: Settings, scratch
         vocab, context = prepared.dims.integer("vocab"), prepared.dims.integer("context")
         inputs = make_inputs(vocab, context, seed=settings.seed or 0, prompts=prompts)
     return Side(prepared, reference, run_reference(reference, inputs, scratch, prepared.dims.integer("vocab")))
-
-
-def choose_reference(prepared: Prepared, settings: Settings, prompts: Sequence[Sequence[int]] = ()) -> Reference:
-    """The golden file, the user's code (here or in another Python), or the family's own eager module, in that order."""
-    checkpoint = Path(prepared.inventory.path)
-    if settings.golden:
-        from .golden import golden_reference
-
-        if settings.prompts or settings.reference:
-            raise usage_error(
-                "--golden has its own inputs and its own reference", do="leave --prompt and --reference out"
-            )
-        golden = golden_reference(settings.golden, files=[Path(file) for file in prepared.inventory.files])
-        recorded = golden.inputs.seed if golden.inputs else None
-        if settings.seed not in (None, recorded):
-            what = f"--seed {settings.seed}, but the golden file's inputs are those of seed {recorded}"
-            raise usage_error(what, str(settings.golden), "leave --seed out, or record it again with that seed")
-        return golden
-    if settings.reference and settings.reference_python:
-        from .golden import foreign_reference
-
-        python = settings.reference_python
-        return foreign_reference(settings.reference, checkpoint, python, prepared, settings.seed or 0, prompts=prompts)
-    if settings.reference_python:
-        raise usage_error("--reference-python needs --reference", do="name the code to run: FILE.py:FUNCTION")
-    if settings.reference:
-        return user_reference(settings.reference, checkpoint, rounded=rounded_to(prepared.plan))
-    return builtin_reference(prepared.arch, prepared.dims, prepared.plan)
 
 
 def run_reference(reference: Reference, inputs: Inputs, scratch: Path, vocab: int) -> Expected:
@@ -193,7 +156,7 @@ def judge_layout(layout: Path, side: Side, settings: Settings, engine: Engine, s
             say(f"running both in {dtype}")
             found.append(_serving_type(layout, side, settings, engine, Path(folder), dtype))
             seconds[dtype] = time.perf_counter() - begin - sum(seconds.values())
-    located, noted = None, _workers_note(settings)
+    located, noted = None, (*_workers_note(settings), *mapping_note(manifest, side.prepared))
     if settings.locate and any(c.ok is False and c.name in ("prefill", "decode") for c in found):
         say("locating the fault")
         located = _locate(layout, side, engine, scratch, evidence)

@@ -1,0 +1,177 @@
+"""Mistakes of a first day: told before anything runs, with the right exit code, and nothing of the user's is lost."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mdl import views
+from mdl.convert.prepare import Options, prepare
+from mdl.convert.run import convert
+from mdl.errors import Kind, MdlError
+from mdl.validate import choose
+from mdl.validate import verify as verifying
+from mdl.validate.choose import mapping_note, source_of
+from mdl.validate.golden import record_checkpoint
+from mdl.validate.reference import check_spec, user_reference
+from mdl.validate.report import Report
+from mdl.validate.verify import Settings
+
+from .test_cli import mdl as mdl_fixture
+
+mdl = mdl_fixture
+
+
+@pytest.fixture
+def layout(tied: Path, tmp_path: Path) -> Path:
+    convert(prepare(tied), tmp_path / "out", options=Options(), tokenizer="none")
+    return tmp_path / "out"
+
+
+@pytest.fixture(autouse=True)
+def no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("an engine was started")
+
+    monkeypatch.setattr(verifying, "Engine", refuse)
+
+
+REFERENCE = """
+from mdl.convert.prepare import prepare
+from mdl.validate.reference import builtin_reference
+def build(checkpoint):
+    p = prepare(checkpoint)
+    return builtin_reference(p.arch, p.dims, p.plan).module
+"""
+
+
+@pytest.fixture
+def spec(tmp_path: Path) -> str:
+    (tmp_path / "model.py").write_text(REFERENCE)
+    return f"{tmp_path / 'model.py'}:build"
+
+
+def test_record_says_what_it_recorded_and_replaces_only_its_own(
+    mdl: Any, tied: Path, spec: str, tmp_path: Path
+) -> None:
+    code, before = tmp_path / "model.py", tied.read_bytes()
+    for precious in (tied, code):
+        done = mdl("record", tied, "--reference", spec, "-o", precious, "--force")
+        assert done.code == 2
+        assert "--force only replaces what this command wrote" in done.err
+    assert (tied.read_bytes(), code.read_text()) == (before, REFERENCE)
+
+    golden = tmp_path / "g.safetensors"
+    done = mdl("record", tied, "--reference", spec, "-o", golden)
+    assert done.code == 0
+    assert re.search(r"holds +\d+ sequences, \d+ positions, vocabulary \d+", done.out)
+    assert "ok" not in done.out.split()
+    assert " kB" in done.out.splitlines()[0]
+    assert mdl("record", tied, "--reference", spec, "-o", golden).code == 2
+    again = mdl("record", tied, "--reference", spec, "-o", golden, "--force", "--json").json
+    assert again["bytes"] == golden.stat().st_size
+    assert {"sequences", "positions", "vocab"} <= set(again)
+
+
+@pytest.mark.parametrize("place", ["no/such/file", "."])
+def test_a_place_that_is_none_is_told_before_any_work(
+    place: str, mdl: Any, tied: Path, layout: Path, spec: str, tmp_path: Path
+) -> None:
+    told = "this is a folder" if place == "." else "does not exist"
+    for words in (
+        ("record", tied, "--reference", spec, "-o", tmp_path / place),
+        ("verify", layout, "--junit", tmp_path / place),
+        ("verify", layout, "--html", tmp_path / place),
+    ):
+        done = mdl(*words)
+        assert done.code == 2, done.err
+        assert told in done.err
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_report_that_cant_be_written_is_a_note_and_not_a_crash(layout: Path, tmp_path: Path) -> None:
+    report = Report(
+        str(layout), "", "", "", "", "float32", True, (), "", 0, (), (), {}, "", "", {}
+    )  # fmt: skip
+    problems = views.write_reports(report, tmp_path, tmp_path / "fine.html")
+
+    assert [p.where for p in problems] == [str(tmp_path)]
+    assert (tmp_path / "fine.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        (("--dtype", "bf16"), 2, "one of: float32, bfloat16, float16"),
+        (("--reference", "model.py"), 2, "FILE.py:FUNCTION"),
+        (("--reference", "nofile.py:build"), 2, "there is no such file"),
+        (("--against", "nope.pt"), 2, "--against: there is no such file or folder"),
+        (("--reference-timeout", "5"), 2, "--reference-python"),
+        (("--golden", "."), 3, "this is a folder, not a golden file"),
+    ],
+)
+def test_what_is_mistyped_is_told_before_anything_runs(
+    words: tuple[str, ...], code: int, says: str, mdl: Any, layout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if code == 3:
+        with pytest.raises(MdlError, match=says):
+            choose.choose_reference(prepare(layout.parent / "tied.pt"), Settings(golden=Path()))
+        return
+    monkeypatch.setattr(verifying, "read_manifest", None)
+    done = mdl("verify", layout, *words)
+
+    assert done.code == code
+    assert says in done.err
+
+
+def test_a_reference_that_is_not_python_is_told_with_its_line(tmp_path: Path) -> None:
+    (tmp_path / "model.py").write_text("import torch\ndef build(c)\n    return c\n")
+    spec = f"{tmp_path / 'model.py'}:build"
+
+    with pytest.raises(MdlError) as caught:
+        check_spec(spec)
+    assert caught.value.kind is Kind.INPUT
+    assert "def build(c)" in str(caught.value)
+    assert f"{tmp_path / 'model.py'}:2" in str(caught.value)
+    with pytest.raises(MdlError) as there:
+        user_reference(spec, tmp_path)
+    assert "importlib" not in str(there.value)
+    assert "line 2" in str(there.value)
+
+
+def test_nan_of_a_reference_is_called_so(tmp_path: Path) -> None:
+    (tmp_path / "model.py").write_text(
+        "import torch\ndef build(c):\n"
+        " def f(ids):\n  x = torch.ones(*ids.shape, 5)\n  x[..., 1:, 2] = float('nan')\n  return x\n"
+        " return f\n"
+    )
+    with pytest.raises(MdlError, match="gives NaN logits at position 1 of 2 tokens"):
+        user_reference(f"{tmp_path / 'model.py'}:build", tmp_path)
+
+
+def test_a_reference_that_hangs_ends_after_its_time(tied: Path, tmp_path: Path) -> None:
+    (tmp_path / "model.py").write_text("import time\ndef build(c): time.sleep(600)\n")
+    with pytest.raises(MdlError, match="did not finish within 3 s") as caught:
+        record_checkpoint(
+            tied, f"{tmp_path / 'model.py'}:build", tmp_path / "g", Options(), python=sys.executable, timeout=3
+        )
+    assert caught.value.kind is Kind.MACHINE
+    assert "--reference-timeout" in str(caught.value)
+
+
+def test_a_family_whose_file_was_moved_is_asked_for(layout: Path, tmp_path: Path) -> None:
+    manifest = verifying.read_manifest(layout)
+    object.__setattr__(manifest, "options", {**manifest.options, "arch": str(tmp_path / "gone.py")})
+
+    with pytest.raises(MdlError, match=r"was made with the architecture file .*gone\.py") as caught:
+        source_of(manifest, Settings())
+    assert caught.value.kind is Kind.INPUT
+    assert "mdl verify --arch FILE.py" in str(caught.value)
+    prepared = source_of(manifest, Settings(arch="nanogpt"))
+    assert mapping_note(manifest, prepared) == ()
+    object.__setattr__(manifest, "mapping", {"file": "nanogpt.yaml", "sha256": "0"})
+    assert "is not the mapping that this layout was made with" in mapping_note(manifest, prepared)[0]

@@ -1,0 +1,94 @@
+"""What a verification compares with: the checkpoint that a layout came from, and the reference that runs on it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..convert.manifest import Manifest, fingerprint
+from ..convert.prepare import DTYPES, Options, Prepared, prepare
+from ..errors import input_error, usage_error
+from .reference import Reference, builtin_reference, check_spec, rounded_to, user_reference
+
+if TYPE_CHECKING:
+    from .verify import Settings
+
+
+def check_settings(settings: Settings) -> None:
+    """Raise MdlError for what is wrong with the settings by themselves, before anything is read or started."""
+    if settings.dtype is not None and settings.dtype not in DTYPES:
+        raise usage_error(f"--dtype {settings.dtype}: not a type to serve in", do=f"one of: {', '.join(DTYPES)}")
+    if settings.golden and (settings.prompts or settings.reference):
+        raise usage_error("--golden has its own inputs and its own reference", do="leave --prompt and --reference out")
+    if settings.reference_python and not settings.reference:
+        raise usage_error("--reference-python needs --reference", do="name the code to run: FILE.py:FUNCTION")
+    if settings.reference_timeout is not None and not settings.reference_python:
+        do = "give --reference-python too: code in mdl's own process can't be ended alone"
+        raise usage_error("--reference-timeout is for code in another process", do=do)
+    if settings.reference_timeout is not None and settings.reference_timeout <= 0:
+        raise usage_error(f"--reference-timeout {settings.reference_timeout}: not a time", do="give seconds")
+    if settings.reference:
+        check_spec(settings.reference, settings.reference_python)
+    if settings.against and not settings.against.exists():
+        raise usage_error("--against: there is no such file or folder", str(settings.against), "check the path")
+
+
+def source_of(manifest: Manifest, settings: Settings) -> Prepared:
+    """The raw checkpoint that the layout came from, measured afresh: nothing is taken from the layout itself."""
+    path = settings.against or Path(manifest.source["path"])
+    if not path.exists():
+        raise input_error("the checkpoint of this layout is not there any more", str(path), "give it: --against CKPT")
+    said = manifest.options
+    options = Options(_arch(manifest, settings), said.get("given", {}), said.get("weights"), said.get("dtype"))
+    prepared = prepare(path, options)
+    now = [fingerprint(Path(file)) for file in prepared.inventory.files]
+    before = manifest.source["files"]
+    if [(f["size"], f["xxh3_ends"]) for f in now] != [(f["size"], f["xxh3_ends"]) for f in before]:
+        raise input_error("is not the checkpoint that this layout was made from", str(path), "convert it again")
+    return prepared
+
+
+def _arch(manifest: Manifest, settings: Settings) -> str | None:
+    """The family as it was named when the layout was made, or as it is named now."""
+    said = settings.arch or manifest.options.get("arch")
+    if not settings.arch and said and said.endswith(".py") and not Path(said).is_file():
+        what = f"this layout was made with the architecture file {said}, which is not there any more"
+        raise input_error(what, manifest.source["path"], "say where it is now: mdl verify --arch FILE.py")
+    return said
+
+
+def mapping_note(manifest: Manifest, prepared: Prepared) -> tuple[str, ...]:
+    """A word where the mapping is not the one that made the layout: the `layout` check shows what follows from it."""
+    if manifest.mapping.get("sha256") == prepared.mapping.sha256:
+        return ()
+    return (f"{prepared.mapping.path} is not the mapping that this layout was made with: another sha256",)
+
+
+def choose_reference(prepared: Prepared, settings: Settings, prompts: Sequence[Sequence[int]] = ()) -> Reference:
+    """The golden file, the user's code (here or in another Python), or the family's own eager module, in that order."""
+    checkpoint = Path(prepared.inventory.path)
+    if settings.golden:
+        from .golden import golden_reference
+
+        golden = golden_reference(settings.golden, files=[Path(file) for file in prepared.inventory.files])
+        recorded = golden.inputs.seed if golden.inputs else None
+        if settings.seed not in (None, recorded):
+            what = f"--seed {settings.seed}, but the golden file's inputs are those of seed {recorded}"
+            raise usage_error(what, str(settings.golden), "leave --seed out, or record it again with that seed")
+        return golden
+    if settings.reference and settings.reference_python:
+        from .golden import TIMEOUT, foreign_reference
+
+        return foreign_reference(
+            settings.reference,
+            checkpoint,
+            settings.reference_python,
+            prepared,
+            settings.seed or 0,
+            prompts=prompts,
+            timeout=settings.reference_timeout or TIMEOUT,
+        )
+    if settings.reference:
+        return user_reference(settings.reference, checkpoint, rounded=rounded_to(prepared.plan))
+    return builtin_reference(prepared.arch, prepared.dims, prepared.plan)
