@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..errors import Kind, MdlError, Problem
+from ..errors import Kind, MdlError, Problem, input_error
 from ..mappings.tensors import Shape, TensorInfo
 
 Value = int | float | str | bool | list[Any] | dict[str, Any] | None
@@ -80,7 +80,11 @@ class Dims(Mapping[str, Value]):
         return len(self.entries)
 
     def integer(self, name: str) -> int:
-        """The value of a size; raises TypeError if it is not an int."""
+        """The value of a size. Raises TypeError if it is not an int, MdlError (INPUT) if the family settled none."""
+        if name not in self.entries:
+            raise input_error(
+                f"the family's dims settle no {name}, which is needed here", do=f"measure.set({name!r}, …)"
+            )
         value = self[name]
         if not isinstance(value, int):
             raise TypeError(f"{name} is {value!r}, not an integer")
@@ -273,7 +277,8 @@ class Arch:
     - ``eager``: ``"module:function"`` with ``build(dims) -> torch.nn.Module`` on the raw tensor names.
     - ``served``: ``"module:Class"`` of a vLLM model class, for architectures that vLLM itself lacks.
 
-    The mapping is ``mappings/<name>.yaml``, or ``<file>.yaml`` beside the file given by ``--arch FILE.py``.
+    ``file`` is a user's own file that defines it, empty for those of mdl. The mapping is ``mappings/<name>.yaml``, or
+    ``<file>.yaml`` beside the file given by ``--arch FILE.py``.
     """
 
     name: str
@@ -286,6 +291,7 @@ class Arch:
     eager: str
     served: str | None = None
     mapping: str | None = None
+    file: str = ""
 
 
 @dataclass(frozen=True)

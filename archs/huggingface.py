@@ -40,6 +40,10 @@ def detect(inv: Inventory) -> list[str]:
 def dims(m: Measure) -> None:
     """Every field of config.json as it stands, and the sizes that mdl needs, read from it or its class's defaults."""
     config = _config(m.inventory)
+    if not config.get("architectures"):
+        do = "put the config.json of this model beside the weights, or pass the --arch of the code that wrote them"
+        m.problem("no config.json with architectures: [CLASS] lies beside the weights", do=do)
+        return
     _refuse(m, config)
     for key, value in config.items():
         if key not in _LEFT_OUT:

@@ -14,8 +14,9 @@ from types import ModuleType
 
 from ..errors import MdlError, input_error, machine_error, usage_error
 from .base import Arch, Inventory, Match
+from .guard import blamed, guarded
 
-_NOT_FAMILIES = {"__init__", "base", "registry"}
+_NOT_FAMILIES = {"__init__", "base", "guard", "registry"}
 GROUP = "mdl.archs"
 
 
@@ -31,7 +32,7 @@ def all_archs() -> dict[str, Arch]:
         if arch.name in found:
             raise machine_error(f"two architectures are called {arch.name}", point.value, "uninstall one of them")
         mapping = arch.mapping or str(Path(str(module.__file__)).with_suffix(".yaml"))
-        found[arch.name] = replace(arch, mapping=mapping)
+        found[arch.name] = guarded(replace(arch, mapping=mapping), str(module.__file__), named=False)
     return found
 
 
@@ -62,14 +63,10 @@ def load_arch(spec: str) -> Arch:
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[module_spec.name] = module
     sys.path.insert(0, str(path.parent))  # so that the file can import its neighbours, such as an eager model
-    try:
+    with blamed("importing it", str(path)):
         module_spec.loader.exec_module(module)
-    except Exception as error:
-        raise input_error(
-            f"raised {type(error).__name__}: {error}", str(path), "mend the file and try again"
-        ) from error
-    arch = _arch_of(module, path.stem)
-    return replace(arch, mapping=arch.mapping or str(path.with_suffix(".yaml")))
+    arch = _arch_of(module, str(path))
+    return guarded(replace(arch, mapping=arch.mapping or str(path.with_suffix(".yaml"))), str(path), named=True)
 
 
 def mapping_path(arch: Arch) -> Path:

@@ -7,7 +7,6 @@ in another order or in each other's place.
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from itertools import combinations, islice
 from typing import TYPE_CHECKING, Any, cast
 
 from ..archs.base import Dim, Dims, Value
+from ..archs.guard import build_eager
 from ..convert.prepare import Prepared
 from ..errors import MdlError
 from ..mappings.lazy import Lazy
@@ -97,12 +97,7 @@ class Trials:
 
 
 def _build(prepared: Prepared, changed: Mapping[str, Value], state: State) -> torch.nn.Module | None:
-    import torch
-
-    name, _, function = prepared.arch.eager.partition(":")
-    build = cast("Callable[[Dims], torch.nn.Module]", getattr(importlib.import_module(name), function))
-    with torch.device("meta"):
-        module = build(_having(prepared.dims, changed))
+    module = build_eager(prepared.arch, _having(prepared.dims, changed))
     module.load_state_dict(state, strict=False, assign=True)
     return None if any(p.is_meta for p in module.parameters()) else module.eval()
 

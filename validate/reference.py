@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import ast
-import importlib
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from ..archs.base import Arch, Dims
+from ..archs.guard import build_eager, load_weights
 from ..convert.plan import Plan
 from ..convert.sources import Files, lazy_source
 from ..errors import MdlError, input_error, machine_error, usage_error
@@ -59,19 +59,15 @@ def builtin_reference(arch: Arch, dims: Dims, plan: Plan) -> Reference:
     """The family's own eager module on the raw tensors, rank files joined.
 
     Weights go through the element type that the plan writes first: where ``--dtype`` rounded them, the reference
-    computes with the same rounded weights.
+    computes with the same rounded weights. Raises MdlError (INPUT) for a user's own module that does not fit.
     """
-    import torch
-
-    module_name, _, function = arch.eager.partition(":")
-    build = cast("Callable[[Dims], torch.nn.Module]", getattr(importlib.import_module(module_name), function))
-    with torch.device("meta"):
-        module = build(dims)
+    module = build_eager(arch, dims)
     wanted = set(module.state_dict()) or {s.name for step in plan.writes for s in step.sources}
-    module.load_state_dict(_raw_weights(plan, wanted), strict=True, assign=True)
+    load_weights(arch, module, _raw_weights(plan, wanted))
     rounded = rounded_to(plan)
     notes = (f"the reference uses weights rounded to {rounded}, as --dtype asked",) if rounded else ()
-    name = str(getattr(module, "title", f"mdl's eager {arch.name}"))
+    own = f"{arch.eager} beside {Path(arch.file).name}" if arch.file else f"mdl's eager {arch.name}"
+    name = str(getattr(module, "title", own))
     forward = Forward(module, name)
     forward.vocab = dims.integer("vocab")
     return Reference(name, _logits(forward), notes=notes, module=module)
