@@ -247,15 +247,24 @@ def serve(
     prompt: Annotated[str | None, typer.Option("--prompt", help="Answer this once, then exit.")] = None,
     max_tokens: Annotated[int, typer.Option("--max-tokens", help="Length of the answer to --prompt.")] = 64,
     unverified: Annotated[bool, typer.Option("--unverified", help="Serve although no verification passed.")] = False,
+    arch: ArchOption = None,
+    set_: SetOption = None,
+    weights: WeightsOption = None,
+    dtype: DtypeOption = None,
+    tokenizer: TokenizerOption = None,
     json: Json = False,
 ) -> None:
-    """Start vLLM's OpenAI-compatible server on a verified layout. What follows `--` goes to vLLM."""
+    """Start vLLM's OpenAI-compatible server on a verified layout. What follows `--` goes to vLLM.
+
+    A raw checkpoint is converted first: --arch, --set, --weights, --dtype and --tokenizer are as in `mdl convert`.
+    """
     state.json = json
     from .serve import serve as run
     from .validate.ready import ready_layout
 
+    options = said(arch, set_, weights, dtype)
     with render.steps(quiet=state.quiet or json) as say:
-        ready = ready_layout(layout, unverified=unverified, say=say)
+        ready = ready_layout(layout, unverified=unverified, say=say, options=options, tokenizer=tokenizer)
     _exit(
         run(
             ready,

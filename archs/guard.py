@@ -27,7 +27,7 @@ def guarded(arch: Arch, file: str, *, named: bool) -> Arch:
     def detect(inventory: Inventory) -> list[str]:
         try:
             with blamed("detect(inventory)", file, arch.detect):
-                found = arch.detect(inventory)
+                found: Any = arch.detect(inventory)
         except MdlError as error:
             if not named and isinstance(error.__cause__, _NOT_MINE):
                 return []
@@ -42,7 +42,7 @@ def guarded(arch: Arch, file: str, *, named: bool) -> Arch:
 
     def hf_config(d: Dims) -> dict[str, Any]:
         with blamed("hf_config(dims)", file, arch.hf_config):
-            found = arch.hf_config(d)
+            found: Any = arch.hf_config(d)
         classes: Any = found.get("architectures") if isinstance(found, dict) else None
         what = "hf_config returned no dict with architectures: [CLASS]"
         _need(isinstance(classes, list) and bool(classes), what, file, "name the class that vLLM serves there")

@@ -73,8 +73,11 @@ def read_manifest(layout: Path) -> Manifest:
     """The manifest of a layout. Raises MdlError (INPUT) if there is none, it is not one, or it was edited."""
     path = layout / NAME
     if not path.is_file():
-        do = "give the folder that mdl convert wrote" if layout.is_dir() else "no such folder"
-        raise input_error(f"holds no {NAME}, so mdl did not write it", str(layout), do)
+        do = "give the folder that mdl convert wrote; there is none yet? mdl convert CKPT FOLDER"
+        what = f"holds no {NAME}, so mdl did not write it"
+        if not layout.is_dir():
+            what = "this is a file, not a layout" if layout.exists() else "there is no such folder"
+        raise input_error(what, str(layout), do)
     try:
         data = cast("dict[str, Any]", strict_loads(path.read_text(encoding="utf-8")))
         if data.get("format") != FORMAT:

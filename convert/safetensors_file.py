@@ -12,6 +12,7 @@ from typing import Any, cast
 
 from ..errors import Kind, MdlError, Problem, input_error
 from ..mappings.tensors import ITEMSIZE, TensorInfo, dense
+from .sniff import MAX_HEADER
 from .strict_json import read_json
 
 DTYPES = {
@@ -33,8 +34,6 @@ DTYPES = {
     "C64": "complex64",
 }
 """The format's element types and torch's names of them."""
-MAX_HEADER = 100_000_000
-"""Bytes a header may have; the format's own limit."""
 _MAX_INDEX = 64 << 20
 _MAX_DIMS = 64
 _AGAIN = "copy or download the file again, and compare its size with the original"
@@ -51,6 +50,9 @@ def read_safetensors(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]
         total = os.fstat(stream.fileno()).st_size
         head = stream.read(8)
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else total
+        if total - 8 < length <= MAX_HEADER:
+            what = f"this safetensors file ends inside its header: that has {length:,} bytes, the whole file {total:,}"
+            raise input_error(what, file, _AGAIN)
         if not 2 <= length <= min(MAX_HEADER, total - 8):
             raise input_error("the length of this safetensors header is out of bounds", file, _AGAIN)
         entries, doubled = _parse(stream.read(length), file)

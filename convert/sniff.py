@@ -8,6 +8,8 @@ from pathlib import Path
 from ..errors import MdlError, input_error
 from .legacy import MAGIC_BYTES
 
+MAX_HEADER = 100_000_000
+"""Bytes that the header of a safetensors file may have; the format's own limit."""
 ZIP, LEGACY, SAFETENSORS = "torch zip", "torch legacy", "safetensors"
 
 _WHOLE = "give the checkpoint file itself (.pt, .pth, .bin, .ckpt or .safetensors) or its folder"
@@ -47,8 +49,8 @@ def kind_of(head: bytes, size: int) -> str:
         return ZIP
     if head.startswith(b"\x80") and MAGIC_BYTES in head[:32]:
         return LEGACY
-    if len(head) > 8 and head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] <= size:
-        return SAFETENSORS
+    if len(head) > 8 and head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] <= max(size, MAX_HEADER):
+        return SAFETENSORS  # also where the file ends inside its header: whoever reads it says so
     return ""
 
 

@@ -177,7 +177,10 @@ COMMANDS = {
         "checkpoint", "--reference", "--out", "--reference-python", "--reference-timeout", "--arch", "--set",
         "--weights", "--dtype", "--seed", "--force", "--json",
     },
-    "serve": {"layout", "--host", "--port", "--prompt", "--max-tokens", "--unverified", "--json"},
+    "serve": {
+        "layout", "--host", "--port", "--prompt", "--max-tokens", "--unverified", "--arch", "--set", "--weights",
+        "--dtype", "--tokenizer", "--json",
+    },
     "export": {"layout", "out", "--force", "--json"},
     "check": {"layout", "--json"},
     "archs": {"--json"},

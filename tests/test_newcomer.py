@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from mdl import views
 from mdl.convert.prepare import Options, prepare
@@ -17,10 +19,12 @@ from mdl.validate import choose
 from mdl.validate import verify as verifying
 from mdl.validate.choose import mapping_note, source_of
 from mdl.validate.golden import record_checkpoint
+from mdl.validate.ready import ready_layout
 from mdl.validate.reference import check_spec, user_reference
 from mdl.validate.report import Report
 from mdl.validate.verify import Settings
 
+from . import checkpoints as make
 from .test_cli import mdl as mdl_fixture
 
 mdl = mdl_fixture
@@ -175,3 +179,48 @@ def test_a_family_whose_file_was_moved_is_asked_for(layout: Path, tmp_path: Path
     assert mapping_note(manifest, prepared) == ()
     object.__setattr__(manifest, "mapping", {"file": "nanogpt.yaml", "sha256": "0"})
     assert "is not the mapping that this layout was made with" in mapping_note(manifest, prepared)[0]
+
+
+@pytest.mark.parametrize("command", ["verify", "check"])
+def test_what_is_no_layout_is_called_what_it_is(command: str, mdl: Any, tied: Path, tmp_path: Path) -> None:
+    file, missing, empty = mdl(command, tied), mdl(command, tmp_path / "nope"), mdl(command, tmp_path)
+
+    assert (file.code, missing.code, empty.code) == (3, 3, 3)
+    assert "this is a file, not a layout" in file.err
+    assert "there is no such folder" in missing.err
+    assert "holds no mdl.json" in empty.err
+    for done in (file, missing, empty):
+        assert "give the folder that mdl convert wrote" in done.err
+
+
+def test_a_safetensors_file_that_ends_in_its_header_is_told_so(mdl: Any, tmp_path: Path) -> None:
+    save_file({f"layer.{k}.weight": torch.ones(2) for k in range(50)}, tmp_path / "whole.safetensors")
+    data = (tmp_path / "whole.safetensors").read_bytes()
+    for name in ("cut.safetensors", "cut.pt"):
+        (tmp_path / name).write_bytes(data[:700])
+        done = mdl("inspect", tmp_path / name)
+        assert done.code == 3
+        assert "ends inside its header" in done.err
+        assert "the whole file 700" in done.err
+
+
+def test_serve_takes_what_a_raw_checkpoint_needs_and_a_layout_has(
+    mdl: Any, layout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    torch.save(make.llama_state(), tmp_path / "bare.pt")
+    say: list[str] = []
+    bare = tmp_path / "bare.pt"
+    with pytest.raises(MdlError, match="--arch NAME"):
+        ready_layout(bare, unverified=True, say=say.append)
+    given = {"n_heads": "4", "max_seq_len": "64"}
+
+    first = ready_layout(bare, unverified=True, say=say.append, options=Options("llama2c", given), tokenizer="none")
+    other = {**given, "max_seq_len": "32"}
+    second = ready_layout(bare, unverified=True, say=say.append, options=Options("llama2c", other), tokenizer="none")
+
+    assert verifying.read_manifest(first).dim_values()["context"] == 64
+    assert verifying.read_manifest(second).dim_values()["context"] == 32
+    done = mdl("serve", layout, "--arch", "nanogpt", "--unverified")
+    assert done.code == 2
+    assert "this is a layout" in done.err

@@ -11,22 +11,33 @@ from pathlib import Path
 from ..convert.check import check_layout, quick_check
 from ..convert.locks import reading
 from ..convert.manifest import NAME, fingerprint, own_version, read_manifest
-from ..convert.prepare import Options, prepare
+from ..convert.prepare import Options, Prepared, prepare
 from ..convert.run import convert
 from ..errors import Kind, MdlError, usage_error
 from .report import green_report, save_report
 from .verify import Settings, require_ok, verify
 
 
-def ready_layout(path: Path, *, unverified: bool, say: Callable[[str], None]) -> Path:
-    """The layout to serve.
+def ready_layout(
+    path: Path,
+    *,
+    unverified: bool,
+    say: Callable[[str], None],
+    options: Options | None = None,
+    tokenizer: str | None = None,
+) -> Path:
+    """The layout to serve; ``options`` and ``tokenizer`` are for a raw checkpoint, as `mdl convert` takes them.
 
     A layout must carry a green report, unless ``unverified``. Anything else is taken for a raw checkpoint: it is
     converted and verified in the cache, once. Raises MdlError: PARITY where a verification fails, INPUT where
     files were changed, USAGE for a layout that was never verified.
     """
     if not (path / NAME).is_file():
-        return _from_checkpoint(path, unverified=unverified, say=say)
+        return _from_checkpoint(path, options or Options(), tokenizer, unverified=unverified, say=say)
+    if tokenizer is not None or (options or Options()) != Options():
+        what = "this is a layout: its family, values and tokenizer were settled when it was converted"
+        do = "leave --arch, --set, --weights, --dtype and --tokenizer out, or convert the checkpoint again with them"
+        raise usage_error(what, str(path), do)
     _check(path, say)
     green, why = green_report(path)
     if not green and not unverified:
@@ -48,16 +59,17 @@ def _check(layout: Path, say: Callable[[str], None]) -> None:
         raise MdlError(Kind.INPUT, problems)
 
 
-def _from_checkpoint(path: Path, *, unverified: bool, say: Callable[[str], None]) -> Path:
+def _from_checkpoint(
+    path: Path, options: Options, tokenizer: str | None, *, unverified: bool, say: Callable[[str], None]
+) -> Path:
     say("reading the checkpoint")
-    options = Options()
     prepared = prepare(path, options)
     prepared.plan.refuse()
-    out = _cache() / f"{path.resolve().name}-{_key(prepared.inventory.files)}"
+    out = _cache() / f"{path.resolve().name}-{_key(prepared, options, tokenizer)}"
     if not (out / NAME).is_file():
         say(f"converting into {out}")
         out.parent.mkdir(parents=True, exist_ok=True)
-        convert(prepared, out, options=options)
+        convert(prepared, out, options=options, tokenizer=tokenizer)
     else:
         _check(out, say)
     if not unverified and not green_report(out)[0]:
@@ -73,7 +85,17 @@ def _cache() -> Path:
     return (Path(root) if root else Path.home() / ".cache") / "mdl"
 
 
-def _key(files: tuple[str, ...]) -> str:
-    """Names the checkpoint's content and mdl's version, so that neither can change unnoticed."""
-    facts = [own_version(), [fingerprint(Path(file)) for file in files]]
+def _key(prepared: Prepared, options: Options, tokenizer: str | None) -> str:
+    """Names the checkpoint's content, what was said of it, and mdl's version, so that none can change unnoticed."""
+    facts = [own_version(), [fingerprint(Path(file)) for file in prepared.inventory.files]]
+    said = [options.arch, dict(options.given), options.weights, options.dtype, tokenizer]
+    if any(said):  # a user's own family changes while it is written; a named tokenizer is told by its files' dates
+        own = [fingerprint(Path(prepared.arch.file))] if prepared.arch.file else []
+        facts += [said, own, prepared.mapping.sha256, _dates(tokenizer)]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+def _dates(tokenizer: str | None) -> list[list[str | int]]:
+    place = Path(tokenizer or "none")
+    files = sorted(place.rglob("*")) if place.is_dir() else [place]
+    return [[str(file.absolute()), file.stat().st_mtime_ns, file.stat().st_size] for file in files if file.is_file()]
