@@ -80,7 +80,7 @@ def export(
 
 
 def _places(manifest: Manifest, out: Path) -> dict[str, Path]:
-    """Where the content of each of the checkpoint's files goes, by the file's name."""
+    """Where the content of each of the checkpoint's files goes, by the file's name: shards become one file again."""
     files = {file for step in manifest.steps for source in step["sources"] for file in _homes(source)[1]}
     return {file: out / file if manifest.source["ranks"] > 1 else out for file in files}
 
@@ -185,22 +185,22 @@ def _write(
     out: Path,
     progress: Callable[[int], None],
 ) -> tuple[str, ...]:
-    per_file: dict[str, dict[str, Lazy]] = {}
+    places = _places(manifest, out)
+    per_file: dict[Path, dict[str, Lazy]] = {}
     for back in backs:
         values = [files.tensor(stored[name]) for name in back.targets]
         for op in back.ops:
             values = op.apply(values)
         whole = values[back.index].cast(back.dtype)
         for rank, (raw, file) in enumerate(zip(back.raws, back.files, strict=True)):
-            per_file.setdefault(file, {})[raw] = _rank_value(whole, back.join, rank, len(back.raws))
+            per_file.setdefault(places[file], {})[raw] = _rank_value(whole, back.join, rank, len(back.raws))
     wrapper = tuple(manifest.source["wrapper"])
     extras = numbers_back(manifest.source["extras"]) if _has_room(manifest) else {}
     ties = (step for step in manifest.steps if step["kind"] == "tie")
     aliases = {s["sources"][0]["ranks"][0]["raw"]: raw for s in ties if (raw := _twin_raw(manifest, s))}
-    targets = {file: path for file, path in _places(manifest, out).items() if file in per_file}
-    for file, tensors in sorted(per_file.items()):
-        save_torch(targets[file], tensors, wrapper=wrapper, extras=extras, aliases=aliases, progress=progress)
-    return tuple(str(path) for path in targets.values())
+    for path, tensors in sorted(per_file.items()):
+        save_torch(path, tensors, wrapper=wrapper, extras=extras, aliases=aliases, progress=progress)
+    return tuple(str(path) for path in sorted(per_file))
 
 
 def _twin_raw(manifest: Manifest, tie: Map[str, Any]) -> str:

@@ -220,3 +220,19 @@ def test_a_place_that_is_none_is_told_before_any_work(name: str, says: str, tied
 
     assert says in refused(tmp_path / "out", tmp_path / name, force=True)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_shards_come_back_as_one_file_with_all_tensors(tmp_path: Path) -> None:
+    state = make.nanogpt_state(tied=False)
+    names = list(state)
+    (tmp_path / "sharded").mkdir()
+    for k, part in enumerate((names[:10], names[10:]), start=1):
+        file = tmp_path / "sharded" / f"pytorch_model-{k:05d}-of-00002.bin"
+        torch.save({name: state[name] for name in part}, file)
+    options = Options(given={"n_head": "2", "activation": "gelu"})
+    convert(prepare(tmp_path / "sharded", options), tmp_path / "out", options=options, tokenizer="none")
+
+    done = export(tmp_path / "out", tmp_path / "back.pt")
+
+    assert done.files == (str(tmp_path / "back.pt"),)
+    make.same(loaded(tmp_path / "back.pt"), state)
