@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,15 @@ from mdl import views
 from mdl.convert.prepare import Options, prepare
 from mdl.convert.run import convert
 from mdl.errors import Kind, MdlError
-from mdl.validate import choose
+from mdl.program import Interrupted
+from mdl.validate import choose, record
 from mdl.validate import verify as verifying
 from mdl.validate.choose import mapping_note, source_of
 from mdl.validate.golden import record_checkpoint
 from mdl.validate.ready import ready_layout
 from mdl.validate.reference import check_spec, user_reference
 from mdl.validate.report import Report
-from mdl.validate.verify import Settings
+from mdl.validate.verify import Settings, verify
 
 from . import checkpoints as make
 from .test_cli import mdl as mdl_fixture
@@ -224,3 +226,38 @@ def test_serve_takes_what_a_raw_checkpoint_needs_and_a_layout_has(
     done = mdl("serve", layout, "--arch", "nanogpt", "--unverified")
     assert done.code == 2
     assert "this is a layout" in done.err
+
+
+def test_record_alone_refuses_a_place_that_is_none(spec: str, tied: Path, tmp_path: Path) -> None:
+    command = [sys.executable, record.__file__, tied, "--reference", spec, "--vocab", "24", "--context", "12"]
+    done = subprocess.run([*command, "-o", tmp_path / "no" / "g"], capture_output=True, text=True, check=False)
+
+    assert done.returncode == 2
+    assert "give a file name in a folder that exists" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_interrupted_verification_does_not_wait_for_the_engine(
+    layout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[object] = []
+
+    class Stub:
+        def __init__(self, **_: Any) -> None:
+            pass
+
+        def __enter__(self) -> Stub:
+            return self
+
+        def __exit__(self, kind: object, *_: object) -> None:
+            ended.append(kind)
+
+    def interrupt(*_: Any) -> None:
+        raise Interrupted
+
+    monkeypatch.setattr(verifying, "Engine", Stub)
+    monkeypatch.setattr(verifying, "reference_side", interrupt)
+    with pytest.raises(Interrupted):
+        verify(layout)
+
+    assert ended == [Interrupted]  # Engine kills its process for an exception, and asks it to end otherwise

@@ -202,7 +202,7 @@ def _rounded(run: _Run) -> ControlRow:
     if run.settings.reference or run.settings.golden:
         return ControlRow(name, description, skipped="needs mdl's own reference: yours holds the weights unrounded")
     said, tokenizer = run.manifest.options, run.manifest.tokenizer
-    options = Options(said.get("arch"), said.get("given", {}), said.get("weights"), "bfloat16")
+    options = Options(run.settings.arch or said.get("arch"), said.get("given", {}), said.get("weights"), "bfloat16")
     source = "none" if tokenizer.get("kind") in (None, "none") else str(tokenizer["source"])
 
     def act() -> Report:
