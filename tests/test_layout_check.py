@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
 from mdl.convert.config import read_config
 from mdl.convert.manifest import read_manifest
+from mdl.errors import Kind, MdlError
+from mdl.validate.checks import failed_to_run
+from mdl.validate.client import Engine, EngineFailure
 from mdl.validate.hypothesis import differences
 from mdl.validate.layout import layout_problems
-from mdl.validate.mutate import read_tensors, write_copy
-from mdl.validate.verify import Settings, source_of
+from mdl.validate.mutate import read_tensors, run_mutations, write_copy
+from mdl.validate.report import Report
+from mdl.validate.verify import Settings, source_of, verify
 
 from . import servable as make
 
@@ -51,3 +56,48 @@ def test_a_failure_is_explained_by_the_field_too(whole: Path) -> None:
     config, planned = read_config(whole), source_of(read_manifest(whole), Settings()).config
 
     assert differences(config | {"sliding_window": 32}, planned) == {"sliding_window": (32, None)}
+
+
+LACKING = {"weights": "model.safetensors", "config": "config.json", "generation": "generation_config.json"}
+
+
+class NoEngine(Engine):
+    """An engine that must not be asked."""
+
+    def __init__(self) -> None:
+        """Start nothing."""
+
+    def _ask(self, request: Mapping[str, Any]) -> NoReturn:
+        raise AssertionError(f"vLLM was asked to {request['op']}")
+
+
+@pytest.mark.parametrize("name", LACKING.values(), ids=LACKING)
+@pytest.mark.parametrize("check", [verify, run_mutations])
+def test_a_layout_that_lacks_a_file_is_an_error_of_the_input(
+    check: Callable[..., object], name: str, whole: Path
+) -> None:
+    """It says nothing about the model, and nothing runs."""
+    (whole / name).unlink()
+    with pytest.raises(MdlError, match="is missing") as caught:
+        check(whole, engine=NoEngine())
+
+    assert caught.value.kind is Kind.INPUT
+
+
+def test_the_verdict_on_a_whole_layout_that_vllm_refuses_says_so() -> None:
+    failure = EngineFailure("load", "ValueError", "no such shape")
+    report = Report(
+        *["x"] * 6,
+        ok=False,
+        checks=tuple(failed_to_run(failure, ("prefill",))),
+        inputs="",
+        seed=0,
+        trusted=(),
+        notes=(),
+        versions={},
+        manifest="",
+        command="",
+        seconds={},
+    )
+
+    assert report.verdict == "NOT the same model: vLLM failed to load the layout"

@@ -23,7 +23,7 @@ from ..convert.check import INDEX
 from ..convert.config import read_config
 from ..convert.locks import reading
 from ..convert.manifest import NAME as MANIFEST
-from ..convert.manifest import Manifest, read_manifest
+from ..convert.manifest import Manifest
 from ..convert.prepare import Options, prepare
 from ..convert.run import convert
 from ..convert.values_judged import Allow
@@ -32,12 +32,11 @@ from .client import Engine
 from .kills import ControlRow, MutationRow, MutationTable
 from .mutations import Mutation, catalogue
 from .report import NAME as REPORT
-from .report import Check, Report
+from .report import REFUSED, Check, Report
 from .roles import Config, Tensors
-from .verify import Say, Settings, Side, judge_layout, reference_side, source_of, verify
+from .verify import Say, Settings, Side, judge_layout, read_whole, reference_side, source_of, verify
 
 _WEIGHTS = ".safetensors"
-_REFUSED = "failed to "  # what the checks say where vLLM did not load or run a layout
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ def run_mutations(
     begin = time.perf_counter()
     settings = replace(settings or Settings(), locate=locate)
     with reading(layout), tempfile.TemporaryDirectory(prefix="mdl-mutate-") as folder:
-        manifest, config = read_manifest(layout), read_config(layout)
+        manifest, config = read_whole(layout), read_config(layout)
         chosen = _chosen(catalogue(config), names)
         say("running the reference")
         side = reference_side(layout, source_of(manifest, settings), settings, Path(folder))
@@ -157,11 +156,11 @@ def _from_error(row: MutationRow, error: MdlError) -> MutationRow:
 def _failed(report: Report) -> tuple[str, ...]:
     """The checks that failed; ``load`` or ``run`` where vLLM refused the layout."""
     failed = [check for check in report.checks if check.ok is False]
-    return tuple(check.measured.removeprefix(_REFUSED) if _refused(check) else check.name for check in failed)
+    return tuple(check.measured.removeprefix(REFUSED) if _refused(check) else check.name for check in failed)
 
 
 def _refused(check: Check) -> bool:
-    return check.measured.startswith(_REFUSED)
+    return check.measured.startswith(REFUSED)
 
 
 def _figures(report: Report) -> tuple[float | None, float | None]:
