@@ -480,6 +480,24 @@ def test_parts_that_a_rule_splits_are_tried_in_each_other_s_place() -> None:
     assert len(rest) == 2
 
 
+def test_a_value_that_no_dim_decides_is_laid_to_who_wrote_it() -> None:
+    """rope_theta is 10000 by the dims, but this family writes what it likes."""
+
+    def hf_config(dims: Config) -> Config:
+        return {"hidden_size": dims["hidden"], "limit": 500_000, "rope_theta": 500_000.0, "bias": False}
+
+    prepared: Any = SimpleNamespace(arch=SimpleNamespace(hf_config=hf_config), dims={"hidden": 64, "rope_theta": 1e4})
+
+    assert hypothesis.field_of(prepared, {"hidden": 65}) == "config.json: hidden_size"
+    theta = hypothesis.field_of(prepared, {"rope_theta": 5e5})
+    assert theta == "config.json: rope_theta, written by test_locate.py's hf_config"
+    base = hypothesis.field_of(prepared, {"rotary_base": 5e5})
+    assert base == "config.json: limit, rope_theta, written by test_locate.py's hf_config"
+    other = hypothesis.field_of(prepared, {"rope_theta": 1e6})
+    assert other == theta  # it holds neither value, but the name is the dim's own
+    assert hypothesis.field_of(prepared, {"activation": "gelu"}) == "config.json: a value that it does not hold"
+
+
 USERS = """
 import torch
 from mdl.archs.eager.llama_meta import build as eager
