@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from mdl.mappings.moves import Split
 from mdl.mappings.tensors import TensorInfo
 from mdl.validate import hypothesis
 from mdl.validate.client import Engine
+from mdl.validate.golden import foreign_reference, golden_reference, record_checkpoint
 from mdl.validate.inputs import make_inputs
 from mdl.validate.locate import locate
 from mdl.validate.reference import Reference, builtin_reference, user_reference
@@ -537,6 +539,47 @@ def test_a_users_reference_is_looked_into_where_its_names_match(
     else:
         assert found.module == ""
         assert "return from build a torch.nn.Module" in found.hypothesis
+
+
+def elsewhere(file: Path, source: Path, folder: Path) -> Reference:
+    """The user's code in another process, on the layout's own checkpoint."""
+    return foreign_reference(f"{file}:build", source, sys.executable, prepare(source), 0, dtypes=())
+
+
+def of_another(file: Path, source: Path, folder: Path) -> Reference:
+    """A recording of it, of another checkpoint."""
+    other = make.llama2c(folder / "other.pt", layers=3, seed=9)
+    record_checkpoint(other, f"{file}:build", folder / "golden.safetensors", Options())
+    return golden_reference(folder / "golden.safetensors", files=[source])
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    ("made", "cause", "why"),
+    [
+        (elsewhere, "the reference's own code", f"model.py:build, run by {sys.executable} ran in another process"),
+        (of_another, "the golden file was recorded from other files than", "was recorded: its logits are known"),
+    ],
+)
+def test_what_cannot_be_looked_into_says_why(
+    made: Callable[[Path, Path, Path], Reference],
+    cause: str,
+    why: str,
+    good: dict[str, tuple[Path, Path]],
+    tmp_path: Path,
+    engine: Engine,
+) -> None:
+    """The user's code did return a module, so to return one is no advice."""
+    source, layout = good["llama2c"]
+    file = tmp_path / "model.py"
+    file.write_text(USERS.replace("{returned}", "Model(inner)"))
+    found = find(source, layout, engine, tmp_path / "scratch", made(file, source, tmp_path))
+
+    assert found is not None
+    assert found.governed_by.startswith(cause)
+    assert why in found.hypothesis
+    assert "verify with --reference FILE.py:FUNCTION" in found.hypothesis
+    assert "return from build" not in found.hypothesis
 
 
 def test_a_signature_is_read_from_positions_tokens_and_scales() -> None:
