@@ -15,7 +15,7 @@ from mdl.validate.checks import failed_to_run
 from mdl.validate.client import Engine, EngineFailure
 from mdl.validate.hypothesis import differences
 from mdl.validate.layout import layout_problems
-from mdl.validate.mutate import read_tensors, run_mutations, write_copy
+from mdl.validate.mutate import estimate, read_tensors, run_mutations, write_copy
 from mdl.validate.report import Report
 from mdl.validate.verify import Settings, source_of, verify
 
@@ -101,3 +101,12 @@ def test_the_verdict_on_a_whole_layout_that_vllm_refuses_says_so() -> None:
     )
 
     assert report.verdict == "NOT the same model: vLLM failed to load the layout"
+
+
+def test_how_many_mistakes_and_how_long_they_take_is_said_first(whole: Path) -> None:
+    said: list[str] = []
+    with pytest.raises(AssertionError, match="vLLM was asked"):
+        run_mutations(whole, engine=NoEngine(), names=["rope-theta", "k-v", "position-shift"], say=said.append)
+
+    assert said[0].startswith("2 mistakes, about 1 min")  # Llama has no position table
+    assert estimate(37).startswith("37 mistakes, about 2 to 6 min")

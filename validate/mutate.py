@@ -36,6 +36,9 @@ from .report import REFUSED, Check, Report
 from .roles import Config, Tensors
 from .verify import Say, Settings, Side, judge_layout, read_whole, reference_side, source_of, verify
 
+SECONDS = (4, 10)
+"""What one mistake costs: a load of a small model and all its scenarios, on two cores."""
+
 _WEIGHTS = ".safetensors"
 
 
@@ -89,16 +92,17 @@ def run_mutations(
     with reading(layout), tempfile.TemporaryDirectory(prefix="mdl-mutate-") as folder:
         manifest, config = read_whole(layout), read_config(layout)
         chosen = _chosen(catalogue(config), names)
-        say("running the reference")
-        side = reference_side(layout, source_of(manifest, settings), settings, Path(folder))
         tensors = read_tensors(layout, manifest)
+        due = [mutation.name for mutation in chosen if mutation.applies(config, tensors)]
+        say(f"{estimate(len(due))}; running the reference")
+        side = reference_side(layout, source_of(manifest, settings), settings, Path(folder))
         run = _Run(layout, manifest, config, tensors, settings, side, engine, Path(folder), say)
         say("the layout itself")
         whole = _control("unchanged", "the layout as it is", lambda: run.judge(layout))
         if whole.alarms:
             what = f"fails its own verification: {', '.join(whole.alarms)}"
             raise MdlError(Kind.PARITY, [Problem(what, str(layout), "mend that first: `mdl verify` says more")])
-        rows = tuple(_mutated(run, mutation) for mutation in chosen)
+        rows = tuple(_mutated(run, mutation, due) for mutation in chosen)
         harmless = (whole, *_controls(run)) if controls else (whole,)
     return MutationTable(
         layout=str(layout),
@@ -119,12 +123,19 @@ def _chosen(mutations: Sequence[Mutation], names: Sequence[str] | None) -> list[
     return [known[name] for name in names] if names is not None else list(mutations)
 
 
-def _mutated(run: _Run, mutation: Mutation) -> MutationRow:
-    """One mistake, and what became of it."""
+def estimate(count: int) -> str:
+    """How long that many mistakes will take, in words."""
+    least, most = (max(1, round(count * seconds / 60)) for seconds in SECONDS)
+    minutes = f"{least}" if least == most else f"{least} to {most}"
+    return f"{count} mistakes, about {minutes} min"
+
+
+def _mutated(run: _Run, mutation: Mutation, due: Sequence[str]) -> MutationRow:
+    """One mistake of those that are ``due``, and what became of it."""
     row = MutationRow(mutation.name, mutation.description, mutation.module, mutation.cause)
     if not mutation.applies(run.config, run.tensors):
         return replace(row, skipped=f"needs {mutation.needs}")
-    run.say(f"{mutation.name}: {mutation.description}")
+    run.say(f"{due.index(mutation.name) + 1} of {len(due)}: {mutation.name}: {mutation.description}")
     begin = time.perf_counter()
     tensors = {name: tensor.clone() for name, tensor in run.tensors.items()}
     config = copy.deepcopy(run.config)
