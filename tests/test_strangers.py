@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from rich.text import Text
 
+from mdl import views
 from mdl.convert.prepare import Options, Prepared, prepare
 
 FAMILY = """
@@ -81,6 +83,12 @@ def prepared(stranger: Path, **given: Any) -> Prepared:
     return prepare(stranger, Options(arch=str(stranger.parent / "own" / "zinc.py"), **given))
 
 
+def shown(capsys: pytest.CaptureFixture[str], p: Prepared, *, reverse: bool = False) -> str:
+    capsys.readouterr()
+    views.show_plan(p, reverse=reverse)
+    return Text.from_ansi(capsys.readouterr().out).plain
+
+
 def test_a_head_of_its_own_is_read_from_the_tensors(stranger: Path) -> None:
     tied = prepared(stranger).dims.entries["tied"]
 
@@ -93,3 +101,20 @@ def test_a_family_without_a_head_is_taken_at_its_word(stranger: Path) -> None:
     own.write_text(own.read_text().replace("  head.weight: lm_head.weight\n", ""))
 
     assert prepared(stranger).dims.entries["tied"].source == "default"
+
+
+def test_a_plan_shows_the_shape_of_each_target(stranger: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = shown(capsys, prepared(stranger))
+
+    assert "[128, 96] + [64, 96] + [64, 96]" in text
+    assert "[160, 96] + " not in text  # gate and up are alike
+    assert "30 tensors, 1.15 MB, zinc → LlamaForCausalLM" in text
+
+
+def test_a_plan_backwards_counts_what_is_made(stranger: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = shown(capsys, prepared(stranger), reverse=True)
+    assert "21 tensors, 1.15 MB, LlamaForCausalLM → zinc" in text
+    assert "brought back" not in text
+
+    rounded = shown(capsys, prepared(stranger, dtype="bfloat16"), reverse=True)
+    assert "0 tensors, 0 B, LlamaForCausalLM → zinc; 21 can't be brought back" in rounded
