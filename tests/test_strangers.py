@@ -118,3 +118,13 @@ def test_a_plan_backwards_counts_what_is_made(stranger: Path, capsys: pytest.Cap
 
     rounded = shown(capsys, prepared(stranger, dtype="bfloat16"), reverse=True)
     assert "0 tensors, 0 B, LlamaForCausalLM → zinc; 21 can't be brought back" in rounded
+
+
+def test_a_rule_is_named_with_the_folder_of_its_mapping(stranger: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The user may have several mappings of one name."""
+    monkeypatch.chdir(stranger.parent)
+    assert {step.rule.rpartition("yaml:")[0] for step in prepared(stranger).plan.steps} == {"own/zinc."}
+
+    monkeypatch.chdir("/")
+    folder = str(stranger.parent / "own").lstrip("/")
+    assert {step.rule.rpartition("/")[0] for step in prepared(stranger).plan.steps} == {folder}
