@@ -16,6 +16,7 @@ from .expected import expected_target, expected_tensors
 from .inventory import take_inventory, with_prefix_of
 from .open import Checkpoint, open_checkpoint
 from .plan import Plan, make_plan
+from .strangers import refuse_strangers
 from .ties import tied_of
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -70,6 +71,7 @@ def recognise(path: Path, options: Options | None = None) -> Recognised:
     inventory = take_inventory(checkpoint, weights=options.weights)
     match = _match(inventory, options.arch)
     mapping = load_mapping(mapping_path(match.arch))
+    refuse_strangers(mapping, inventory, match.arch)
     given = dict(options.given)
     tied = given.pop("tied", None)
     measure = Measure(inventory, given)

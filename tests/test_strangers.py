@@ -11,6 +11,7 @@ from rich.text import Text
 
 from mdl import views
 from mdl.convert.prepare import Options, Prepared, prepare
+from mdl.errors import Kind, MdlError
 
 FAMILY = """
 from mdl.archs.base import Arch
@@ -128,3 +129,16 @@ def test_a_rule_is_named_with_the_folder_of_its_mapping(stranger: Path, monkeypa
     monkeypatch.chdir("/")
     folder = str(stranger.parent / "own").lstrip("/")
     assert {step.rule.rpartition("/")[0] for step in prepared(stranger).plan.steps} == {folder}
+
+
+def test_another_family_s_names_are_told_before_its_sizes_are_asked(stranger: Path) -> None:
+    for name in ("llama2c", "nanogpt", "llama_meta"):
+        with pytest.raises(MdlError) as caught:
+            prepare(stranger, Options(arch=name))
+
+        assert caught.value.kind is Kind.INPUT
+        first = caught.value.problems[0]
+        assert first.what.startswith("no tensor has a name that ")
+        assert "tok.weight" in first.what
+        assert "--set" not in str(caught.value)
+        assert "leave --arch out" in first.do
