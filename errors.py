@@ -14,7 +14,7 @@ class Kind(Enum):
     """The closed set of failures. The value is the process's exit code."""
 
     PARITY = 1
-    """vLLM does not compute what the reference computes."""
+    """vLLM does not compute what the reference computes, or refuses a layout whose files are all there."""
     USAGE = 2
     """The command line asks for something that makes no sense."""
     INPUT = 3

@@ -98,8 +98,32 @@ def show_plan(p: Prepared, *, reverse: bool) -> None:
         made.add_row(*_plan_row(steps, reverse=reverse))
     console = render.out()
     console.print(made)
+    console.print(f"\n{_total_back(p) if reverse else _total(p)}")
+
+
+def _total(p: Prepared) -> str:
     count = sum(len(step.targets) for step in p.plan.steps)
-    console.print(f"\n{count} tensors, {render.size(p.plan.nbytes)}, {p.arch.name} → {p.target}")
+    return f"{count} tensors, {render.size(p.plan.nbytes)}, {p.arch.name} → {p.target}"
+
+
+def _total_back(p: Prepared) -> str:
+    """What `mdl export` makes of a layout: the checkpoint's tensors, but for those that are lost."""
+    back = [step for step in p.plan.steps if _comes_back(step)]
+    count = sum(len(step.sources) for step in back)
+    lost = sum(len(step.sources) for step in p.plan.steps) - count
+    nbytes = sum(info.nbytes for step in back if step.kind != "tie" for s in step.sources for info in s.infos)
+    words = f"{count} tensors, {render.size(nbytes)}, {p.target} → {p.arch.name}"
+    return words + (f"; {lost} can't be brought back" if lost else "")
+
+
+def _comes_back(step: Step) -> bool:
+    """As export sees it: widening keeps every bit, other changes of type do not; a sum of ranks has no way back."""
+    from .mappings.tensors import ITEMSIZE
+
+    narrowed = step.source_dtype not in ("", step.dtype) and ITEMSIZE[step.dtype] <= ITEMSIZE[step.source_dtype]
+    mixed = any(s.join and s.join.how in ("sum", "mean") for s in step.sources)
+    one_way = any(isinstance(op, _OneWay) for op in _ops(step, reverse=True))
+    return step.kind == "tie" or (step.kind != "drop" and not (narrowed or mixed or one_way))
 
 
 def _by_rule(plan: Plan) -> list[list[Step]]:
@@ -132,9 +156,9 @@ def _plan_row(steps: list[Step], *, reverse: bool) -> tuple[str, ...]:
     if first.source_dtype and first.dtype != first.source_dtype:
         by.append(f"{first.source_dtype} → {first.dtype}")
     if reverse:
-        shape = _shape(first.sources[0].shape) if first.sources else ""
-        return targets, ", ".join(by) or first.kind, sources, shape, first.source_dtype, first.rule
-    return sources, ", ".join(by) or first.kind, targets, _shape(first.shapes[0]), first.dtype, first.rule
+        made = _shapes([s.shape for s in first.sources])
+        return targets, ", ".join(by) or first.kind, sources, made, first.source_dtype, first.rule
+    return sources, ", ".join(by) or first.kind, targets, _shapes(first.shapes), first.dtype, first.rule
 
 
 def _ops(step: Step, *, reverse: bool) -> Iterable[Any]:
@@ -150,6 +174,12 @@ def _ops(step: Step, *, reverse: bool) -> Iterable[Any]:
 
 class _OneWay:
     name = "ONE WAY: can't be undone"
+
+
+def _shapes(shapes: Iterable[tuple[int, ...]]) -> str:
+    """The shapes of what a step makes, in its order; one for all where they are the same."""
+    each = [_shape(shape) for shape in shapes]
+    return " + ".join(each if len(set(each)) > 1 else each[:1])
 
 
 def _shape(shape: tuple[int, ...]) -> str:

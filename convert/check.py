@@ -68,8 +68,9 @@ def quick_check(layout: Path, manifest: Manifest) -> list[Problem]:
 
 
 def unreadable(layout: Path, manifest: Manifest) -> list[Problem]:
-    """Weight files that are missing, cut short, or whose header lies: nothing can be run with them."""
-    return _read_headers(layout, manifest)[1]
+    """Files that are missing, and weight files that are cut short or whose header lies: nothing runs without them."""
+    missing = [layout / name for name in manifest.files if not (layout / name).is_file()]
+    return [*(Problem("is missing", str(path), _AGAIN) for path in missing), *_read_headers(layout, manifest)[1]]
 
 
 def _checked(

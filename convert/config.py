@@ -10,6 +10,8 @@ from typing import Any
 from .tokenizer import TokenizerInfo
 
 _REQUIRED = ("architectures", "model_type", "vocab_size", "tie_word_embeddings")
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+"""What config.json holds beside the planned fields: the tokenizer's, which no plan knows."""
 
 
 def write_configs(
@@ -24,7 +26,7 @@ def write_configs(
     missing = [key for key in _REQUIRED if key not in config]
     if missing:  # vLLM would create a model of zero layers without a word
         raise ValueError(f"hf_config leaves out {missing}")
-    ids = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad}
+    ids = dict(zip(TOKEN_IDS, (tokenizer.bos, tokenizer.eos, tokenizer.pad), strict=True))
     ids |= {key: config[key] for key in ids if config.get(key) is not None}
     _dump(out / "config.json", {**config, **ids})
     known = {key: value for key, value in ids.items() if value is not None}

@@ -11,13 +11,13 @@ from ..archs.base import Arch, Dim, Dims, Inventory, Match, Measure, boolean
 from ..archs.registry import detect, evidence, load_arch, mapping_path
 from ..errors import input_error, usage_error
 from ..mappings.expand import Expanded, expand, names_target
-from ..mappings.ops import OpError
 from ..mappings.parse import Mapping, load_mapping
-from ..mappings.tensors import TensorInfo
 from .expected import expected_target, expected_tensors
 from .inventory import take_inventory, with_prefix_of
 from .open import Checkpoint, open_checkpoint
-from .plan import Plan, Source, joined_shape, make_plan
+from .plan import Plan, make_plan
+from .strangers import refuse_strangers
+from .ties import tied_of
 
 DTYPES = ("float32", "bfloat16", "float16")
 """What ``dtype`` may ask for: float8 needs scales, and no engine serves float64."""
@@ -71,6 +71,7 @@ def recognise(path: Path, options: Options | None = None) -> Recognised:
     inventory = take_inventory(checkpoint, weights=options.weights)
     match = _match(inventory, options.arch)
     mapping = load_mapping(mapping_path(match.arch))
+    refuse_strangers(mapping, inventory, match.arch)
     given = dict(options.given)
     tied = given.pop("tied", None)
     measure = Measure(inventory, given)
@@ -80,7 +81,7 @@ def recognise(path: Path, options: Options | None = None) -> Recognised:
         inventory = with_prefix_of(inventory, target)
     expanded = expand(mapping, dims.sizes(), dims.flags(), target)
     said = dims.entries.get("tied") or _said_tied(tied)
-    dims = dims.having("tied", _tied(expanded, inventory, said))
+    dims = dims.having("tied", tied_of(expanded, inventory, said, match.arch, dims))
     return Recognised(checkpoint, inventory, match, dims, mapping, expanded)
 
 
@@ -126,60 +127,3 @@ def _said_tied(given: str | None) -> Dim | None:
         return Dim(boolean(given), "user", f"--set tied={given}")
     except ValueError:
         raise usage_error(f"--set tied={given}: expected true or false") from None
-
-
-def _tied(expanded: Expanded, inventory: Inventory, said: Dim | None) -> Dim:
-    """Whether the output head is the embedding: by absence, by shared memory, or by comparing every bit. Who says that
-    it is must be right."""
-    if said is not None and not said.value:
-        return said
-    found = _compare_ties(expanded, inventory)
-    if said is not None and not found.value:
-        do = "set it to false: both will be written"
-        raise input_error(f"{said.because}, but {found.because}", inventory.path, do)
-    return said or found
-
-
-def _compare_ties(expanded: Expanded, inventory: Inventory) -> Dim:
-    if not expanded.ties:
-        return Dim(False, "default", "the family ties nothing")
-    present = [tie for tie in expanded.ties if tie.source in inventory]
-    first = (present or expanded.ties)[0]
-    if not present:
-        return Dim(True, "shapes", f"there is no {first.source}: the head is {first.twin}")
-    because = "share one storage"
-    for tie in present:
-        if tie.twin not in inventory:
-            return Dim(False, "shapes", f"there is {tie.source}, but no {tie.twin}")
-        if _one_storage(inventory.tensors[tie.source], inventory.tensors[tie.twin]):
-            continue
-        if not _equal(expanded, inventory, tie.source, tie.twin):
-            return Dim(False, "values", f"{tie.source} and {tie.twin} differ")
-        because = "are equal, bit for bit"
-    return Dim(True, "values", f"{first.source} and {first.twin} {because}")
-
-
-def _one_storage(a: tuple[TensorInfo, ...], b: tuple[TensorInfo, ...]) -> bool:
-    """Whether two tensors are one piece of memory, rank by rank: tied in the checkpoint itself."""
-    keys = [[(i.storage, i.offset, i.shape, i.stride, i.dtype) for i in infos] for infos in (a, b)]
-    return keys[0] == keys[1]
-
-
-def _equal(expanded: Expanded, inventory: Inventory, a: str, b: str) -> bool:
-    """Compare two tensors of different storages, rank files joined; stops at the first difference."""
-    infos = inventory.tensors[a], inventory.tensors[b]
-    joins = [expanded.joins.get(name) if inventory.ranks > 1 else None for name in (a, b)]
-    try:
-        shapes = [
-            joined_shape(join, [i.shape for i in info]) if join else info[0].shape
-            for join, info in zip(joins, infos, strict=True)
-        ]
-    except OpError:
-        return False  # the plan names what does not fit
-    if shapes[0] != shapes[1] or infos[0][0].dtype != infos[1][0].dtype:
-        return False
-    from .sources import Files, lazy_source, same_values
-
-    with Files() as files:
-        one, other = (Source(n, i, s, j) for n, i, s, j in zip((a, b), infos, shapes, joins, strict=True))
-        return same_values(lazy_source(files, one), lazy_source(files, other))

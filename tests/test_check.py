@@ -202,6 +202,14 @@ def test_what_nothing_can_run_with(layout: Path) -> None:
     assert [Path(p.where).name for p in unreadable(layout, manifest)] == [FIRST, SECOND]
 
 
+@pytest.mark.parametrize("name", ["config.json", INDEX])
+def test_nothing_can_run_without_a_file_that_is_no_weights_either(name: str, layout: Path) -> None:
+    manifest = read_manifest(layout)
+    remove(name)(layout)
+
+    assert [(Path(p.where).name, p.what) for p in unreadable(layout, manifest)] == [(name, "is missing")]
+
+
 def test_a_note_beside_the_weights_is_no_problem(layout: Path) -> None:
     (layout / "README.md").write_text("how this was trained")
 

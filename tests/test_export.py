@@ -121,6 +121,7 @@ def test_every_one_way_operation_is_told(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(targets, "_known", lambda: {"MadeUp": stub_target(wanted)})
 
     options = Options(arch=str(write_family(tmp_path / "family", LOSSY)))
+    monkeypatch.chdir(tmp_path / "family")  # from where the mapping is named by its name alone
     done, back = there_and_back(tmp_path / "x.pt", tmp_path, options)
 
     assert sorted(problem.what.partition(":")[0] for problem in done.lost) == [

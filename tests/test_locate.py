@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from mdl.mappings.moves import Split
 from mdl.mappings.tensors import TensorInfo
 from mdl.validate import hypothesis
 from mdl.validate.client import Engine
+from mdl.validate.golden import foreign_reference, golden_reference, record_checkpoint
 from mdl.validate.inputs import make_inputs
 from mdl.validate.locate import locate
 from mdl.validate.reference import Reference, builtin_reference, user_reference
@@ -480,6 +482,24 @@ def test_parts_that_a_rule_splits_are_tried_in_each_other_s_place() -> None:
     assert len(rest) == 2
 
 
+def test_a_value_that_no_dim_decides_is_laid_to_who_wrote_it() -> None:
+    """rope_theta is 10000 by the dims, but this family writes what it likes."""
+
+    def hf_config(dims: Config) -> Config:
+        return {"hidden_size": dims["hidden"], "limit": 500_000, "rope_theta": 500_000.0, "bias": False}
+
+    prepared: Any = SimpleNamespace(arch=SimpleNamespace(hf_config=hf_config), dims={"hidden": 64, "rope_theta": 1e4})
+
+    assert hypothesis.field_of(prepared, {"hidden": 65}) == "config.json: hidden_size"
+    theta = hypothesis.field_of(prepared, {"rope_theta": 5e5})
+    assert theta == "config.json: rope_theta, written by test_locate.py's hf_config"
+    base = hypothesis.field_of(prepared, {"rotary_base": 5e5})
+    assert base == "config.json: limit, rope_theta, written by test_locate.py's hf_config"
+    other = hypothesis.field_of(prepared, {"rope_theta": 1e6})
+    assert other == theta  # it holds neither value, but the name is the dim's own
+    assert hypothesis.field_of(prepared, {"activation": "gelu"}) == "config.json: a value that it does not hold"
+
+
 USERS = """
 import torch
 from mdl.archs.eager.llama_meta import build as eager
@@ -519,6 +539,47 @@ def test_a_users_reference_is_looked_into_where_its_names_match(
     else:
         assert found.module == ""
         assert "return from build a torch.nn.Module" in found.hypothesis
+
+
+def elsewhere(file: Path, source: Path, folder: Path) -> Reference:
+    """The user's code in another process, on the layout's own checkpoint."""
+    return foreign_reference(f"{file}:build", source, sys.executable, prepare(source), 0, dtypes=())
+
+
+def of_another(file: Path, source: Path, folder: Path) -> Reference:
+    """A recording of it, of another checkpoint."""
+    other = make.llama2c(folder / "other.pt", layers=3, seed=9)
+    record_checkpoint(other, f"{file}:build", folder / "golden.safetensors", Options())
+    return golden_reference(folder / "golden.safetensors", files=[source])
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    ("made", "cause", "why"),
+    [
+        (elsewhere, "the reference's own code", f"model.py:build, run by {sys.executable} ran in another process"),
+        (of_another, "the golden file was recorded from other files than", "was recorded: its logits are known"),
+    ],
+)
+def test_what_cannot_be_looked_into_says_why(
+    made: Callable[[Path, Path, Path], Reference],
+    cause: str,
+    why: str,
+    good: dict[str, tuple[Path, Path]],
+    tmp_path: Path,
+    engine: Engine,
+) -> None:
+    """The user's code did return a module, so to return one is no advice."""
+    source, layout = good["llama2c"]
+    file = tmp_path / "model.py"
+    file.write_text(USERS.replace("{returned}", "Model(inner)"))
+    found = find(source, layout, engine, tmp_path / "scratch", made(file, source, tmp_path))
+
+    assert found is not None
+    assert found.governed_by.startswith(cause)
+    assert why in found.hypothesis
+    assert "verify with --reference FILE.py:FUNCTION" in found.hypothesis
+    assert "return from build" not in found.hypothesis
 
 
 def test_a_signature_is_read_from_positions_tokens_and_scales() -> None:

@@ -25,7 +25,8 @@ def errors(path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("path", BAD, ids=lambda path: path.stem)
-def test_a_bad_mapping_is_refused_with_every_error(path: Path) -> None:
+def test_a_bad_mapping_is_refused_with_every_error(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(path.parent)
     wanted = path.with_suffix(".txt").read_text(encoding="utf-8").replace("FILE", path.name).splitlines()
 
     assert errors(path) == wanted
@@ -48,10 +49,10 @@ def test_the_mappings_of_the_house_are_read(name: str) -> None:
 def test_positions_are_those_of_the_rules() -> None:
     mapping = parse_mapping("format: 1\ntitle: t\nkeep:\n  - a\n  - b\nrename:\n  c: d\n", "folder/x.yaml")
 
-    assert mapping.where(("keep", 1)) == "x.yaml:5:5"
-    assert mapping.where(("rename", "c")) == "x.yaml:7:3"
-    assert mapping.where(("rename", "c", "deeper")) == "x.yaml:7:3"  # the nearest node above
-    assert mapping.where(("unknown",)) == "x.yaml:1:1"
+    assert mapping.where(("keep", 1)) == "folder/x.yaml:5:5"
+    assert mapping.where(("rename", "c")) == "folder/x.yaml:7:3"
+    assert mapping.where(("rename", "c", "deeper")) == "folder/x.yaml:7:3"  # the nearest node above
+    assert mapping.where(("unknown",)) == "folder/x.yaml:1:1"
 
 
 def test_plain_words_stay_words() -> None:

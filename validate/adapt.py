@@ -14,6 +14,7 @@ from contextlib import suppress
 from typing import Any
 
 import torch
+import vllm
 import vllm.model_executor.models.registry as vllm_registry
 import zmq
 from vllm.distributed.parallel_state import get_pp_group
@@ -33,11 +34,13 @@ _PROCESSORS = "vllm.v1.worker.gpu.sample.logits_processor"
 
 
 def version(*names: str) -> str:
-    """The version of the first of these distributions that is installed (vLLM's CPU wheel has its own name)."""
+    """The version of the first of these distributions that is installed (vLLM's CPU wheel has its own name). Where none
+    is listed, as in a source tree, or while the environment is installed anew under a long run: vLLM's own word."""
     for name in names:
         with suppress(importlib.metadata.PackageNotFoundError):
-            return importlib.metadata.version(name)
-    return ""
+            if found := importlib.metadata.version(name):
+                return found
+    return str(vllm.__version__)
 
 
 def untried(found: str) -> list[str]:

@@ -63,11 +63,20 @@ def golden_reference(path: Path, *, files: Sequence[Path] = ()) -> Reference:
         with safe_open(path, "pt") as opened:
             return opened.get_tensor(f"logits.{numbers[tuple(ids)]:04d}")
 
-    notes = (*told["notes"], *_other_files(told, files))
+    other = _other_files(told, files)
     name = f"{told['reference']}, recorded with torch {told['torch']}"
     dtypes = (exact, *(dtype for dtype in floors if dtype != exact))
     return Reference(
-        name, logits, exact=told["exact"], notes=notes, inputs=inputs, free=False, dtypes=dtypes, floors=floors
+        name,
+        logits,
+        exact=told["exact"],
+        notes=(*((other,) if other else ()), *told["notes"]),
+        inputs=inputs,
+        free=False,
+        dtypes=dtypes,
+        floors=floors,
+        closed="was recorded: its logits are known, its modules are not",
+        other=other,
     )
 
 
@@ -89,11 +98,11 @@ def _floors(opened: Any, dtype: str, count: int) -> tuple[Distance, ...]:
     return tuple(Distance(tuple(error), tuple(scale)) for error, scale in found)
 
 
-def _other_files(told: Mapping[str, Any], files: Sequence[Path]) -> tuple[str, ...]:
+def _other_files(told: Mapping[str, Any], files: Sequence[Path]) -> str:
     recorded = {(f["size"], f["sha256_ends"]) for f in told["checkpoint"]}
     now = [(f["file"], (f["size"], f["sha256_ends"])) for path in files for f in record.fingerprints(path)]
     others = [name for name, key in now if key not in recorded]
-    return (f"the golden file was recorded from other files than {', '.join(others)}",) if others else ()
+    return f"the golden file was recorded from other files than {', '.join(others)}" if others else ""
 
 
 def foreign_reference(
@@ -126,7 +135,8 @@ def foreign_reference(
     out = folder / "golden.safetensors"
     record_golden(checkpoint, spec, out, inputs, python=python, rounded=rounded, dtypes=dtypes, timeout=timeout)
     found = golden_reference(out)
-    return replace(found, name=f"{spec}, run by {python}", logits=logits)
+    closed = "ran in another process, where its modules can't be reached"
+    return replace(found, name=f"{spec}, run by {python}", logits=logits, closed=closed)
 
 
 def record_golden(

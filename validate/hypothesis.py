@@ -12,10 +12,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import combinations, islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ..archs.base import Dim, Dims, Value
 from ..archs.guard import build_eager
+from ..convert.config import TOKEN_IDS
 from ..convert.prepare import Prepared
 from ..errors import MdlError
 from ..mappings.lazy import Lazy
@@ -111,8 +113,7 @@ def _having(dims: Dims, changed: Mapping[str, Value]) -> Dims:
 def differences(config: Mapping[str, Any], planned: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Dotted paths at which a layout's config.json is not what the checkpoint's would be: (there, planned)."""
     theirs, ours = dict(_flat(config)), dict(_flat(planned))
-    tops = {path.partition(".")[0] for path in ours}
-    known = [path for path in {**ours, **theirs} if path.partition(".")[0] in tops]
+    known = [path for path in {**ours, **theirs} if path in ours or path not in TOKEN_IDS]
     return {path: (theirs.get(path), ours.get(path)) for path in known if theirs.get(path) != ours.get(path)}
 
 
@@ -181,7 +182,26 @@ def field_of(prepared: Prepared, dims: Mapping[str, Value]) -> str:
     """The fields of config.json that these dims decide."""
     before, after = dict(_config(prepared, {}, {})), dict(_config(prepared, dims, {}))
     paths = [path for path in {**before, **after} if before.get(path) != after.get(path)]
-    return "config.json: " + (", ".join(paths) or "a value that it does not hold")
+    if paths:
+        return "config.json: " + ", ".join(paths)
+    written = _written(before, dims)
+    if not written:
+        return "config.json: a value that it does not hold"
+    return f"config.json: {', '.join(written)}, written by {_author(prepared.arch.hf_config)}"
+
+
+def _written(config: Mapping[str, Any], dims: Mapping[str, Value]) -> list[str]:
+    """Fields that hold such a value although no dim decides them: the family's hf_config wrote it, whatever the dims
+    say. A field of the dim's own name goes before others that happen to hold the same."""
+    own = [path for path in config if path.rpartition(".")[2] in dims]
+    same = [path for path, value in config.items() if not isinstance(value, bool | None) and value in dims.values()]
+    return [path for path in own if path in same] or same or own
+
+
+def _author(function: Callable[..., Any]) -> str:
+    code = getattr(function, "__code__", None)
+    name = getattr(function, "__name__", "hf_config")
+    return f"{Path(code.co_filename).name}'s {name}" if code else f"the family's {name}"
 
 
 def often_mistaken(prepared: Prepared) -> Iterator[Change]:

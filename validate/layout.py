@@ -9,7 +9,7 @@ from typing import Any
 import xxhash
 
 from ..convert.check import check_layout
-from ..convert.config import read_config
+from ..convert.config import TOKEN_IDS, read_config
 from ..convert.expected import expected_tensors
 from ..convert.manifest import Manifest
 from ..convert.prepare import Prepared
@@ -37,6 +37,10 @@ def layout_problems(
         Problem(f"{key} is {config.get(key)!r}, the checkpoint makes it {value!r}", config_path, "convert again")
         for key, value in prepared.config.items()
         if config.get(key) != value
+    ]
+    problems += [  # vLLM reads fields that no plan wrote (a window, a scaling) as gladly as the others
+        Problem(f"{key} is {config[key]!r}, the checkpoint makes no such field", config_path, "convert again")
+        for key in config.keys() - prepared.config.keys() - set(TOKEN_IDS)
     ]
     have = {name: tuple(fact["shape"]) for name, fact in manifest.tensors.items()}
     problems += [

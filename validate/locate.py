@@ -64,7 +64,7 @@ def locate(
     """
     names = [source.name for step in prepared.plan.writes for source in step.sources]
     seen = watch(reference, ids, names) if reference.exact else None
-    stands_in = seen is None
+    stands_in, other = seen is None, reference.other
     if seen is None:
         reference_of_ours = builtin_reference(prepared.arch, prepared.dims, prepared.plan)
         note = _why(reference, names)
@@ -82,7 +82,7 @@ def locate(
         culprit = find_culprit(answers, weights, least=SHARE * failing)
         if culprit is not None:
             return _located(layout, prepared, seen, answers, culprit, ids, note, weights)
-    return _nothing(answers, note) if stands_in else _around(layout, prepared, answers)
+    return _nothing(answers, note, other) if stands_in else _around(layout, prepared, answers)
 
 
 def find_culprit(answers: Sequence[Answer], weights: Weights | None = None, *, least: float = 0.0) -> Answer | None:
@@ -127,6 +127,11 @@ def _around(layout: Path, prepared: Prepared, answers: Sequence[Answer]) -> Loca
 
 
 def _why(reference: Reference, names: Sequence[str]) -> str:
+    if reference.closed:
+        return (
+            f"{reference.name} {reference.closed}, so mdl's own eager forward stood in (to have yours looked into, "
+            "verify with --reference FILE.py:FUNCTION in an environment that has vLLM too, without --reference-python)"
+        )
     module = names[0].rpartition(".")[0] if names else ""
     return (
         f"no module of {reference.name} is named as the checkpoint's tensors are, so mdl's own eager forward stood in "
@@ -134,9 +139,12 @@ def _why(reference: Reference, names: Sequence[str]) -> str:
     )
 
 
-def _nothing(answers: Sequence[Answer], note: str) -> Located:
+def _nothing(answers: Sequence[Answer], note: str, other: str) -> Located:
+    """The layout is what mdl makes of it. Where the reference saw another checkpoint, that comes before its code."""
     words = "vLLM's modules compute what mdl's own eager forward computes: the reference is another model"
-    return Located("", "", 0.0, 0.0, words, "the reference's own code", note, _layers(answers))
+    if other:
+        note = f"record it again from this checkpoint; {note}"
+    return Located("", "", 0.0, 0.0, words, other or "the reference's own code", note, _layers(answers))
 
 
 def _layers(answers: Sequence[Answer]) -> tuple[tuple[str, float, float], ...]:

@@ -23,7 +23,7 @@ from ..convert.check import INDEX
 from ..convert.config import read_config
 from ..convert.locks import reading
 from ..convert.manifest import NAME as MANIFEST
-from ..convert.manifest import Manifest, read_manifest
+from ..convert.manifest import Manifest
 from ..convert.prepare import Options, prepare
 from ..convert.run import convert
 from ..convert.values_judged import Allow
@@ -32,12 +32,14 @@ from .client import Engine
 from .kills import ControlRow, MutationRow, MutationTable
 from .mutations import Mutation, catalogue
 from .report import NAME as REPORT
-from .report import Check, Report
+from .report import REFUSED, Check, Report
 from .roles import Config, Tensors
-from .verify import Say, Settings, Side, judge_layout, reference_side, source_of, verify
+from .verify import Say, Settings, Side, judge_layout, read_whole, reference_side, source_of, verify
+
+SECONDS = (4, 10)
+"""What one mistake costs: a load of a small model and all its scenarios, on two cores."""
 
 _WEIGHTS = ".safetensors"
-_REFUSED = "failed to "  # what the checks say where vLLM did not load or run a layout
 
 
 @dataclass(frozen=True)
@@ -88,18 +90,19 @@ def run_mutations(
     begin = time.perf_counter()
     settings = replace(settings or Settings(), locate=locate)
     with reading(layout), tempfile.TemporaryDirectory(prefix="mdl-mutate-") as folder:
-        manifest, config = read_manifest(layout), read_config(layout)
+        manifest, config = read_whole(layout), read_config(layout)
         chosen = _chosen(catalogue(config), names)
-        say("running the reference")
-        side = reference_side(layout, source_of(manifest, settings), settings, Path(folder))
         tensors = read_tensors(layout, manifest)
+        due = [mutation.name for mutation in chosen if mutation.applies(config, tensors)]
+        say(f"{estimate(len(due))}; running the reference")
+        side = reference_side(layout, source_of(manifest, settings), settings, Path(folder))
         run = _Run(layout, manifest, config, tensors, settings, side, engine, Path(folder), say)
         say("the layout itself")
         whole = _control("unchanged", "the layout as it is", lambda: run.judge(layout))
         if whole.alarms:
             what = f"fails its own verification: {', '.join(whole.alarms)}"
             raise MdlError(Kind.PARITY, [Problem(what, str(layout), "mend that first: `mdl verify` says more")])
-        rows = tuple(_mutated(run, mutation) for mutation in chosen)
+        rows = tuple(_mutated(run, mutation, due) for mutation in chosen)
         harmless = (whole, *_controls(run)) if controls else (whole,)
     return MutationTable(
         layout=str(layout),
@@ -120,12 +123,19 @@ def _chosen(mutations: Sequence[Mutation], names: Sequence[str] | None) -> list[
     return [known[name] for name in names] if names is not None else list(mutations)
 
 
-def _mutated(run: _Run, mutation: Mutation) -> MutationRow:
-    """One mistake, and what became of it."""
+def estimate(count: int) -> str:
+    """How long that many mistakes will take, in words."""
+    least, most = (max(1, round(count * seconds / 60)) for seconds in SECONDS)
+    minutes = f"{least}" if least == most else f"{least} to {most}"
+    return f"{count} mistakes, about {minutes} min"
+
+
+def _mutated(run: _Run, mutation: Mutation, due: Sequence[str]) -> MutationRow:
+    """One mistake of those that are ``due``, and what became of it."""
     row = MutationRow(mutation.name, mutation.description, mutation.module, mutation.cause)
     if not mutation.applies(run.config, run.tensors):
         return replace(row, skipped=f"needs {mutation.needs}")
-    run.say(f"{mutation.name}: {mutation.description}")
+    run.say(f"{due.index(mutation.name) + 1} of {len(due)}: {mutation.name}: {mutation.description}")
     begin = time.perf_counter()
     tensors = {name: tensor.clone() for name, tensor in run.tensors.items()}
     config = copy.deepcopy(run.config)
@@ -157,11 +167,11 @@ def _from_error(row: MutationRow, error: MdlError) -> MutationRow:
 def _failed(report: Report) -> tuple[str, ...]:
     """The checks that failed; ``load`` or ``run`` where vLLM refused the layout."""
     failed = [check for check in report.checks if check.ok is False]
-    return tuple(check.measured.removeprefix(_REFUSED) if _refused(check) else check.name for check in failed)
+    return tuple(check.measured.removeprefix(REFUSED) if _refused(check) else check.name for check in failed)
 
 
 def _refused(check: Check) -> bool:
-    return check.measured.startswith(_REFUSED)
+    return check.measured.startswith(REFUSED)
 
 
 def _figures(report: Report) -> tuple[float | None, float | None]:

@@ -35,7 +35,8 @@ class Reference:
 
     A recorded reference is not ``free``: it answers for the sequences of ``inputs`` alone, and only in its exact
     precision. How far its own runs were from that is in ``floors``: precision → one distance per sequence.
-    ``module`` is the module behind a reference that runs here, if there is one, for those who want to hook it.
+    ``module`` is the module behind a reference that runs here, if there is one, for those who want to hook it;
+    ``closed`` says why there can be none. ``other`` says that it was made from another checkpoint than the one at hand.
     """
 
     name: str
@@ -47,6 +48,8 @@ class Reference:
     dtypes: tuple[str, ...] = PRECISIONS
     floors: Mapping[str, tuple[Distance, ...]] = field(default_factory=dict[str, tuple[Distance, ...]])
     module: torch.nn.Module | None = None
+    closed: str = ""
+    other: str = ""
 
     def floor(self, ids: list[int], dtype: str, exact: torch.Tensor) -> Distance:
         """How far this reference's own run in ``dtype`` is from its ``exact`` logits [T, V]: run, or recorded."""

@@ -13,6 +13,8 @@ from ..convert.manifest import NAME as MANIFEST
 from ..mappings.jsonable import to_json
 
 NAME = "mdl-report.json"
+REFUSED = "failed to "
+"""What a check measured where vLLM did not load or run the layout at all begins with this."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,10 @@ class Report:
         """One sentence."""
         if self.ok:
             return f"vLLM computes what {self.reference} computes"
+        if refused := next(
+            (c.measured for c in self.checks if c.name == "coverage" and c.measured.startswith(REFUSED)), ""
+        ):
+            return f"NOT the same model: vLLM {refused} the layout"
         failed = ", ".join(check.name for check in self.checks if check.ok is False)
         return f"NOT the same model: {failed or 'a check'} failed"
 

@@ -13,10 +13,10 @@ from typing import Any
 from ..convert.check import unreadable
 from ..convert.config import read_config
 from ..convert.locks import reading
-from ..convert.manifest import own_version, read_manifest
+from ..convert.manifest import Manifest, read_manifest
 from ..convert.prepare import Prepared
 from ..errors import Kind, MdlError, Problem, input_error
-from . import checks, scenarios
+from . import checks, facts, scenarios
 from .checks import Expected
 from .choose import check_settings, choose_reference, mapping_note, source_of
 from .client import Engine, EngineFailure, EngineResult, Scenario
@@ -83,9 +83,7 @@ def verify(
 
 def _verify(layout: Path, settings: Settings, engine: Engine | None, say: Say) -> Report:
     say("looking at the layout's files")
-    manifest = read_manifest(layout)
-    if problems := unreadable(layout, manifest):  # minutes before vLLM would fail on them
-        raise MdlError(Kind.INPUT, problems)
+    manifest = read_whole(layout)
     prepared = source_of(manifest, settings)
     with (
         # vLLM imports in its own process while the reference runs in this one
@@ -100,6 +98,15 @@ def _verify(layout: Path, settings: Settings, engine: Engine | None, say: Say) -
         return replace(report, seconds={"reference": round(spent, 2), **report.seconds})
 
 
+def read_whole(layout: Path) -> Manifest:
+    """The manifest of a layout. Raises MdlError (INPUT) where one of its files is missing or cut, minutes before vLLM
+    would fail on it: such a layout says nothing about the model."""
+    manifest = read_manifest(layout)
+    if problems := unreadable(layout, manifest):
+        raise MdlError(Kind.INPUT, problems)
+    return manifest
+
+
 def _environment(settings: Settings) -> dict[str, str]:
     """Several workers on one CPU cannot each have cores of their own, which vLLM insists on unless told otherwise."""
     return {"VLLM_CPU_OMP_THREADS_BIND": "nobind"} if _parallel(settings) else {}
@@ -107,7 +114,7 @@ def _environment(settings: Settings) -> dict[str, str]:
 
 def reference_side(layout: Path, prepared: Prepared, settings: Settings, scratch: Path) -> Side:
     """Choose the reference and run it on every sequence; exact logits go to ``scratch``, errors stay."""
-    prompts = _encode(layout, settings.prompts)
+    prompts = facts.encode(layout, settings.prompts)
     reference = choose_reference(prepared, settings, prompts)
     inputs = reference.inputs
     if inputs is None:
@@ -170,11 +177,11 @@ def judge_layout(layout: Path, side: Side, settings: Settings, engine: Engine, s
         dtype=dtype,
         ok=_passed(found),
         checks=tuple(found),
-        inputs=_describe(side.expected.inputs),
+        inputs=facts.describe(side.expected.inputs),
         seed=side.expected.inputs.seed,
-        trusted=() if settings.reference or settings.golden else _trusted(side.prepared),
+        trusted=() if settings.reference or settings.golden else facts.trusted(side.prepared),
         notes=(*side.reference.notes, *noted, *_vllm_notes(layout, result, found)),
-        versions=_versions(result),
+        versions=facts.versions(result),
         manifest=manifest_hash(layout),
         command=settings.command,
         seconds={name: round(value, 2) for name, value in seconds.items()},
@@ -308,46 +315,6 @@ def _locate(layout: Path, side: Side, engine: Engine, scratch: Path, evidence: E
             if found is not None:
                 return found
     return None
-
-
-def _encode(layout: Path, prompts: Sequence[str]) -> list[list[int]]:
-    """The user's prompts as token ids, by the layout's own tokenizer."""
-    if not prompts:
-        return []
-    path = layout / "tokenizer.json"
-    if not path.is_file():
-        raise input_error("no tokenizer, so no text prompts", str(layout), "convert with --tokenizer PATH")
-    from tokenizers import Tokenizer
-
-    tokenizer: Any = Tokenizer.from_file(str(path))
-    return [list(tokenizer.encode(prompt).ids) for prompt in prompts]
-
-
-def _trusted(prepared: Prepared) -> tuple[str, ...]:
-    """What mdl's own reference can't prove, because it was told the same: defaults and the user's word."""
-    entries = prepared.dims.entries.items()
-    return tuple(f"{name} = {d.value}: {d.because}" for name, d in entries if d.source in ("default", "user"))
-
-
-def _describe(inputs: Inputs) -> str:
-    kinds = [one.kind for one in inputs.sequences]
-    longest = max(len(one.ids) for one in inputs.sequences)
-    prompts = kinds.count("prompt")
-    own = f", {prompts} of your prompts" if prompts else ""
-    return (
-        f"{inputs.tokens} positions in {len(kinds)} sequences: {inputs.covered} of {inputs.vocab} tokens, "
-        f"longest {longest}{own}"
-    )
-
-
-def _versions(result: EngineResult | EngineFailure) -> dict[str, str]:
-    import torch
-
-    found = {"mdl": own_version(), "torch": torch.__version__}
-    if isinstance(result, EngineResult):
-        found |= dict(result.versions)
-        found |= {"model class": result.model_class, "attention": ", ".join(result.attention), "device": result.device}
-    return found
 
 
 def require_ok(report: Report) -> None:
