@@ -238,10 +238,8 @@ def keys_of(place: Sequence[int | str]) -> list[str]:
     if not words or words[-2:-1] == ("when",):
         return _keys(Section if words else MappingFile)
     if "ops" in words:
-        spec = next(
-            (s for s in OpSpec.__subclasses__() if get_args(s.model_fields["op"].annotation) == words[-1:]), None
-        )
-        return [key for key in _keys(spec) if key != "op"] if spec else []
+        specs = {get_args(spec.model_fields["op"].annotation)[0]: spec for spec in OpSpec.__subclasses__()}
+        return [key for key in _keys(specs[words[-1]]) if key != "op"] if words[-1] in specs else []
     tables = {"transform": Transform, "fill": Fill, "shards": Shards, "blocks": Blocks, "table": Tie}
     return _keys(tables[words[-1]]) if words[-1] in tables else []
 

@@ -110,7 +110,9 @@ LOSSY = """
         ops: [{parts: [[{permute_rope: {heads: heads}}], [{permute_rope: {heads: 1}}]]}, {concat: {axis: 0}}]
       - from: fused
         to: [a, b, c]
-        ops: [{split: {sizes: [8, 4, 2]}}, {parts: [[{permute_rope: {heads: heads}}, transpose], [{scale: {value: 2}}], []]}]
+        ops:
+          - split: {sizes: [8, 4, 2]}
+          - parts: [[{permute_rope: {heads: heads}}, transpose], [{scale: {value: 2}}], []]
     drop: {mask: a buffer}
 """
 

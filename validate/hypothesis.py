@@ -223,14 +223,13 @@ def reordered(prepared: Prepared, inside: Mapping[str, tuple[str, str]]) -> Iter
 def _rows_of(prepared: Prepared, inside: Mapping[str, tuple[str, str]], ends: tuple[str, ...]) -> Spans:
     """Which rows of each raw tensor become a target that ends so: all, or those that a rule first of all cuts off."""
     found: Spans = {}
-    for step in prepared.plan.writes:
-        name = step.sources[0].name if step.sources else ""
+    for step, source in ((step, s) for step in prepared.plan.writes for s in step.sources if s.name in inside):
         split = step.ops[0] if step.ops else None
-        if name in inside and isinstance(split, Split) and split.axis == 0 and len(split.sizes) == len(step.targets):
+        if isinstance(split, Split) and split.axis == 0 and len(split.sizes) == len(step.targets):
             cuts = zip(accumulate(split.sizes), split.sizes, step.targets, strict=True)
-            found[name] = [(stop - size, stop) for stop, size, target in cuts if target.endswith(ends)]
-        elif name in inside and inside[name][0].endswith(ends):
-            found[name] = [(0, step.sources[0].shape[0])]
+            found[source.name] = [(stop - size, stop) for stop, size, target in cuts if target.endswith(ends)]
+        elif inside[source.name][0].endswith(ends):
+            found[source.name] = [(0, source.shape[0])]
     return {name: spans for name, spans in found.items() if spans}
 
 
