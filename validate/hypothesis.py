@@ -223,7 +223,7 @@ def reordered(prepared: Prepared, inside: Mapping[str, tuple[str, str]]) -> Iter
 def _rows_of(prepared: Prepared, inside: Mapping[str, tuple[str, str]], ends: tuple[str, ...]) -> Spans:
     """Which rows of each raw tensor become a target that ends so: all, or those that a rule first of all cuts off."""
     found: Spans = {}
-    for step, source in ((step, s) for step in prepared.plan.writes for s in step.sources if s.name in inside):
+    for step, source in ((one, s) for one in prepared.plan.writes for s in one.sources if s.name in inside):
         split = step.ops[0] if step.ops else None
         if isinstance(split, Split) and split.axis == 0 and len(split.sizes) == len(step.targets):
             cuts = zip(accumulate(split.sizes), split.sizes, step.targets, strict=True)

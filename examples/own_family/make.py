@@ -1,7 +1,9 @@
-"""Writes a small random checkpoint as the training script would: python make.py
+"""Writes ckpt.pt beside itself, small and random, as the training script would: python make.py
 
 Weights have unit gain, so that attention is far from uniform; with small weights a rotary mistake would hardly show.
 """
+
+from pathlib import Path
 
 import torch
 from model import Decoder
@@ -19,7 +21,8 @@ def main() -> None:
                 weight.uniform_(0.5, 1.5)
             else:
                 weight.normal_(0, 1 if name.startswith("embed") else weight.shape[1] ** -0.5)
-    torch.save({"weights": model.state_dict(), "hp": HP}, "ckpt.pt")
+    torch.save({"weights": model.state_dict(), "hp": HP}, Path(__file__).with_name("ckpt.pt"))
+    print(f"ckpt.pt: {len(model.state_dict())} tensors under 'weights', and their sizes under 'hp'")
 
 
 if __name__ == "__main__":
