@@ -5,7 +5,7 @@ log=$(mktemp)
 echo "\$ mdl serve $1 --port 8123 &"
 mdl -q serve "$1" --port 8123 > "$log" 2>&1 &
 server=$!
-trap 'kill $server; wait $server || true; rm -f "$log"' EXIT
+trap 'kill $server 2> /dev/null || true; wait $server || true; rm -f "$log"' EXIT
 until grep -q ready "$log"; do
     kill -0 $server 2> /dev/null || { cat "$log"; exit 1; }
     sleep 1
