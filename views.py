@@ -151,7 +151,7 @@ def _plan_row(steps: list[Step], *, reverse: bool) -> tuple[str, ...]:
     joins = [(s.join.how + str(s.join.axis) * (s.join.how == "cat"), len(s.infos)) for s in first.sources if s.join]
     by = [
         *(f"{how} of {count}" for how, count in dict.fromkeys(joins)),
-        *(str(op.name) for op in _ops(first, reverse=reverse)),
+        *(_words(op) for op in _ops(first, reverse=reverse)),
     ]
     if first.source_dtype and first.dtype != first.source_dtype:
         by.append(f"{first.source_dtype} → {first.dtype}")
@@ -170,6 +170,14 @@ def _ops(step: Step, *, reverse: bool) -> Iterable[Any]:
         return invert(step.ops, [s.shape for s in step.sources], step.source_dtype or step.dtype)
     except OpError:
         return (_OneWay(),)
+
+
+def _words(op: Any) -> str:
+    """An operation as the table names it: ``parts (permute_rope; permute_rope; keep)``."""
+    lists = getattr(op, "parts", None)
+    if lists is None:
+        return str(op.name)
+    return f"{op.name} ({'; '.join(', '.join(_words(o) for o in ops) or 'keep' for ops in lists)})"
 
 
 class _OneWay:

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from ..archs.base import Value
 from ..errors import input_error
-from ..mappings import moves, values
+from ..mappings import moves, parts, values
 from ..mappings.expand import Join
 from ..mappings.jsonable import plain, strict_loads, to_json
 from ..mappings.ops import Op
@@ -24,7 +24,7 @@ NAME = "mdl.json"
 FORMAT = 1
 _OPS: dict[str, type[Op]] = {
     cls.name: cls
-    for module in (moves, values)
+    for module in (moves, parts, values)
     for cls in vars(module).values()
     if isinstance(cls, type) and issubclass(cls, Op) and cls.name
 }
@@ -189,13 +189,26 @@ def describe_step(step: Step) -> dict[str, Any]:
 
 def describe_op(op: Op) -> dict[str, Any]:
     """An operation as ``{"op": name, **arguments}``."""
-    return {"op": op.name, **plain(dataclasses.asdict(op))}
+    return {"op": op.name, **{f.name: _described(getattr(op, f.name)) for f in dataclasses.fields(op)}}
+
+
+def _described(argument: Any) -> Any:
+    if isinstance(argument, Op):
+        return describe_op(argument)
+    if isinstance(argument, tuple):
+        return [_described(a) for a in cast("tuple[Any, ...]", argument)]
+    return plain(argument)
 
 
 def revive_op(data: Map[str, Any]) -> Op:
     """The operation that :func:`describe_op` described."""
-    arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k != "op"}
-    return _OPS[data["op"]](**arguments)
+    return _OPS[data["op"]](**{name: _revived(v) for name, v in data.items() if name != "op"})
+
+
+def _revived(argument: Any) -> Any:
+    if isinstance(argument, dict):  # the only tables among arguments are operations
+        return revive_op(cast("dict[str, Any]", argument))
+    return tuple(_revived(a) for a in cast("list[Any]", argument)) if isinstance(argument, list) else argument
 
 
 def revive_join(data: Map[str, Any] | None) -> Join | None:

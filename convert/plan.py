@@ -197,7 +197,8 @@ class _Planner:
 
     def _fits(self, rule: Rule, shapes: tuple[Shape, ...], dtype: str) -> bool:
         if len(shapes) != len(rule.targets):
-            self._problem(f"{len(shapes)} tensors come out for {len(rule.targets)} targets", rule.where)
+            do = "split makes several of one, concat and stack one of several"
+            self._problem(f"{len(shapes)} tensors come out for {len(rule.targets)} targets", rule.where, do)
             return False
         fine = True
         for name, shape in zip(rule.targets, shapes, strict=True):
@@ -205,7 +206,8 @@ class _Planner:
             if want is None:
                 self._problem(f"makes {name}, which the target class does not have", rule.where)
             elif want != shape:
-                self._problem(f"{name} would be {list(shape)}, the target class has {list(want)}", rule.where)
+                do = _mend(shape, want)
+                self._problem(f"{name} would be {list(shape)}, the target class has {list(want)}", rule.where, do)
             elif dtype not in FLOATING:
                 self._problem(f"{name} would be {dtype}: a weight must be a floating type", rule.where)
             else:
@@ -267,3 +269,12 @@ def _majority(steps: Iterable[Step]) -> str:
         for shape in step.shapes:
             count[step.dtype] += math.prod(shape) * ITEMSIZE[step.dtype] if len(shape) > 1 else 1
     return count.most_common(1)[0][0] if count else "float32"
+
+
+def _mend(shape: Shape, want: Shape) -> str:
+    """What to look at when a tensor has not the shape that its class has."""
+    if shape != want and shape == want[::-1]:
+        return "add or take away transpose"
+    if math.prod(shape) == math.prod(want):
+        return "the same number of values: reshape, or another order of operations"
+    return "the class's shape follows from config.json: look at the sizes in hf_config, and at this rule's operations"

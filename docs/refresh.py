@@ -5,7 +5,7 @@
 
 Commands run one after another in a scratch folder that holds a copy of examples/. A block between
 ``<!-- run: COMMAND -->`` and ``<!-- end -->`` holds the command's output; ``run quick:`` marks those that need no vLLM.
-``<!-- table: archs -->`` holds the table of architectures.
+``<!-- table: archs -->`` holds the table of architectures, ``<!-- file: PATH -->`` the text of a file.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from mdl.archs.registry import all_archs
 
 ROOT = Path(__file__).parent.parent
-BLOCK = re.compile(r"<!-- (run quick|run|table): (.*?) -->\n(.*?)<!-- end -->", re.DOTALL)
+BLOCK = re.compile(r"<!-- (run quick|run|table|file): (.*?) -->\n(.*?)<!-- end -->", re.DOTALL)
 
 
 def output_of(command: str, folder: Path) -> str:
@@ -50,6 +50,11 @@ def archs_table() -> str:
     return "\n".join(["| name | checkpoints of | written by | served as |", "|---|---|---|---|", *rows]) + "\n"
 
 
+def file_block(path: Path) -> str:
+    """A file as it is."""
+    return f"```{path.suffix.removeprefix('.').replace('py', 'python')}\n{path.read_text(encoding='utf-8')}```\n"
+
+
 def refreshed(text: str, folder: Path, *, quick: bool) -> str:
     """The page with its blocks made anew."""
 
@@ -57,8 +62,8 @@ def refreshed(text: str, folder: Path, *, quick: bool) -> str:
         kind, argument, _ = match.groups()
         if kind == "run" and quick:
             return match[0]
-        made: Callable[[], str] = archs_table if kind == "table" else lambda: output_of(argument, folder)
-        return f"<!-- {kind}: {argument} -->\n{made()}<!-- end -->"
+        made: dict[str, Callable[[], str]] = {"table": archs_table, "file": lambda: file_block(folder / argument)}
+        return f"<!-- {kind}: {argument} -->\n{made.get(kind, lambda: output_of(argument, folder))()}<!-- end -->"
 
     return BLOCK.sub(replace, text)
 

@@ -18,6 +18,7 @@ class Transpose(Single):
     """Swap the two dimensions of a matrix: nn.Linear's [out, in] against Conv1D's [in, out]."""
 
     name: ClassVar[str] = "transpose"
+    alike: ClassVar[bool] = True
 
     def shape1(self, shape: Shape) -> Shape:
         if len(shape) != 2:

@@ -27,6 +27,11 @@ class Op:
     name: ClassVar[str] = ""
 
     @property
+    def inner(self) -> tuple[Op, ...]:
+        """The operations that this one is made of; none for most."""
+        return ()
+
+    @property
     def one_way(self) -> bool:
         """Whether the operation loses something, so that no plan can be reversed through it."""
         return False
@@ -50,9 +55,17 @@ class Op:
 
 @dataclass(frozen=True)
 class Single(Op):
-    """An operation on one tensor; of several, each gets it."""
+    """An operation on one tensor.
+
+    Sizes and factors are one tensor's own: the heads of q are not those of k, and v has no rotary pairs. So several
+    tensors are refused, unless the operation has no arguments, as ``alike`` says.
+    """
+
+    alike: ClassVar[bool] = False
 
     def shape(self, shapes: list[Shape]) -> list[Shape]:
+        if len(shapes) != 1 and not self.alike:
+            raise OpError(f"{self.name} takes one tensor, got {len(shapes)}: give each its own operations with parts")
         return [self.shape1(shape) for shape in shapes]
 
     def apply(self, xs: list[Lazy]) -> list[Lazy]:
@@ -76,19 +89,20 @@ class Trace:
     dtype: str = ""
 
 
-def trace(ops: tuple[Op, ...], shapes: list[Shape], dtype: str) -> Trace:
-    """Follow shapes and dtype through a pipeline. Raises OpError at the first operation that does not fit."""
+def trace(ops: tuple[Op, ...], shapes: list[Shape], dtype: str = "") -> Trace:
+    """Follow shapes, and a dtype if there is one, through a pipeline. Raises OpError at the first that does not fit."""
     steps = [shapes]
     for op in ops:
         steps.append(op.shape(steps[-1]))
-        dtype = op.dtype(dtype)
+        dtype = op.dtype(dtype) if dtype else ""
     return Trace(steps, dtype)
 
 
-def invert(ops: tuple[Op, ...], shapes: list[Shape], dtype: str) -> tuple[Op, ...]:
+def invert(ops: tuple[Op, ...], shapes: list[Shape], dtype: str = "") -> tuple[Op, ...]:
     """The pipeline that undoes ``ops`` on tensors of these input shapes. Raises OpError at a one-way operation."""
     steps = trace(ops, shapes, dtype).shapes
     for op in ops:
         if op.one_way:
-            raise OpError(f"{op.name} cannot be undone exactly")
+            names = ", ".join(dict.fromkeys(o.name for o in op.inner if o.one_way)) or op.name
+            raise OpError(f"{names} cannot be undone exactly")
     return tuple(op.inverse(steps[k]) for k, op in reversed(list(enumerate(ops))))

@@ -47,6 +47,9 @@ def place(path: str) -> str:
 
 def load_mapping(path: Path) -> Mapping:
     """Read and check one mapping file. Raises MdlError (INPUT) that lists all errors as ``file:line:col``."""
+    if not path.exists():
+        do = f"write {path.name} beside {path.stem}.py: what becomes of every tensor (docs/mappings.md)"
+        raise MdlError(Kind.INPUT, [Problem("there is no such mapping", str(path), do)])
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -138,7 +141,7 @@ class _Reader:
         if isinstance(node, SequenceNode):
             items = (self.value(child, (*loc, k)) for k, child in enumerate(node.value))
             values = tuple(items)
-            return tuple(_named_op(v) for v in values) if loc and loc[-1] == "ops" else values
+            return tuple(_named_op(v) for v in values) if _holds_operations(loc) else values
         return self._scalar(cast("ScalarNode", node))
 
     def _mapping(self, node: MappingNode, loc: Loc) -> dict[str, Any]:
@@ -172,12 +175,19 @@ class _Reader:
         self.problems.append(Problem(what, f"{place(self.path)}:{mark.line + 1}:{mark.column + 1}"))
 
 
+def _holds_operations(loc: Loc) -> bool:
+    """Whether a list at this place is one of operations: ``ops``, or one of the lists of ``parts``."""
+    return loc[-1:] == ("ops",) or (loc[-2:-1] == ("parts",) and "ops" in loc)
+
+
 def _named_op(value: Any) -> Any:
-    """``transpose`` and ``{permute_rope: {heads: 4}}`` both become ``{op: name, **arguments}``."""
+    """``transpose``, ``{permute_rope: {heads: 4}}`` and ``{parts: [[…]]}`` become ``{op: name, **arguments}``."""
     if isinstance(value, str):
         return {"op": value}
     if isinstance(value, dict) and len(cast("dict[str, Any]", value)) == 1:
         ((name, arguments),) = cast("dict[str, Any]", value).items()
+        if name == "parts":
+            return {"op": name, "parts": arguments}
         if isinstance(arguments, dict):
             return {**cast("dict[str, Any]", arguments), "op": name}
         if arguments is None:
@@ -223,7 +233,7 @@ _EXPECTED = {
 def _message(error: dict[str, Any]) -> str:
     text = str(error["msg"]).removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
-        return "unknown key"
+        return _unknown_key(error["loc"])
     if error["type"] == "union_tag_invalid":
         context = cast("dict[str, str]", error["ctx"])
         return f"unknown operation {context['tag']!r}; known: {context['expected_tags'].replace(chr(39), '')}"
@@ -238,6 +248,13 @@ def _message(error: dict[str, Any]) -> str:
     if error["type"] in _EXPECTED:
         return f"must be {_EXPECTED[error['type']]}"
     return text[0].lower() + text[1:]
+
+
+def _unknown_key(loc: Sequence[int | str]) -> str:
+    from .schema import keys_of
+
+    known = keys_of(loc[:-1])
+    return f"unknown key; known: {', '.join(known)}" if known else "unknown key: there are no arguments here"
 
 
 def _line(where: str) -> tuple[int, int]:

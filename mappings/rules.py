@@ -13,6 +13,7 @@ from typing import Any
 
 from . import expr, moves, values
 from .ops import Op
+from .parts import Parts
 
 Data = Map[str, Any]
 
@@ -46,6 +47,9 @@ class _Arguments:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(expr.evaluate(n, self.sizes) for n in self.given[name])
 
+    def parts(self) -> tuple[tuple[Op, ...], ...]:
+        return tuple(tuple(_spec(op).bind(self.sizes, self.ranges) for op in ops) for ops in self.given["parts"])
+
     @property
     def axis(self) -> int:
         return self.given.get("axis", 0)
@@ -62,6 +66,7 @@ _BINDERS: dict[str, Callable[[_Arguments], Op]] = {
     "reshape": lambda a: moves.Reshape(a.shape("to")),
     "split": lambda a: moves.Split(a.axis, a.shape("sizes")),
     "concat": lambda a: moves.Concat(a.axis),
+    "parts": lambda a: Parts(a.parts()),
     "deinterleave_qkv": lambda a: moves.DeinterleaveQkv(a.size("heads"), a.size("kv_heads")),
     "reorder_heads": lambda a: moves.ReorderHeads(a.size("heads"), a.size("groups"), a.axis),
     "stack": lambda a: moves.Stack(a.axis, a.count),
@@ -151,5 +156,9 @@ def _section(data: Data) -> Section:
 
 
 def _transform(rule: Data) -> Transform:
-    ops = tuple(OpSpec(op["op"], {k: v for k, v in op.items() if k != "op"}) for op in rule.get("ops", ()))
+    ops = tuple(_spec(op) for op in rule.get("ops", ()))
     return Transform(rule["from"], rule.get("to"), rule.get("each", ()), ops)
+
+
+def _spec(op: Data) -> OpSpec:
+    return OpSpec(op["op"], {k: v for k, v in op.items() if k != "op"})

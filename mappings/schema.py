@@ -6,7 +6,8 @@ Field names are the YAML's own keys. Sizes may be integers or expressions of the
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypeAlias
+from collections.abc import Sequence
+from typing import Annotated, Literal, TypeAlias, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, StringConstraints, Tag
 
@@ -73,6 +74,13 @@ class ConcatSpec(OpSpec):
     axis: int = 0
 
 
+class PartsSpec(OpSpec):
+    """A list of operations for each tensor, in order; spelled ``{parts: [[…], […], []]}``."""
+
+    op: Literal["parts"]
+    parts: tuple[tuple[PartOp, ...], ...]
+
+
 class DeinterleaveQkvSpec(OpSpec):
     op: Literal["deinterleave_qkv"]
     heads: Size
@@ -125,24 +133,26 @@ class CastSpec(OpSpec):
     dtype: Literal["float32", "float16", "bfloat16", "float64"]
 
 
-AnyOp = Annotated[
+OneTensorSpec: TypeAlias = (
     TransposeSpec
     | PermuteRopeSpec
     | NegateHalfSpec
     | ReshapeSpec
     | SplitSpec
     | ConcatSpec
+    | PartsSpec
     | DeinterleaveQkvSpec
     | ReorderHeadsSpec
-    | StackSpec
-    | UnstackSpec
     | SliceSpec
     | PadSpec
     | AddSpec
     | ScaleSpec
-    | CastSpec,
-    Field(discriminator="op"),
-]
+    | CastSpec
+)
+AnyOp = Annotated[OneTensorSpec | StackSpec | UnstackSpec, Field(discriminator="op")]
+PartOp = Annotated[OneTensorSpec, Field(discriminator="op")]
+"""What a part may go through: a run of tensors, which ``stack`` and ``unstack`` are about, is no part."""
+PartsSpec.model_rebuild()
 
 Names: TypeAlias = Annotated[
     Annotated[str, Tag("name")] | Annotated[tuple[str, ...], Field(min_length=1), Tag("list")],
@@ -220,3 +230,19 @@ class MappingFile(Section):
     title: Reason
     ranges: dict[str, Size] = Field(default_factory=dict)
     when: dict[str, Section] = Field(default_factory=dict)
+
+
+def keys_of(place: Sequence[int | str]) -> list[str]:
+    """The keys that the table at this place, as pydantic names places, may have; none if it is no table of ours."""
+    words = tuple(part for part in place if isinstance(part, str))
+    if not words or words[-2:-1] == ("when",):
+        return _keys(Section if words else MappingFile)
+    if "ops" in words:
+        specs = {get_args(spec.model_fields["op"].annotation)[0]: spec for spec in OpSpec.__subclasses__()}
+        return [key for key in _keys(specs[words[-1]]) if key != "op"] if words[-1] in specs else []
+    tables = {"transform": Transform, "fill": Fill, "shards": Shards, "blocks": Blocks, "table": Tie}
+    return _keys(tables[words[-1]]) if words[-1] in tables else []
+
+
+def _keys(model: type[BaseModel]) -> list[str]:
+    return [field.alias or name for name, field in model.model_fields.items()]

@@ -7,6 +7,7 @@ import pytest
 from mdl.mappings import moves
 from mdl.mappings.expand import Expanded, Join, Ties, expand, names_target
 from mdl.mappings.parse import parse_mapping
+from mdl.mappings.parts import Parts
 from mdl.mappings.tensors import Target
 
 SIZES = {"layers": 2, "experts": 3, "heads": 4}
@@ -65,6 +66,19 @@ def test_sizes_become_integers() -> None:
     got = bound("transform:\n  - {from: q, ops: [{permute_rope: {heads: 2*heads}}, {split: {sizes: [heads, 1]}}]}\n")
 
     assert got.rules[0].ops == (moves.PermuteRope(8), moves.Split(0, (4, 1)))
+
+
+def test_parts_have_sizes_and_whole_pipelines() -> None:
+    text = "[{split: {sizes: [heads, 1]}}, {parts: [[transpose, {permute_rope: {heads: 2*heads}}], []]}]"
+    got = bound(f"transform:\n  - {{from: q, to: [a, b], ops: {text}}}\n")
+
+    assert got.rules[0].ops[1] == Parts(((moves.Transpose(), moves.PermuteRope(8)), ()))
+
+
+def test_an_unknown_size_inside_parts_is_told() -> None:
+    got = bound("transform: [{from: q, ops: [{parts: [[{permute_rope: {heads: n}}]]}]}]\n")
+
+    assert "unknown size 'n'" in got.problems[0].what
 
 
 def test_stack_takes_a_capture_away_and_unstack_brings_one() -> None:

@@ -105,7 +105,14 @@ LOSSY = """
       - {from: twice, ops: [{scale: {value: 2}}]}
       - {from: grown, ops: [{pad: {to: vocab}}]}
       - {from: scalar, to: one, ops: [{reshape: {to: [1]}}]}
-      - {from: [q, k], to: qk, ops: [{permute_rope: {heads: heads}}, {concat: {axis: 0}}]}
+      - from: [q, k]
+        to: qk
+        ops: [{parts: [[{permute_rope: {heads: heads}}], [{permute_rope: {heads: 1}}]]}, {concat: {axis: 0}}]
+      - from: fused
+        to: [a, b, c]
+        ops:
+          - split: {sizes: [8, 4, 2]}
+          - parts: [[{permute_rope: {heads: heads}}, transpose], [{scale: {value: 2}}], []]
     drop: {mask: a buffer}
 """
 
@@ -113,11 +120,11 @@ LOSSY = """
 def test_every_one_way_operation_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = torch.Generator().manual_seed(5)
     shapes = {"whole": (3,), "vocab": (11, 2), "rounded": (4,), "shifted": (4,), "third": (4,), "twice": (4,)}
-    shapes |= {"grown": (5, 2), "q": (8, 3), "k": (4, 3), "mask": (2, 2)}
+    shapes |= {"grown": (5, 2), "q": (8, 3), "k": (4, 3), "fused": (14, 3), "mask": (2, 2)}
     raw = {name: torch.randn(*shape, generator=rng) for name, shape in shapes.items()} | {"scalar": torch.tensor(2.5)}
     torch.save({"model": raw}, tmp_path / "x.pt")
-    wanted = {k: v for k, v in shapes.items() if k not in ("mask", "q", "k")}
-    wanted |= {"vocab": (8, 2), "grown": (8, 2), "one": (1,), "qk": (12, 3)}
+    wanted = {k: v for k, v in shapes.items() if k not in ("mask", "q", "k", "fused")}
+    wanted |= {"vocab": (8, 2), "grown": (8, 2), "one": (1,), "qk": (12, 3), "a": (3, 8), "b": (4, 3), "c": (2, 3)}
     monkeypatch.setattr(targets, "_known", lambda: {"MadeUp": stub_target(wanted)})
 
     options = Options(arch=str(write_family(tmp_path / "family", LOSSY)))
@@ -128,7 +135,7 @@ def test_every_one_way_operation_is_told(tmp_path: Path, monkeypatch: pytest.Mon
         "mask was dropped", "rounded", "shifted", "third", "vocab"
     ]  # fmt: skip
     assert all(problem.where.startswith("made_up.yaml:") for problem in done.lost)
-    kept = {name: raw[name] for name in ("whole", "twice", "grown", "scalar", "q", "k")}
+    kept = {name: raw[name] for name in ("whole", "twice", "grown", "scalar", "q", "k", "fused")}
     make.same(loaded(back)["model"], kept)
 
 

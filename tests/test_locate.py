@@ -604,3 +604,23 @@ def test_heads_are_solved_for_through_the_output_projection() -> None:
     assert heads(mixed @ projection.T, projection, 4) == (1,)
     assert ranges("head", [1]) == "head 1"
     assert ranges("row", [1, 2, 3, 7]) == "rows 1-3, 7"
+
+
+def test_rows_of_q_and_k_are_found_inside_a_fused_tensor() -> None:
+    info = TensorInfo("mix.wqkv", (16, 2), "float32", "", 0, (2, 1), "")
+    targets = tuple(f"attn.{part}_proj.weight" for part in "qkv")
+    source = Source("mix.wqkv", (info,), (16, 2), None)
+    ops = (Split(0, (8, 4, 4)),)
+    step = Step("transform", targets, ((8, 2), (4, 2), (4, 2)), "float32", (source,), ops, rule="foo.yaml:7:3")
+    prepared: Any = SimpleNamespace(plan=Plan((step,), (), "float32", 1), dims={"head_dim": 4, "kv_heads": 1})
+    state = {"mix.wqkv": torch.arange(32.0).view(16, 2)}
+
+    back, forth, *_, flat = hypothesis.reordered(prepared, {"mix.wqkv": (targets[0], "foo.yaml:7:3")})
+
+    assert back.edit is not None
+    assert forth.edit is not None
+    assert flat.edit is not None
+    rows = (forth.edit(state)["mix.wqkv"][:, 0] / 2).tolist()
+    assert rows == [0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 13, 14, 15]  # two heads of q, one of k; v stays
+    assert torch.equal(back.edit(forth.edit(state))["mix.wqkv"], state["mix.wqkv"].double())
+    assert torch.equal(flat.edit(state)["mix.wqkv"][8:], state["mix.wqkv"][8:].double())  # a scale is q's alone

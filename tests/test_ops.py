@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 
@@ -10,9 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mdl.convert.manifest import describe_op, revive_op
 from mdl.mappings import moves, values
 from mdl.mappings.lazy import Array, Lazy, raw_dtype, value_dtype
-from mdl.mappings.ops import Op, OpError, invert, trace
+from mdl.mappings.ops import Op, OpError, Single, invert, trace
+from mdl.mappings.parts import Parts, without
 
 
 def numbered(*shape: int) -> Array:
@@ -132,8 +135,25 @@ def reversible(draw: st.DrawFn) -> tuple[Op, list[tuple[int, ...]]]:
     return draw(st.sampled_from(makers))()
 
 
+@st.composite
+def parts_of(draw: st.DrawFn) -> tuple[Op, list[tuple[int, ...]]]:
+    """Parts of one to three tensors, each with a pipeline of none to three operations on one tensor that fit it."""
+    lists: list[tuple[Op, ...]] = []
+    shapes: list[tuple[int, ...]] = []
+    for _ in range(draw(st.integers(1, 3))):
+        heads, half, width = draw(HEADS), draw(st.integers(1, 3)), draw(st.integers(1, 4))
+        rows = 2 * heads * half
+        cut: tuple[Op, ...] = (moves.Split(0, (heads, rows - heads)), moves.Concat(0))
+        nested: tuple[Op, ...] = (cut[0], Parts(((values.Scale(2.0),), ())), cut[1])
+        rope, sign = moves.PermuteRope(heads), moves.NegateHalf(heads)
+        choices: list[tuple[Op, ...]] = [(), (rope,), (rope, sign, moves.Transpose()), cut, nested]
+        lists.append(draw(st.sampled_from(choices)))
+        shapes.append((rows, width))
+    return Parts(tuple(lists)), shapes
+
+
 @settings(max_examples=400, deadline=None)
-@given(reversible(), st.sampled_from(["float32", "bfloat16"]), st.integers(0, 3))
+@given(st.one_of(reversible(), parts_of()), st.sampled_from(["float32", "bfloat16"]), st.integers(0, 3))
 def test_inverse_undoes_apply(case: tuple[Op, list[tuple[int, ...]]], dtype: str, ranks: int) -> None:
     op, shapes = case
     rng = np.random.default_rng(1)
@@ -199,6 +219,78 @@ def test_one_way_operations_stop_a_reversal(op: Op) -> None:
 def test_shapes_that_do_not_fit_are_refused(op: Op, shape: tuple[int, ...]) -> None:
     with pytest.raises(OpError):
         trace((op,), [shape], "float32")
+
+
+def test_each_part_gets_its_own_operations() -> None:
+    fused = tall(14)  # q: two heads of four rows, k: one, v: two rows
+    ops = (moves.Split(0, (8, 4, 2)), Parts(((moves.PermuteRope(2),), (moves.PermuteRope(1),), ())))
+
+    q, k, v = (run_all(ops, fused)[i][:, 0].tolist() for i in range(3))
+
+    assert q == [0, 2, 1, 3, 4, 6, 5, 7]
+    assert k == [8, 10, 9, 11]
+    assert v == [12, 13]
+    back = invert(ops, [fused.shape])
+    assert back[0] == Parts(((moves.PermuteRope(2, back=True),), (moves.PermuteRope(1, back=True),), ()))
+    assert back[1] == moves.Concat(0)
+
+
+def run_all(ops: tuple[Op, ...], *arrays: Array) -> list[Array]:
+    out = [Lazy.of(a, str(a.dtype)) for a in arrays]
+    for op in ops:
+        out = op.apply(out)
+    return [x.read() for x in out]
+
+
+@pytest.mark.parametrize(
+    "op",
+    [
+        moves.PermuteRope(1), moves.NegateHalf(1), moves.Reshape((-1,)), moves.DeinterleaveQkv(2, 1),
+        moves.ReorderHeads(4, 2), values.Slice(0, 1), values.Pad(0, 8), values.Add(1.0), values.Scale(2.0),
+        values.Cast("float16"),
+    ],
+)  # fmt: skip
+def test_an_operation_with_arguments_is_never_spread_over_several_tensors(op: Op) -> None:
+    assert isinstance(op, Single)
+    with pytest.raises(OpError, match=f"{op.name} takes one tensor, got 2: give each its own operations with parts"):
+        trace((op,), [(4, 2), (4, 2)])
+    assert len(trace((Parts(((op,), ())),), [(4, 2), (4, 2)], "float32" if op.name != "cast" else "").shapes[-1]) == 2
+
+
+def test_an_operation_without_arguments_goes_to_each() -> None:
+    assert trace((moves.Transpose(),), [(4, 2), (3, 2)]).shapes[-1] == [(2, 4), (2, 3)]
+
+
+def test_parts_that_do_not_fit_are_refused_and_told() -> None:
+    half = Parts(((values.Cast("float16"),), ()))
+    for ops, says in (
+        (Parts(((),)), "parts: 1 lists of operations for 2 tensors"),
+        (Parts(((), (moves.PermuteRope(3),))), r"parts: in list 2, permute_rope: \[4, 2\] does not split into 3 heads"),
+        (Parts(((), (moves.Split(0, (1, 3)),))), "parts: list 2 makes 2 tensors of one"),
+        (half, "parts: one comes out as float16, another as float32"),
+    ):
+        with pytest.raises(OpError, match=says):
+            trace((ops,), [(4, 2), (4, 2)], "float32")
+    lossy = Parts(((values.Add(1.0),), (values.Scale(0.3), values.Add(2.0))))
+    with pytest.raises(OpError, match=r"^add, scale cannot be undone exactly"):
+        invert((lossy,), [(4, 2), (4, 2)])
+
+
+def test_parts_are_described_and_revived() -> None:
+    inner = (moves.Split(0, (1, 3)), Parts(((values.Scale(0.5),), ())), moves.Concat(0))
+    op = Parts(((moves.PermuteRope(2, 4),), inner, ()))
+
+    told = json.loads(json.dumps(describe_op(op)))
+
+    assert told["parts"][0] == [{"op": "permute_rope", "heads": 2, "rotary": 4, "back": False}]
+    assert revive_op(told) == op
+
+
+def test_kinds_are_taken_out_of_parts_too() -> None:
+    rope = moves.PermuteRope(2)
+    assert without((values.Add(1.0), Parts(((rope, values.Scale(2.0)), ()))), values.Add, values.Scale) == (
+        Parts(((rope,), ())),
+    )
 
 
 def test_a_large_transpose_is_read_in_bounded_blocks() -> None:

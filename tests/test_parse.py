@@ -33,7 +33,9 @@ def test_a_bad_mapping_is_refused_with_every_error(path: Path, monkeypatch: pyte
 
 
 def test_a_mapping_that_cannot_be_read(tmp_path: Path) -> None:
-    assert "cannot read the mapping" in errors(tmp_path / "none.yaml")[0]
+    with pytest.raises(MdlError) as missing:
+        load_mapping(tmp_path / "foo.yaml")
+    assert "write foo.yaml beside foo.py" in missing.value.problems[0].do
 
     (tmp_path / "latin.yaml").write_bytes(b"title: caf\xe9\n")
     assert "cannot read the mapping" in errors(tmp_path / "latin.yaml")[0]

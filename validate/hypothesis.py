@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import combinations, islice
+from itertools import accumulate, combinations, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -23,6 +23,7 @@ from ..errors import MdlError
 from ..mappings.lazy import Lazy
 from ..mappings.moves import PermuteRope, ReorderHeads, Split
 from ..mappings.ops import Op, OpError
+from ..mappings.values import Scale
 from .asking import Answer, nmse, replay
 from .pairing import Seen
 
@@ -41,6 +42,8 @@ _PAIRS = 60
 """Pairs of tensors that are looked at: those of one attention or MLP; a whole model's would take minutes."""
 
 State = dict[str, Any]
+Spans = dict[str, list[tuple[int, int]]]
+"""Rows of raw tensors, from and to."""
 
 
 @dataclass(frozen=True)
@@ -217,21 +220,33 @@ def often_mistaken(prepared: Prepared) -> Iterator[Change]:
 def reordered(prepared: Prepared, inside: Mapping[str, tuple[str, str]]) -> Iterator[Change]:
     """Rows of the query and key projections in another order. ``inside`` maps a raw tensor to (target, rule)."""
     head = prepared.dims.get("head_dim")
-    queries = {n: rule for n, (target, rule) in inside.items() if target.endswith(("q_proj.weight", "k_proj.weight"))}
+    queries = _rows_of(prepared, inside, ("q_proj.weight", "k_proj.weight"))
     if not isinstance(head, int) or not queries:
         return
-    where = "mapping: " + ", ".join(dict.fromkeys(queries.values()))
+    where = "mapping: " + ", ".join(dict.fromkeys(inside[n][1] for n in queries))
     for back in (True, False):
         words = f"with the rows of q and k {'not ' if back else ''}moved from rotary pairs to rotary halves"
         yield Change(words, where, edit=_editor(queries, head, lambda heads, b=back: PermuteRope(heads, 0, b)))
     groups = prepared.dims.get("kv_heads")
+    q = _rows_of(prepared, inside, ("q_proj.weight",))
     if isinstance(groups, int):
-        q = {n: rule for n, rule in queries.items() if inside[n][0].endswith("q_proj.weight")}
         words = "with query heads grouped the other way round (h mod K for h div H/K)"
         yield Change(words, where, edit=_editor(q, head, lambda heads: ReorderHeads(heads, groups)))
     for factor, words in ((head**0.5, "without the attention scale"), (head**-0.5, "with a scale of 1/D for 1/√D")):
-        q = [n for n in queries if inside[n][0].endswith("q_proj.weight")]
-        yield Change(words, where, edit=lambda state, q=q, f=factor: state | {n: state[n] * f for n in q})
+        yield Change(words, where, edit=_editor(q, head, lambda _, f=factor: Scale(f)))
+
+
+def _rows_of(prepared: Prepared, inside: Mapping[str, tuple[str, str]], ends: tuple[str, ...]) -> Spans:
+    """Which rows of each raw tensor become a target that ends so: all, or those that a rule first of all cuts off."""
+    found: Spans = {}
+    for step, source in ((one, s) for one in prepared.plan.writes for s in one.sources if s.name in inside):
+        split = step.ops[0] if step.ops else None
+        if isinstance(split, Split) and split.axis == 0 and len(split.sizes) == len(step.targets):
+            cuts = zip(accumulate(split.sizes), split.sizes, step.targets, strict=True)
+            found[source.name] = [(stop - size, stop) for stop, size, target in cuts if target.endswith(ends)]
+        elif inside[source.name][0].endswith(ends):
+            found[source.name] = [(0, source.shape[0])]
+    return {name: spans for name, spans in found.items() if spans}
 
 
 def exchanged(prepared: Prepared, inside: Mapping[str, tuple[str, str]]) -> Iterator[Change]:
@@ -261,15 +276,19 @@ def _exchange(name: str, split: Split, i: int, j: int, state: State) -> State:
     return state | {name: torch.cat(parts, split.axis)}
 
 
-def _editor(names: Mapping[str, str], head: int, make: Callable[[int], Op]) -> Callable[[State], State]:
+def _editor(names: Spans, head: int, make: Callable[[int], Op]) -> Callable[[State], State]:
+    """Puts these rows through the operation that ``make`` makes for their number of heads."""
     import torch
 
     def edit(state: State) -> State:
         changed: State = {}
-        for name in names:
-            weight = state[name].double().cpu().numpy()
-            moved = make(math.prod(weight.shape[:1]) // head).apply([Lazy.of(weight, "float64")])[0]
-            changed[name] = torch.from_numpy(moved.reshape(weight.shape).read().copy())
+        for name, spans in names.items():
+            weight = state[name].double().cpu().numpy().copy()
+            for start, stop in spans:
+                rows = weight[start:stop].copy()
+                moved = make((stop - start) // head).apply([Lazy.of(rows, "float64")])[0]
+                weight[start:stop] = moved.reshape(rows.shape).read()
+            changed[name] = torch.from_numpy(weight)
         return state | changed
 
     return edit

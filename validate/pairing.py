@@ -18,6 +18,7 @@ import numpy.typing as npt
 from ..convert.plan import Plan, Step
 from ..mappings.lazy import Lazy
 from ..mappings.ops import OpError
+from ..mappings.parts import without
 from ..mappings.values import Add, Cast, Scale
 from .reference import Reference
 
@@ -197,30 +198,33 @@ def _rows(module: torch.nn.Module) -> int:
 
 
 def _moves(step: Step) -> tuple[Move, ...] | None:
-    """Run the plan's operations on row numbers and on column numbers; None where they do not stay matrices."""
-    ops = [op for op in step.ops if not isinstance(op, Add | Cast)]
-    factor = float(np.prod([op.value for op in ops if isinstance(op, Scale)]))
+    """Run the plan's operations on row numbers, column numbers and ones; None where they do not stay matrices."""
+    scaling = without(step.ops, Add, Cast)
+    moving = without(scaling, Scale)
     rows: list[Lazy] = []
     columns: list[Lazy] = []
-    begin = 1  # a sign has to show, so counting starts at one
+    ones: list[Lazy] = []
+    begin = 1  # zero would be padding
     for source in step.sources:
         n, m = source.shape
         down = np.arange(begin, begin + n, dtype=np.float64)[:, None]
         along = np.arange(1, m + 1, dtype=np.float64)[None]
         rows.append(Lazy.of(np.broadcast_to(down, source.shape), "float64"))
         columns.append(Lazy.of(np.broadcast_to(along, source.shape), "float64"))
+        ones.append(Lazy.of(np.broadcast_to(np.float64(1), source.shape), "float64"))
         begin += n
     try:
-        for op in ops:
-            if not isinstance(op, Scale):
-                rows, columns = op.apply(rows), op.apply(columns)
+        for op in moving:
+            rows, columns = op.apply(rows), op.apply(columns)
+        for op in scaling:
+            ones = op.apply(ones)
     except OpError:
         return None
-    found = [_move(row, column, factor) for row, column in zip(rows, columns, strict=True)]
+    found = [_move(*three) for three in zip(rows, columns, ones, strict=True)]
     return tuple(move for move in found if move is not None) if all(found) else None
 
 
-def _move(rows: Lazy, columns: Lazy, factor: float) -> Move | None:
+def _move(rows: Lazy, columns: Lazy, ones: Lazy) -> Move | None:
     if len(rows.shape) != 2:
         return None
     down, along = np.ravel(rows.slice(1, 0, 1).read()), np.ravel(rows.slice(0, 0, 1).read())
@@ -230,4 +234,5 @@ def _move(rows: Lazy, columns: Lazy, factor: float) -> Move | None:
     if not (out.all() and into.all()):  # padding: rows that no source has
         return None
     index = np.abs(out).astype(np.int64) - 1
-    return Move(index, np.sign(out) * factor, np.abs(into).astype(np.int64) - 1)
+    factors = np.ravel((ones.slice(0, 0, 1) if turned else ones.slice(1, 0, 1)).read())
+    return Move(index, factors, np.abs(into).astype(np.int64) - 1)
