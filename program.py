@@ -75,7 +75,7 @@ def _heard() -> Generator[None]:
         yield
     finally:
         for number in heard:
-            signal.signal(number, before[number])
+            signal.signal(number, before[number] or signal.SIG_DFL)  # None: set by what is no Python
 
 
 def _stop(number: int, _frame: FrameType | None) -> NoReturn:

@@ -100,7 +100,7 @@ def test_a_users_reference_goes_by_the_name_of_its_module(tmp_path: Path) -> Non
     )
     p = prepared(tmp_path, ('eager=""', 'eager="named_eager:build"'))
 
-    assert builtin_reference(p.arch, p.dims, p.plan).name == "named_eager:build beside made_up.py"
+    assert builtin_reference(p.arch, p.dims, p.plan).name == "named_eager:build of made_up.py"
     with pytest.raises(MdlError, match="dims settle no context"):
         p.dims.integer("context")
 

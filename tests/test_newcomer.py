@@ -176,7 +176,7 @@ def test_a_family_whose_file_was_moved_is_asked_for(layout: Path, tmp_path: Path
     with pytest.raises(MdlError, match=r"was made with the architecture file .*gone\.py") as caught:
         source_of(manifest, Settings())
     assert caught.value.kind is Kind.INPUT
-    assert "mdl verify --arch FILE.py" in str(caught.value)
+    assert "mdl verify LAYOUT --arch FILE.py" in str(caught.value)
     prepared = source_of(manifest, Settings(arch="nanogpt"))
     assert mapping_note(manifest, prepared) == ()
     object.__setattr__(manifest, "mapping", {"file": "nanogpt.yaml", "sha256": "0"})

@@ -54,7 +54,7 @@ def _arch(manifest: Manifest, settings: Settings) -> str | None:
     said = settings.arch or manifest.options.get("arch")
     if not settings.arch and said and said.endswith(".py") and not Path(said).is_file():
         what = f"this layout was made with the architecture file {said}, which is not there any more"
-        raise input_error(what, manifest.source["path"], "say where it is now: mdl verify --arch FILE.py")
+        raise input_error(what, manifest.source["path"], "say where it is now: mdl verify LAYOUT --arch FILE.py")
     return said
 
 

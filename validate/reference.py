@@ -69,7 +69,7 @@ def builtin_reference(arch: Arch, dims: Dims, plan: Plan) -> Reference:
     load_weights(arch, module, _raw_weights(plan, wanted))
     rounded = rounded_to(plan)
     notes = (f"the reference uses weights rounded to {rounded}, as --dtype asked",) if rounded else ()
-    own = f"{arch.eager} beside {Path(arch.file).name}" if arch.file else f"mdl's eager {arch.name}"
+    own = f"{arch.eager} of {Path(arch.file).name}" if arch.file else f"mdl's eager {arch.name}"
     name = str(getattr(module, "title", own))
     forward = Forward(module, name)
     forward.vocab = dims.integer("vocab")
