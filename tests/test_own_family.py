@@ -102,6 +102,14 @@ def test_the_page_shows_the_files_as_they_are() -> None:
     assert any(yaml.safe_load(block).get("transform") == rules for block in shown)
 
 
+def test_pages_show_what_the_program_prints() -> None:
+    """As far as it prints without vLLM."""
+    command = [sys.executable, str(ROOT / "docs" / "refresh.py"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+
+    assert done.returncode == 0, done.stderr
+
+
 def test_every_operation_has_an_example_that_is_read() -> None:
     table = (ROOT / "docs" / "mappings.md").read_text().partition("## Operations")[2].partition("\n\n`axis`")[0]
     rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| `")]

@@ -124,7 +124,9 @@ def test_a_file_of_ones_own_that_is_none(tmp_path: Path) -> None:
     path = write_family(tmp_path / "own", "keep: [a]\n")
     path.with_suffix(".yaml").unlink()
     torch.save({"a": torch.ones(2)}, tmp_path / "x.pt")
-    assert "cannot read the mapping" in refusal(Kind.INPUT, prepare, tmp_path / "x.pt", Options(arch=str(path)))
+    assert "write made_up.yaml beside made_up.py" in refusal(
+        Kind.INPUT, prepare, tmp_path / "x.pt", Options(arch=str(path))
+    )
 
 
 def test_families_of_installed_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
