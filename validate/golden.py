@@ -75,7 +75,7 @@ def golden_reference(path: Path, *, files: Sequence[Path] = ()) -> Reference:
         free=False,
         dtypes=dtypes,
         floors=floors,
-        closed="was recorded: its logits are known, its modules are not",
+        closed="is a recording of logits and has no modules",
         other=other,
     )
 
