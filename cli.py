@@ -32,6 +32,7 @@ from .options import (
     WeightsOption,
     said,
 )
+from .watched import watched
 
 if TYPE_CHECKING:
     from .validate.verify import Settings
@@ -365,5 +366,12 @@ def _exit(code: int) -> None:
 
 
 def main() -> NoReturn:
-    """The console script."""
+    """The program, in this very process."""
     program.run(lambda: typer.main.get_command(app).main(standalone_mode=False), state)
+
+
+def script() -> NoReturn:
+    """The console script."""
+    if next((word for word in sys.argv[1:] if not word.startswith("-")), "") == "verify":
+        state.death = watched()
+    main()

@@ -24,6 +24,8 @@ class State:
     quiet: bool = False
     debug: bool = False
     json: bool = False
+    death: MdlError | None = None
+    """What killed the child in which the command ran; then there is nothing left to run."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -36,6 +38,8 @@ class Interrupted(KeyboardInterrupt):
 def run(command: Callable[[], object], state: State) -> NoReturn:
     """Run a command line to its end. A traceback is shown only with --debug."""
     Interrupted.number = 0
+    if state.death is not None:
+        _end(state.death, state)
     try:
         with _heard():
             code = command()

@@ -194,6 +194,12 @@ def _shape(shape: tuple[int, ...]) -> str:
     return "[" + ", ".join(map(str, shape)) + "]"
 
 
+def _named_again(c: Converted) -> str:
+    """A file of the user's runs only where the command line names it."""
+    arch = str(c.manifest.options.get("arch") or "")
+    return f" --arch {arch}" if arch.endswith(".py") else ""
+
+
 def show_converted(c: Converted) -> None:
     """The summary of `mdl convert`."""
     rate = render.size(c.nbytes / max(c.seconds, 1e-9))
@@ -203,7 +209,7 @@ def show_converted(c: Converted) -> None:
         ("files", ", ".join(c.files)),
         ("tokenizer", (c.tokenizer.kind, *c.tokenizer.notes)),
         ("notes", c.manifest.notes or ("none",)),
-        ("next", f"mdl verify {c.out}"),
+        ("next", f"mdl verify {c.out}{_named_again(c)}"),
     ]
     if strange := _values(c):
         lines.insert(2, ("values", strange))

@@ -169,13 +169,17 @@ def test_a_reference_that_hangs_ends_after_its_time(tied: Path, tmp_path: Path) 
     assert "--reference-timeout" in str(caught.value)
 
 
-def test_a_family_whose_file_was_moved_is_asked_for(layout: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("there", [True, False])
+def test_a_family_s_file_runs_only_where_it_is_named(there: bool, layout: Path, tmp_path: Path) -> None:
+    """What a layout says of itself runs nothing, and may be somebody else's path."""
+    (tmp_path / ("gone.py" if there else "other.py")).write_text("raise SystemExit('this ran')")
     manifest = verifying.read_manifest(layout)
     object.__setattr__(manifest, "options", {**manifest.options, "arch": str(tmp_path / "gone.py")})
 
     with pytest.raises(MdlError, match=r"was made with the architecture file .*gone\.py") as caught:
         source_of(manifest, Settings())
-    assert caught.value.kind is Kind.INPUT
+    assert caught.value.kind is Kind.USAGE
+    assert ("is not there any more" in str(caught.value)) is not there
     assert "mdl verify LAYOUT --arch FILE.py" in str(caught.value)
     prepared = source_of(manifest, Settings(arch="nanogpt"))
     assert mapping_note(manifest, prepared) == ()

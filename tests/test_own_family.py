@@ -129,7 +129,8 @@ def test_it_is_verified_by_dims_and_by_its_own_code(
     monkeypatch.setattr(sys, "path", list(sys.path))
     out = servable.layout(family / "ckpt.pt", family / "out", arch=str(family / "loom.py"))
 
-    for settings in (Settings(), Settings(reference=f"{family / 'model.py'}:build")):
+    arch = str(family / "loom.py")
+    for settings in (Settings(arch=arch), Settings(arch=arch, reference=f"{family / 'model.py'}:build")):
         report: Any = verify(out, settings, engine=engine)
         assert report.ok, report
 

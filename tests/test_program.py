@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from . import servable as make
+
 MDL = Path(sys.executable).with_name("mdl")
 
 
@@ -57,3 +59,25 @@ def test_a_signal_ends_the_children_too_and_leaves_nothing(
     assert list(scratch.iterdir()) == []
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid.read_text()), 0)
+
+
+DIES = """
+import os, signal
+def build(checkpoint):
+    os.kill(os.getpid(), signal.{name})
+"""
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(("name", "advice"), [("SIGKILL", "out of memory"), ("SIGSEGV", "is broken")])
+def test_the_death_of_a_reference_is_told(name: str, advice: str, tied: Path, tmp_path: Path) -> None:
+    """In mdl's own process: nobody would be left to say what happened."""
+    make.layout(tied, tmp_path / "out")
+    (tmp_path / "model.py").write_text(DIES.format(name=name))
+    command = [MDL, "verify", tmp_path / "out", "--reference", f"{tmp_path / 'model.py'}:build", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+
+    assert done.returncode == 4
+    (problem,) = json.loads(done.stdout)["problems"]
+    assert problem["what"] == f"the process that runs the reference was killed by {name}"
+    assert advice in problem["do"]

@@ -50,12 +50,14 @@ def source_of(manifest: Manifest, settings: Settings) -> Prepared:
 
 
 def _arch(manifest: Manifest, settings: Settings) -> str | None:
-    """The family as it was named when the layout was made, or as it is named now."""
-    said = settings.arch or manifest.options.get("arch")
-    if not settings.arch and said and said.endswith(".py") and not Path(said).is_file():
-        what = f"this layout was made with the architecture file {said}, which is not there any more"
-        raise input_error(what, manifest.source["path"], "say where it is now: mdl verify LAYOUT --arch FILE.py")
-    return said
+    """The family as it is named now, or as it was when the layout was made. A file's code runs only if it is named now:
+    the layout may be a stranger's."""
+    said = manifest.options.get("arch")
+    if settings.arch or not said or not said.endswith(".py"):
+        return settings.arch or said
+    gone = "" if Path(said).is_file() else ", which is not there any more"
+    what = f"this layout was made with the architecture file {said}{gone}; code runs only where it is named"
+    raise usage_error(what, manifest.source["path"], "if you trust that file: mdl verify LAYOUT --arch FILE.py")
 
 
 def mapping_note(manifest: Manifest, prepared: Prepared) -> tuple[str, ...]:

@@ -74,7 +74,7 @@ def _from_checkpoint(
         _check(out, say)
     if not unverified and not green_report(out)[0]:
         say("verifying")
-        report = verify(out, Settings(command=f"mdl verify {out}"), say=say)
+        report = verify(out, Settings(arch=options.arch, command=f"mdl verify {out}"), say=say)
         save_report(report, out)
         require_ok(report)
     return out

@@ -7,5 +7,5 @@ python "$(dirname "$0")/make.py" "$out"
 cd "$out" || exit 1
 echo '$ mdl convert ckpt.pt layout --arch ./forgetful.py --tokenizer none'
 mdl -q convert ckpt.pt layout --arch ./forgetful.py --tokenizer none
-echo '$ mdl verify layout'
-mdl -q verify layout
+echo '$ mdl verify layout --arch ./forgetful.py'
+mdl -q verify layout --arch ./forgetful.py
