@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mdl.convert import vet
 from mdl.convert.inventory import take_inventory
 from mdl.convert.open import open_checkpoint
 from mdl.convert.prepare import Options, prepare
@@ -83,6 +86,33 @@ def test_a_view_is_read_where_its_strides_say(tmp_path: Path) -> None:
     (info,) = take_inventory(open_checkpoint(path)).tensors["w"]
     with Files() as files:
         assert files.tensor(info).read().tolist() == [[1, 3, 5], [2, 4, 6]]
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_the_walk_over_whole_tensors_agrees_with_the_one_by_instructions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, protocol: int
+) -> None:
+    import torch
+
+    tensors = {f"h.{n}.w": torch.zeros([2] * (n % 4)) for n in range(400)}
+    settings = {"betas": (0.9, 0.95), "again": (0.9, (1, 2)), 0: "0", "1": "a"}
+    torch.save({"model": tensors, "args": settings}, tmp_path / "x.pt", pickle_protocol=protocol)
+    with zipfile.ZipFile(tmp_path / "x.pt") as archive:
+        data = archive.read("x/data.pkl")
+    fast = vet._Walk(data, len(data))
+    assert fast.run(0) == len(data)
+    never = re.compile(rb"(?!)")
+    monkeypatch.setattr(vet, "_TENSOR", never)
+    monkeypatch.setattr(vet, "_TENSOR4", never)
+    slow = vet._Walk(data, len(data))
+    assert slow.run(0) == len(data)
+
+    assert fast.stack == slow.stack == [0]
+    assert fast.memo.keys() <= slow.memo.keys()
+    assert all(fast.memo.get(slot, vet._HEAVY) >= weight for slot, weight in slow.memo.items())
+    noted = [slot for slot, weight in fast.memo.items() if weight == slow.memo[slot]]
+    assert len(noted) > len(tensors)  # the short way was not so cautious that it would refuse what is fine
+    assert (protocol == 4) == (fast.memo.keys() == slow.memo.keys())
 
 
 def test_the_corpus_is_large_and_nothing_of_it_ran(verdicts: dict[str, Any]) -> None:
