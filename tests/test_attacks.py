@@ -26,6 +26,7 @@ from mdl.errors import Kind, MdlError
 from .attacks import ops
 from .attacks.case import MARK, Case, nanogpt, nanogpt_args, zipped
 from .attacks.corpus import all_cases
+from .attacks.odd import settings
 
 ROOT = Path(__file__).parent.parent
 SECONDS = 5.0
@@ -78,6 +79,16 @@ def test_norms_in_float64_are_written_as_they_are_and_cast_if_asked(tmp_path: Pa
             header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
         assert {entry["dtype"] for name, entry in header.items() if name != "__metadata__"} == wanted
         assert json.loads((out / "config.json").read_text())["dtype"] == "float32"
+
+
+@pytest.mark.parametrize("write", [ops.zipped, ops.legacy], ids=["zip", "legacy"])
+def test_settings_of_unknown_classes_are_read_and_their_classes_never_called(tmp_path: Path, write: Any) -> None:
+    extras = take_inventory(open_checkpoint(ops.write(tmp_path / "x.pt", write(settings())))).extras
+
+    assert extras["args"] == extras["config"] == {"n_layer": 2, "lr": 0.1}  # argparse.Namespace, a dataclass
+    assert extras["cfg"] == {"dim": 8}  # omegaconf
+    assert extras["kind"] == 3  # an enum
+    assert extras["partial"] == "os.system"  # told by its name
 
 
 def test_a_view_is_read_where_its_strides_say(tmp_path: Path) -> None:
