@@ -27,12 +27,19 @@ _HEAVY = MAX_HASHED + 1
 _INT = rb"(?:K.|M..|J....)"
 _PUT = rb"(?:q.|r..[\x00-\x0f]\x00)"
 _GET = rb"(?:h.|j....)"
+_SIZE4 = b"(\\)|" + b"|".join(_INT * n + c + b"\x94" for n, c in ((1, b"\x85"), (2, b"\x86"), (3, b"\x87"))) + b")"
 _SIZE = b"(?:\\)|" + b"|".join(_INT * n + c + _PUT for n, c in ((1, b"\x85"), (2, b"\x86"), (3, b"\x87"))) + b")"
 # One tensor as torch.save writes it from the second one on, told at once: it leaves one value on the stack. The slots
 # that it fills with tuples are not noted, so they count as heavy: torch.save never asks for them again.
 _TENSOR = re.compile(
     _GET + rb"\(\(" + _GET + _GET + rb"X[\x01-\x07]\0\0\0[0-9]{1,7}(" + _PUT + rb")" + _GET + _INT + b"N?t" + _PUT
     + b"Q" + _INT + _SIZE + _SIZE + b"[\x88\x89]" + _GET + rb"\)R" + _PUT + b"t" + _PUT + b"R(" + _PUT + b")?",
+    re.DOTALL,
+)  # fmt: skip
+# The same in protocol 4 and later, where values are numbered as they come.
+_TENSOR4 = re.compile(
+    _GET + rb"\(\(" + _GET + _GET + rb"\x8c[\x01-\x07][0-9]{1,7}\x94" + _GET + _INT + b"t\x94"
+    + b"Q" + _INT + _SIZE4 + _SIZE4 + b"[\x88\x89]" + _GET + rb"\)R\x94t\x94R\x94",
     re.DOTALL,
 )  # fmt: skip
 
@@ -73,7 +80,6 @@ class _Walk:
     def run(self, at: int) -> int:
         """Follow all instructions up to STOP; the position behind it."""
         data, stack, simple, handlers = self.data, self.stack, _SIMPLE, _HANDLERS
-        tensor = _TENSOR.match
         while True:
             op = data[at]
             at += 1
@@ -83,9 +89,8 @@ class _Walk:
                 at += skip
             elif op == 0x2E:
                 return at
-            elif op in (0x68, 0x6A) and (found := tensor(data, at - 1)):
-                self._tensor(found)
-                at = found.end()
+            elif op in (0x68, 0x6A) and (end := self._tensor(at - 1)):
+                at = end
             else:
                 handler = handlers.get(op)
                 if handler is None:
@@ -94,12 +99,20 @@ class _Walk:
             if at > self.end:
                 raise _damaged("it ends in the middle of an instruction")
 
-    def _tensor(self, found: re.Match[bytes]) -> None:
-        self.unnoted = True
-        self.stack.append(0)
-        for put in found.groups():
-            if put:
+    def _tensor(self, at: int) -> int:
+        """The position behind the whole tensor that starts here; 0 if none does."""
+        if found := _TENSOR.match(self.data, at):
+            self.unnoted = True
+            for put in filter(None, found.groups()):
                 self.memo[int.from_bytes(put[1:], "little")] = 0
+        elif not self.unnoted and (found := _TENSOR4.match(self.data, at)):
+            sizes = [_HEAVY for size in found.groups() if size != b")"]
+            for weight in (0, _HEAVY, *sizes, 0, _HEAVY, 0):  # key, its tuple, sizes, dict, arguments, tensor
+                self.memo[len(self.memo)] = weight
+        else:
+            return 0
+        self.stack.append(0)
+        return found.end()
 
     def number(self, at: int, size: int) -> int:
         """A little-endian field."""
