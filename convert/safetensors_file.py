@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from ..errors import Kind, MdlError, Problem, input_error
-from ..mappings.tensors import ITEMSIZE, TensorInfo, dense
+from ..mappings.tensors import ITEMSIZE, MAX_DIMS, TensorInfo, dense
 from .strict_json import read_json
 
 DTYPES = {
@@ -36,7 +36,6 @@ DTYPES = {
 MAX_HEADER = 100_000_000
 """Bytes a header may have; the format's own limit."""
 _MAX_INDEX = 64 << 20
-_MAX_DIMS = 64
 _AGAIN = "copy or download the file again, and compare its size with the original"
 
 
@@ -90,7 +89,7 @@ def _whole(values: object) -> list[int] | None:
     """The list if it holds a few whole numbers ≥ 0 of 63 bits only: a product of more could take very long."""
     if (
         isinstance(values, list)
-        and len(values) <= _MAX_DIMS
+        and len(values) <= MAX_DIMS
         and all(type(n) is int and 0 <= n < 1 << 63 for n in values)
     ):
         return cast("list[int]", values)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mdl.convert import inventory, pickle_check, plain, safetensors_file
+from mdl.convert import beside, inert, inventory, pickle_globals, plain, safetensors_file, unpickle, vet
 from mdl.mappings.tensors import MAX_DIMS
 
 ROOT = Path(__file__).parent.parent
@@ -33,6 +33,7 @@ INSTALLED = "installed packages that declare an entry point of mdl"
 
 ALLOWED = {
     ("convert/unpickle.py", "pickle.Unpickler"): CLOSED,
+    ("convert/unpickle.py", "pickle._Unpickler"): CLOSED,
     ("convert/tok_char.py", "pickle.Unpickler"): CLOSED,
     ("archs/registry.py", "importlib.import_module"): f"{OURS}; {INSTALLED}",
     ("archs/registry.py", "importlib.metadata.entry_points"): INSTALLED,
@@ -138,14 +139,23 @@ def test_the_search_does_not_cry_wolf() -> None:
 def test_the_bounds_are_those_in_the_page() -> None:
     page = " ".join((ROOT / "SECURITY.md").read_text().split())
     for bound in (
-        f"{pickle_check.MAX_PICKLE >> 30} GiB of pickle",
-        f"{pickle_check.MAX_DEPTH} tuples within each other",
-        f"{pickle_check.MAX_SHARED:,} parts of repeated tuples",
-        f"{pickle_check.MAX_NUMBER:,} bytes for one number",
+        f"{unpickle.MAX_PICKLE >> 30} GiB of pickle",
+        f"{vet.MAX_HASHED:,} values in a key",
+        f"{vet.MAX_HASHED_ALL:,} in all keys together",
+        f"{pickle_globals.MAX_KEY:,} where a function makes the table",
+        f"{vet.MAX_INT:,} bytes for one number",
+        f"{vet.MAX_SETS:,} sets",
+        f"{unpickle.MAX_GLOBALS:,} names of classes",
+        f"{inert.MAX_ARGS:,} arguments of a function",
+        f"{unpickle.SPARE >> 20} MiB and {unpickle.FACTOR} times the pickle",
         f"{safetensors_file.MAX_HEADER // 1_000_000} MB of safetensors header",
         f"{MAX_DIMS} dimensions",
-        f"{inventory.MAX_TENSORS:,} tensors",
-        f"{plain.MAX_VALUES:,} values in a setting",
+        f"{inventory.MAX_NESTED} tables of tensors within each other",
+        f"{inventory.MAX_VISITED:,} entries in them",
+        f"{inventory.MAX_NAME:,} characters of a tensor's name",
+        f"{plain.MAX_VALUES:,} values in a setting, {plain.MAX_DEPTH} of them within each other",
+        f"{beside.MAX_JSON >> 20} MiB of JSON",
+        f"{beside.MAX_YAML >> 10} KiB of YAML",
     ):
         assert bound in page, bound
 

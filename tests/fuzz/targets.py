@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import codecs
 import gc
-import io
+import mmap
 import os
 import resource
 import sys
@@ -64,7 +64,7 @@ def _unpickle(data: bytes, path: Path) -> tuple[Any, int]:
             raise RefusedError(f"storage {key} is larger than the file")
         return 0
 
-    return unpickle(io.BufferedReader(io.BytesIO(data)), str(path), locate), ROOM
+    return unpickle(data, str(path), locate), ROOM
 
 
 def _file(read: Callable[[Path], Any]) -> Callable[[bytes, Path], tuple[Any, int]]:
@@ -197,6 +197,8 @@ def _permitted(event: str, arguments: tuple[Any, ...]) -> bool:
         return known and not flags & _WRITING
     if event == "compile":
         return _watch.compiles and arguments[1] == "<unknown>"  # ast.parse; a module would have its file's name
+    if event == "mmap.__new__":
+        return arguments[2] == mmap.ACCESS_READ  # of a file whose opening was permitted
     return event in _LOOKING or event in _TOOLS or event.startswith("sys.monitoring.")
 
 
