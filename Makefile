@@ -3,6 +3,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+FUZZER := $(VENV)/.fuzzer
 PYTHONS := $(PYTHON) python3.11 python3.12 python3.13 python3
 
 # pip separates its find-links by spaces, uv by commas: wheels that pip knows of, uv finds too.
@@ -22,7 +23,7 @@ LINUX := --python-platform x86_64-manylinux_2_28
 NO_VISION := --override requirements/overrides.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint check docs lock clean
+.PHONY: help setup demo test lint check docs fuzz fuzzer lock clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' Makefile
@@ -57,12 +58,31 @@ lint: $(READY) ## ruff (rules and format) and pyright
 docs: $(READY) ## put what the program really prints into README.md and docs/ (minutes)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python docs/refresh.py
 
+fuzzer: $(FUZZER)
+
+$(FUZZER): requirements/fuzz.txt $(READY)
+	$(UV) pip install --python $(BIN)/python --no-deps --requirement requirements/fuzz.txt
+	@touch $@
+
+# Inputs are kept in build/fuzz, so that a later run goes on where this one stopped.
+TARGETS ?= unpickle torch_zip legacy safetensors mapping inventory
+SECONDS ?= 60
+
+fuzz: $(FUZZER) ## fuzz every reader for a minute; make fuzz TARGETS=legacy SECONDS=3600 one of them for an hour
+	$(BIN)/python tests/fuzz/seeds.py build/fuzz
+	@for target in $(TARGETS); do \
+		$(BIN)/python tests/fuzz/harness.py $$target build/fuzz/$$target -dict=build/fuzz/words -max_len=8192 \
+			-timeout=10 -rss_limit_mb=2048 -max_total_time=$(SECONDS) -artifact_prefix=build/fuzz/$$target- \
+			-print_final_stats=1 $(ARGS) || exit; \
+	done
+
 check: lint test ## lint and test: what has to pass before a commit
 
 lock: $(UV) ## compile requirements/*.in; make lock LOCK_ARGS=--upgrade takes the newest releases
 	$(call cpu_torch,$(COMPILE) $(LINUX) $(NO_VISION) requirements/dev.in --output-file requirements/dev.txt)
 	$(call cpu_torch,$(COMPILE) $(LINUX) $(NO_VISION) -c requirements/dev.txt requirements/cpu.in --output-file requirements/cpu.txt)
 	$(COMPILE) --universal -c requirements/dev.txt requirements/convert.in --output-file requirements/convert.txt
+	$(COMPILE) $(LINUX) -c requirements/dev.txt requirements/fuzz.in --output-file requirements/fuzz.txt
 	env -u UV_FIND_LINKS $(COMPILE) $(LINUX) -c requirements/convert.txt requirements/gpu.in --output-file requirements/gpu.txt
 
 clean: ## remove .venv, caches and build products

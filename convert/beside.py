@@ -14,8 +14,8 @@ from .strict_json import read_json
 _SETTINGS = ("params.json", "config.json", "meta.json", "model_args.json", "generation_config.json")
 _SETTINGS_YAML = ("model_config.yaml", "hparams.yaml", "config.yaml")
 _FROM_TRANSFORMERS = ("config.json", "generation_config.json")
-_MAX_JSON = 16 << 20
-_MAX_YAML = 256 << 10  # PyYAML reads about 100 KB a second
+MAX_JSON = 16 << 20
+MAX_YAML = 256 << 10  # PyYAML reads about 100 KB a second
 _STEP = re.compile(r".*?(\d+)")
 _TOKENIZERS = ("tokenizer.model", "tokenizer.json", "tokenizer.pkl", "tekken.json", "meta.pkl")
 _TOKENIZER_PAIRS = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
@@ -48,7 +48,7 @@ def find_sidecars(folder: Path, weights: str) -> dict[str, Any]:
 def _parse(file: Path) -> Any:
     if file.suffix == ".json":
         # transformers itself writes Infinity into config.json, for example as the end of Mamba's time_step_limit.
-        content = read_json(file, limit=_MAX_JSON, infinite=file.name in _FROM_TRANSFORMERS)
+        content = read_json(file, limit=MAX_JSON, infinite=file.name in _FROM_TRANSFORMERS)
     else:
         content = _yaml(file)
     if not isinstance(content, dict):
@@ -59,8 +59,8 @@ def _parse(file: Path) -> Any:
 def _yaml(file: Path) -> Any:
     import yaml
 
-    if file.stat().st_size > _MAX_YAML:
-        raise ValueError(f"it has more than {_MAX_YAML:,} bytes")
+    if file.stat().st_size > MAX_YAML:
+        raise ValueError(f"it has more than {MAX_YAML:,} bytes")
     try:
         return plain(yaml.safe_load(file.read_text("utf-8")))
     except TooLargeError:

@@ -10,6 +10,8 @@ import struct
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, NoReturn
 
+from ..mappings.tensors import MAX_DIMS
+
 _FORMATS = {
     "f8": "d",
     "f4": "f",
@@ -28,7 +30,6 @@ MAX_ARRAY = 4096
 """Arrays with more elements than this are described, not decoded: no hyperparameter is that long."""
 MAX_ARGS = 256
 """Arguments that a function of the closed table may get; the parts of a path are the longest list."""
-_MAX_DIMS = 64
 _MAX_SCALAR = 4096
 
 
@@ -155,6 +156,17 @@ class Call:
             raise RefusedError(f"this file gives {self.qualname} {len(args):,} arguments", located=True)
         return self._function(*args)
 
+    def counted(self, spend: Callable[..., None]) -> Call:
+        """The same function, whose arguments ``spend`` sees first."""
+        function = self._function
+
+        def count(*args: Any) -> Any:
+            if args:
+                spend(*args)
+            return function(*args)
+
+        return Call(self.qualname, count)
+
     def __setstate__(self, state: object) -> NoReturn:
         refuse(f"__setstate__ of {self.qualname}")
 
@@ -198,10 +210,10 @@ class NumpyType:
     def decode(self, data: bytes) -> list[Any] | None:
         """The values in ``data``, or None if this type has no plain Python counterpart."""
         kind, size = self.code[:1], self.code[1:]
-        if kind in ("U", "S") and size.isdigit() and int(size):
+        if kind in ("U", "S") and size.isdecimal() and int(size):
             width = int(size) * (4 if kind == "U" else 1)
             codec = ("utf-32-le" if self.order == "<" else "utf-32-be") if kind == "U" else "latin-1"
-            return [data[i : i + width].decode(codec).rstrip("\0") for i in range(0, len(data), width)]
+            return [data[i : i + width].decode(codec, "replace").rstrip("\0") for i in range(0, len(data), width)]
         letter = _FORMATS.get(self.code)
         if letter is None or len(data) % struct.calcsize("<" + letter):
             return None
@@ -229,7 +241,7 @@ class NumpyArray:
         """Set all parts, after checking their kinds."""
         if not isinstance(shape, tuple) or not isinstance(dtype, NumpyType):
             raise RefusedError("a numpy array in this file has an unknown form")
-        if len(shape) > _MAX_DIMS or not all(type(n) is int and 0 <= n < 1 << 63 for n in shape):
+        if len(shape) > MAX_DIMS or not all(type(n) is int and 0 <= n < 1 << 63 for n in shape):
             raise RefusedError("a numpy array in this file has an unknown form")
         self.shape = shape
         self.dtype, self.fortran = dtype, fortran

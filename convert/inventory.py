@@ -333,8 +333,8 @@ def _note_or_keep(key: str, path: str, value: Any, findings: _Findings) -> None:
     else:
         try:
             findings.extras[path if key in findings.extras else key] = plain(value)
-        except TooLargeError:
-            findings.notes.append(f"{path}: left out, for it has too many values")
+        except TooLargeError as error:
+            findings.notes.append(f"{path}: left out, for {error}")
 
 
 def _with_sidecars(extras: dict[str, Any], ckpt: Checkpoint) -> dict[str, Any]:

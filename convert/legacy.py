@@ -28,6 +28,8 @@ def read_legacy(path: Path) -> Any:
     their positions are known, for the tensors.
     """
     file = os.path.abspath(path)  # noqa: PTH100 - Path.resolve would follow symlinks and lose the name of the file
+    if not path.stat().st_size:
+        raise input_error("this file is empty", file, _AGAIN)
     with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
         pickles, begin = _pickles(mapped, file)
         _check_head(pickles[:3], file)

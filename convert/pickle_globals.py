@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-from ..mappings.tensors import ITEMSIZE, TensorInfo
+from ..mappings.tensors import ITEMSIZE, MAX_DIMS, TensorInfo
 from .inert import Call, NumpyArray, NumpyType, Ordered, Stub, StubType, Unreadable, numpy_scalar, refuse, stub_class
 
 _STORAGES = {
@@ -126,16 +126,20 @@ def _bytes(data: object = b"", codec: object = "latin-1") -> bytes:
     return bytes(data)
 
 
+MAX_KEY = 100
+"""Parts of a tuple that is a key or in a set. One tuple may be meant many times, and is hashed each time."""
+
+
 def _quick_to_hash(values: list[Any] | tuple[Any, ...]) -> list[Any] | tuple[Any, ...]:
-    """The values, if none of them is a tuple that holds tuples in turn: hashing it could take for ever."""
-    if any(type(value) is tuple and any(type(part) is tuple for part in value) for value in values):
-        refuse("a set or table whose keys are nested tuples")
+    """The values, if none of them is a long tuple or one of tuples: hashing it, or all of them, could take for ever."""
+    if any(type(v) is tuple and (len(v) > MAX_KEY or any(type(part) is tuple for part in v)) for v in values):
+        refuse("a set or table whose keys are long or nested tuples")
     return values
 
 
 def _size(values: object = ()) -> tuple[int, ...]:
     """``torch.Size``."""
-    if not isinstance(values, (list, tuple)) or len(values) > 64 or not all(type(n) is int for n in values):
+    if not isinstance(values, (list, tuple)) or len(values) > MAX_DIMS or not all(type(n) is int for n in values):
         refuse("torch.Size of something else than a few whole numbers")
     return tuple(values)
 
@@ -152,6 +156,8 @@ def _items(kind: Callable[[Any], Any]) -> Callable[..., Any]:
 
 
 def _ordered(pairs: object = ()) -> Ordered:
+    if type(pairs) is tuple and not pairs:  # the hooks of every tensor
+        return Ordered()
     if not isinstance(pairs, (list, tuple, dict)):
         refuse(f"collections.OrderedDict of a {type(pairs).__name__}")
     if not isinstance(pairs, dict):

@@ -56,8 +56,10 @@ class _Converter:
         return known[0]
 
     def _check(self) -> None:
-        if self._count > MAX_VALUES or self._depth > MAX_DEPTH:
-            raise TooLargeError
+        if self._count > MAX_VALUES:
+            raise TooLargeError("it has too many values")
+        if self._depth > MAX_DEPTH:
+            raise TooLargeError("it is nested too deeply")
 
     def _scalar(self, value: Any) -> Any:
         self._check()

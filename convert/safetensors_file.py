@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from ..errors import Kind, MdlError, Problem, input_error
-from ..mappings.tensors import ITEMSIZE, TensorInfo, dense
+from ..mappings.tensors import ITEMSIZE, MAX_DIMS, TensorInfo, dense
 from .sniff import MAX_HEADER
 from .strict_json import read_json
 
@@ -35,7 +35,6 @@ DTYPES = {
 }
 """The format's element types and torch's names of them."""
 _MAX_INDEX = 64 << 20
-_MAX_DIMS = 64
 _AGAIN = "copy or download the file again, and compare its size with the original"
 
 
@@ -92,7 +91,7 @@ def _whole(values: object) -> list[int] | None:
     """The list if it holds a few whole numbers ≥ 0 of 63 bits only: a product of more could take very long."""
     if (
         isinstance(values, list)
-        and len(values) <= _MAX_DIMS
+        and len(values) <= MAX_DIMS
         and all(type(n) is int and 0 <= n < 1 << 63 for n in values)
     ):
         return cast("list[int]", values)

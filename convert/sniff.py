@@ -89,7 +89,7 @@ def _refusal(head: bytes, path: Path) -> MdlError:
             where,
             "download it again",
         )
-    if head.startswith(b"\x80") and head[1] <= 5:
+    if head.startswith(b"\x80") and len(head) > 1 and head[1] <= 5:
         return input_error(
             "this is a plain pickle, not written by torch.save",
             where,

@@ -142,7 +142,8 @@ class _Archive:
             )
         if not 0 <= info.header_offset < self.end:
             raise RefusedError(f"{member} lies outside the archive", "copy the file again")
-        name = info.orig_filename.encode("utf-8" if info.flag_bits & _UTF8 else "cp437")
+        plain = info.flag_bits & _UTF8 or info.orig_filename.isascii()  # then the slow codec isn't needed
+        name = info.orig_filename.encode("utf-8" if plain else "cp437")
         header = os.pread(self.descriptor, _LOCAL_HEADER.size + len(name), info.header_offset)
         if len(header) < _LOCAL_HEADER.size or header[:4] != b"PK\x03\x04":
             raise RefusedError(f"{member} has no header where the archive's directory says", "copy the file again")

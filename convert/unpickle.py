@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from ..errors import input_error
-from ..mappings.tensors import ITEMSIZE, Shape, TensorInfo
+from ..mappings.tensors import ITEMSIZE, MAX_DIMS, Shape, TensorInfo
 from .inert import Call, Ordered, RefusedError, StubType, Unreadable
 from .pending import pending_keys
 from .pickle_globals import StorageClass, lookup
@@ -20,14 +20,12 @@ Locate = Callable[[str, int, int], int]
 
 MAX_PICKLE = 1 << 30
 """Bytes of one pickle. Tensors are not in it, so a larger one holds arrays pickled as numpy objects."""
-MAX_DIMS = 64
-"""Dimensions that a tensor may have; torch itself stops at about as many."""
 MAX_NAME = 1000
 """Characters of a global's name."""
 MAX_GLOBALS = 4096
 """Different globals in one pickle. Each becomes a class of about 2 KB."""
-_SPARE = 32 << 20
-_FACTOR = 16
+SPARE = 32 << 20
+FACTOR = 16
 _EXPLAINED = 16 << 20
 _NO_SIZE = "a tensor's size, stride or offset is not a whole number ≥ 0 that fits 63 bits"
 _WORD = 1 << 63
@@ -91,7 +89,7 @@ class _Doors:
         super().__init__(io.BytesIO(data), encoding="latin-1")  # type: ignore[call-arg]  # the mixed-in unpickler's
         self._file = file
         self._locate = locate
-        self._left = _SPARE + _FACTOR * len(data)
+        self._left = SPARE + FACTOR * len(data)
         self._storages: dict[str, Storage] = {}
         self._globals: dict[str, Any] = {}
         self._own = {
@@ -117,7 +115,7 @@ class _Doors:
         if isinstance(found, StubType):
             found.spend = self._spend
         elif isinstance(found, Call):
-            return Call(found.qualname, lambda *args: (self._spend(*args), found(*args))[1])
+            return found.counted(self._spend)
         return found
 
     def _spend(self, *values: object) -> None:

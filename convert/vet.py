@@ -15,6 +15,8 @@ from .inert import RefusedError
 
 MAX_HASHED = 1000
 """Values that hashing one key may visit. A key of a real file is a name, a number or a pair of these."""
+MAX_HASHED_ALL = 1 << 24
+"""The same for all keys together: one tuple may be the key of many entries, and is hashed for each."""
 MAX_SETS = 250_000
 """Sets in one pickle: an empty one takes 216 bytes of memory and one byte of the file."""
 MAX_INT = 1024
@@ -27,6 +29,7 @@ _HEAVY = MAX_HASHED + 1
 _INT = rb"(?:K.|M..|J....)"
 _PUT = rb"(?:q.|r..[\x00-\x0f]\x00)"
 _GET = rb"(?:h.|j....)"
+_SIZE4 = b"(\\)|" + b"|".join(_INT * n + c + b"\x94" for n, c in ((1, b"\x85"), (2, b"\x86"), (3, b"\x87"))) + b")"
 _SIZE = b"(?:\\)|" + b"|".join(_INT * n + c + _PUT for n, c in ((1, b"\x85"), (2, b"\x86"), (3, b"\x87"))) + b")"
 # One tensor as torch.save writes it from the second one on, told at once: it leaves one value on the stack. The slots
 # that it fills with tuples are not noted, so they count as heavy: torch.save never asks for them again.
@@ -35,11 +38,19 @@ _TENSOR = re.compile(
     + b"Q" + _INT + _SIZE + _SIZE + b"[\x88\x89]" + _GET + rb"\)R" + _PUT + b"t" + _PUT + b"R(" + _PUT + b")?",
     re.DOTALL,
 )  # fmt: skip
+# The same in protocol 4 and later, where values are numbered as they come.
+_TENSOR4 = re.compile(
+    _GET + rb"\(\(" + _GET + _GET + rb"\x8c[\x01-\x07][0-9]{1,7}\x94" + _GET + _INT + b"t\x94"
+    + b"Q" + _INT + _SIZE4 + _SIZE4 + b"[\x88\x89]" + _GET + rb"\)R\x94t\x94R\x94",
+    re.DOTALL,
+)  # fmt: skip
 
 # Bytes that follow an instruction, and of length fields how many bytes they have (the data follows them).
 _FIXED = {b"K": 1, b"M": 2, b"J": 4, b"G": 8} | dict.fromkeys((b"N", b"\x88", b"\x89", b")", b"]", b"}"), 0)
 _LENGTH = {b"U": 1, b"T": 4, b"C": 1, b"B": 4, b"\x8e": 8, b"\x8c": 1, b"X": 4, b"\x8d": 8, b"\x96": 8,
            b"\x8a": 1, b"\x8b": 4}  # fmt: skip
+_INDEX = {b"h": 1, b"j": 4, b"g": 0, b"q": 1, b"r": 4, b"p": 0}  # 0: a line
+_SIZE_OF = {op[0]: size for op, size in (_LENGTH | _INDEX).items()}
 _LINES = {b"I": 1, b"L": 1, b"F": 1, b"S": 1, b"V": 1, b"P": 1, b"c": 2}
 # Values taken and values left.
 _TAKES = {b"R": (2, 1), b"\x81": (2, 1), b"\x92": (3, 1), b"\x93": (2, 1), b"b": (1, 0), b"a": (1, 0), b"Q": (1, 1)}
@@ -64,16 +75,18 @@ class _Walk:
     def __init__(self, data: Any, end: int) -> None:
         self.data = data
         self.end = end
+        self.limit = end
+        """Where the frame ends that is being read. The unpickler loses bytes where an instruction reaches beyond it."""
         self.stack: list[int] = []
         self.marks: list[int] = []
         self.memo: dict[int, int] = {}
         self.sets = 0
+        self.hashes = 0
         self.unnoted = False
 
     def run(self, at: int) -> int:
         """Follow all instructions up to STOP; the position behind it."""
         data, stack, simple, handlers = self.data, self.stack, _SIMPLE, _HANDLERS
-        tensor = _TENSOR.match
         while True:
             op = data[at]
             at += 1
@@ -83,23 +96,32 @@ class _Walk:
                 at += skip
             elif op == 0x2E:
                 return at
-            elif op in (0x68, 0x6A) and (found := tensor(data, at - 1)):
-                self._tensor(found)
-                at = found.end()
+            elif op in (0x68, 0x6A) and (end := self._tensor(at - 1)):
+                at = end
             else:
                 handler = handlers.get(op)
                 if handler is None:
                     raise _damaged(f"unknown instruction {op:#04x} at byte {at - 1:,}")
                 at = handler(self, op, at)
-            if at > self.end:
-                raise _damaged("it ends in the middle of an instruction")
+            if at >= self.limit:
+                if at > self.limit:
+                    raise _damaged("it, or a frame of it, ends in the middle of an instruction")
+                self.limit = self.end
 
-    def _tensor(self, found: re.Match[bytes]) -> None:
-        self.unnoted = True
-        self.stack.append(0)
-        for put in found.groups():
-            if put:
+    def _tensor(self, at: int) -> int:
+        """The position behind the whole tensor that starts here; 0 if none does."""
+        if found := _TENSOR.match(self.data, at):
+            self.unnoted = True
+            for put in filter(None, found.groups()):
                 self.memo[int.from_bytes(put[1:], "little")] = 0
+        elif not self.unnoted and (found := _TENSOR4.match(self.data, at)):
+            sizes = [_HEAVY for size in found.groups() if size != b")"]
+            for weight in (0, _HEAVY, *sizes, 0, _HEAVY, 0):  # key, its tuple, sizes, dict, arguments, tensor
+                self.memo[len(self.memo)] = weight
+        else:
+            return 0
+        self.stack.append(0)
+        return found.end()
 
     def number(self, at: int, size: int) -> int:
         """A little-endian field."""
@@ -128,10 +150,12 @@ class _Walk:
         self.memo[slot] = self.stack[-1]
 
     def hashed(self, keys: list[int]) -> None:
-        """Refuse keys that take too long to hash."""
-        if keys and max(keys) > MAX_HASHED:
+        """Refuse keys that take too long to hash, each or all together."""
+        weight = sum(keys)
+        self.hashes += weight
+        if weight and (max(keys) > MAX_HASHED or self.hashes > MAX_HASHED_ALL):
             raise RefusedError(
-                "a key of a table in this file is a tuple of very many nested values: it would hang the program",
+                "keys of a table in this file are tuples of very many nested values: it would hang the program",
                 "save the settings as plain dicts whose keys are texts or numbers",
             )
 
@@ -145,8 +169,8 @@ def _damaged(detail: str) -> RefusedError:
 
 
 def _text(walk: _Walk, op: int, at: int) -> int:
-    size = _LENGTH[bytes((op,))]
-    length = walk.number(at, size)
+    size = _SIZE_OF[op]
+    length = int.from_bytes(walk.data[at : at + size], "little")
     if length > walk.end - at - size:
         raise _damaged(f"a value claims {length:,} bytes, but the file ends before")
     if op in (0x8A, 0x8B) and length > MAX_INT:
@@ -248,7 +272,7 @@ def _empty_set(walk: _Walk, _op: int, at: int) -> int:
 
 
 def _get(walk: _Walk, op: int, at: int) -> int:
-    size = {0x68: 1, 0x6A: 4, 0x67: 0}[op]
+    size = _SIZE_OF[op]
     end = at + size if size else walk.line(at)
     slot = walk.number(at, size) if size else int(walk.data[at : end - 1])
     # A slot that was never filled makes the unpickler stop; one that a whole tensor filled holds a tuple.
@@ -257,7 +281,7 @@ def _get(walk: _Walk, op: int, at: int) -> int:
 
 
 def _put(walk: _Walk, op: int, at: int) -> int:
-    size = {0x71: 1, 0x72: 4, 0x70: 0}[op]
+    size = _SIZE_OF[op]
     end = at + size if size else walk.line(at)
     walk.put(walk.number(at, size) if size else int(walk.data[at : end - 1]), at)
     return end
@@ -274,6 +298,9 @@ def _frame(walk: _Walk, _op: int, at: int) -> int:
     length = walk.number(at, 8)
     if length > walk.end - at - 8:
         raise _damaged(f"a frame claims {length:,} bytes, but the file ends before")
+    if walk.limit != walk.end:
+        raise _damaged("a frame begins inside another one")
+    walk.limit = at + 8 + length
     return at + 8
 
 

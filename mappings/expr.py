@@ -6,6 +6,9 @@ import ast
 from collections.abc import Mapping
 from functools import lru_cache
 
+MAX_TEXT = 200
+"""Characters of one size. Python's parser goes as deep as a text is long, and a stack has an end."""
+
 
 class ExprError(ValueError):
     """The text is not a size, or names a size that is not known."""
@@ -14,9 +17,11 @@ class ExprError(ValueError):
 @lru_cache(maxsize=4096)
 def parse(text: str) -> ast.expr:
     """The syntax tree of a size. Raises ExprError if it is anything but integers, names, + - * //."""
+    if len(text) > MAX_TEXT:
+        raise ExprError(f"{text[:20]!r}… is not a size: it has more than {MAX_TEXT} characters")
     try:
         tree = ast.parse(text.strip(), mode="eval").body
-    except SyntaxError:
+    except (SyntaxError, ValueError):  # ValueError: a NUL
         raise ExprError(f"{text!r} is not a size: use integers, names, + - * //") from None
     for node in ast.walk(tree):
         fine = isinstance(node, ast.BinOp | ast.Name | ast.Load | ast.Add | ast.Sub | ast.Mult | ast.FloorDiv) or (

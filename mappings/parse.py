@@ -59,9 +59,11 @@ def load_mapping(path: Path) -> Mapping:
 
 def parse_mapping(text: str, path: str = "<mapping>") -> Mapping:
     """Check the text of a mapping; ``path`` is only named in errors."""
-    root = _compose(text, path)
     reader = _Reader(path)
-    data = reader.value(root, ())
+    try:
+        data = reader.value(_compose(text, path), ())
+    except RecursionError:
+        raise MdlError(Kind.INPUT, [Problem("the mapping is nested too deeply", f"{Path(path).name}:1:1")]) from None
     if reader.problems:
         raise MdlError(Kind.INPUT, reader.problems)
     stamp = _stamp(text)

@@ -32,6 +32,9 @@ ITEMSIZE: dict[str, int] = {
 FLOATING = frozenset({"float16", "bfloat16", "float32", "float64", "float8_e4m3fn", "float8_e5m2"})
 """The dtypes that model weights come in."""
 
+MAX_DIMS = 64
+"""Dimensions that a tensor may have; torch itself stops at about as many."""
+
 
 @dataclass(frozen=True)
 class TensorInfo:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mdl.convert import vet
 from mdl.convert.inventory import take_inventory
 from mdl.convert.open import open_checkpoint
 from mdl.convert.prepare import Options, prepare
@@ -23,6 +26,7 @@ from mdl.errors import Kind, MdlError
 from .attacks import ops
 from .attacks.case import MARK, Case, nanogpt, nanogpt_args, zipped
 from .attacks.corpus import all_cases
+from .attacks.odd import settings
 
 ROOT = Path(__file__).parent.parent
 SECONDS = 5.0
@@ -77,12 +81,49 @@ def test_norms_in_float64_are_written_as_they_are_and_cast_if_asked(tmp_path: Pa
         assert json.loads((out / "config.json").read_text())["dtype"] == "float32"
 
 
+@pytest.mark.parametrize("write", [ops.zipped, ops.legacy], ids=["zip", "legacy"])
+def test_settings_of_unknown_classes_are_read_and_their_classes_never_called(tmp_path: Path, write: Any) -> None:
+    extras = take_inventory(open_checkpoint(ops.write(tmp_path / "x.pt", write(settings())))).extras
+
+    assert extras["args"] == extras["config"] == {"n_layer": 2, "lr": 0.1}  # argparse.Namespace, a dataclass
+    assert extras["cfg"] == {"dim": 8}  # omegaconf
+    assert extras["kind"] == 3  # an enum
+    assert extras["partial"] == "os.system"  # told by its name
+
+
 def test_a_view_is_read_where_its_strides_say(tmp_path: Path) -> None:
     body = ops.table({"w": ops.tensor("0", (2, 3), stride=(1, 2), offset=1, numel=8)})
     path = ops.write(tmp_path / "x.pt", ops.zipped(ops.pickled(body), {"0": struct.pack("<8f", *range(8))}))
     (info,) = take_inventory(open_checkpoint(path)).tensors["w"]
     with Files() as files:
         assert files.tensor(info).read().tolist() == [[1, 3, 5], [2, 4, 6]]
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_the_walk_over_whole_tensors_agrees_with_the_one_by_instructions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, protocol: int
+) -> None:
+    import torch
+
+    tensors = {f"h.{n}.w": torch.zeros([2] * (n % 4)) for n in range(400)}
+    settings = {"betas": (0.9, 0.95), "again": (0.9, (1, 2)), 0: "0", "1": "a"}
+    torch.save({"model": tensors, "args": settings}, tmp_path / "x.pt", pickle_protocol=protocol)
+    with zipfile.ZipFile(tmp_path / "x.pt") as archive:
+        data = archive.read("x/data.pkl")
+    fast = vet._Walk(data, len(data))
+    assert fast.run(0) == len(data)
+    never = re.compile(rb"(?!)")
+    monkeypatch.setattr(vet, "_TENSOR", never)
+    monkeypatch.setattr(vet, "_TENSOR4", never)
+    slow = vet._Walk(data, len(data))
+    assert slow.run(0) == len(data)
+
+    assert fast.stack == slow.stack == [0]
+    assert fast.memo.keys() <= slow.memo.keys()
+    assert all(fast.memo.get(slot, vet._HEAVY) >= weight for slot, weight in slow.memo.items())
+    noted = [slot for slot, weight in fast.memo.items() if weight == slow.memo[slot]]
+    assert len(noted) > len(tensors)  # the short way was not so cautious that it would refuse what is fine
+    assert (protocol == 4) == (fast.memo.keys() == slow.memo.keys())
 
 
 def test_the_corpus_is_large_and_nothing_of_it_ran(verdicts: dict[str, Any]) -> None:

@@ -38,7 +38,7 @@ def named_ordered() -> bytes:
     return ops.named("collections", "OrderedDict") + b")R"
 
 
-def _settings() -> bytes:
+def settings() -> bytes:
     """Settings of every kind that people pickle."""
     attributes = ops.table({"n_layer": ops.number(2), "lr": b"G" + struct.pack(">d", 0.1)})
     omega = ops.table(
@@ -117,7 +117,7 @@ def cases() -> Iterator[Case]:
         {"w": ops.tensor(shape=(1,), numel=2, view=b"(" + ops.text("v") + ops.number(1) + ops.number(1) + b"t")}
     )
     yield Case("a view of a storage, legacy", file(ops.legacy(ops.pickled(part))), tensors=("w",))
-    yield Case("settings of every kind", file(ops.zipped(_settings())), tensors=("w",))
+    yield Case("settings of every kind", file(ops.zipped(settings())), tensors=("w",))
     for protocol in (0, 1, 2, 3, 4, 5):
         body = ops.pickled(ops.table({"w": ops.tensor()}), protocol)
         yield Case(f"good, protocol {protocol}", file(ops.zipped(body)), tensors=("w",))
