@@ -196,8 +196,10 @@ def _shape(shape: tuple[int, ...]) -> str:
 
 def _named_again(c: Converted) -> str:
     """A file of the user's runs only where the command line names it."""
-    arch = str(c.manifest.options.get("arch") or "")
-    return f" --arch {arch}" if arch.endswith(".py") else ""
+    arch = Path(str(c.manifest.options.get("arch") or ""))
+    if arch.suffix != ".py":
+        return ""
+    return f" --arch {arch.relative_to(Path.cwd()) if arch.is_relative_to(Path.cwd()) else arch}"
 
 
 def show_converted(c: Converted) -> None:

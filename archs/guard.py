@@ -109,8 +109,8 @@ def _place(error: Exception, file: str, function: object) -> str:
     frames = [f for f in frames if not Path(f.filename).is_relative_to(Path(__file__).parent.parent)] or frames
     if frames:
         return f"{frames[-1].filename}:{frames[-1].lineno}" + (f" ({frames[-1].line})" if frames[-1].line else "")
-    code = getattr(function, "__code__", None)
-    return f"{code.co_filename}:{code.co_firstlineno}" if code else file
+    compiled = getattr(function, "__code__", None)
+    return f"{compiled.co_filename}:{compiled.co_firstlineno}" if compiled else file
 
 
 def _need(holds: bool, what: str, file: str, do: str) -> None:

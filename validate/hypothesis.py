@@ -201,9 +201,9 @@ def _written(config: Mapping[str, Any], dims: Mapping[str, Value]) -> list[str]:
 
 
 def _author(function: Callable[..., Any]) -> str:
-    code = getattr(function, "__code__", None)
+    compiled = getattr(function, "__code__", None)
     name = getattr(function, "__name__", "hf_config")
-    return f"{Path(code.co_filename).name}'s {name}" if code else f"the family's {name}"
+    return f"{Path(compiled.co_filename).name}'s {name}" if compiled else f"the family's {name}"
 
 
 def often_mistaken(prepared: Prepared) -> Iterator[Change]:
