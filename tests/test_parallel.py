@@ -56,7 +56,7 @@ def test_what_a_later_stage_lacks_is_found(good: Path, tmp_path: Path, workers: 
     """The first stage alone would be whole: each tensor belongs to one stage, and every stage is asked."""
     tensors = load_file(good / "model.safetensors")
     del tensors["model.layers.1.self_attn.k_proj.weight"]
-    for name in ("config.json", "mdl.json"):
+    for name in ("config.json", "generation_config.json", "mdl.json"):
         (tmp_path / name).write_bytes((good / name).read_bytes())
     save_file(tensors, tmp_path / "model.safetensors")
 

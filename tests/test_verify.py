@@ -182,9 +182,10 @@ def test_a_wrong_mapping_is_caught_by_the_logits_alone(tmp_path: Path, engine: E
     (tmp_path / "forgetful.yaml").write_text("\n".join(x for x in text.splitlines() if "permute_rope" not in x))
     (tmp_path / "forgetful.py").write_text("from mdl.archs.llama2c import ARCH\n")
     checkpoint = make.llama2c(tmp_path / "ckpt.pt")
-    out = make.layout(checkpoint, tmp_path / "out", arch=str(tmp_path / "forgetful.py"))
+    arch = str(tmp_path / "forgetful.py")
+    out = make.layout(checkpoint, tmp_path / "out", arch=arch)
 
-    report = verify(out, engine=engine)
+    report = verify(out, Settings(arch=arch), engine=engine)
 
     assert [check(report, name).ok for name in ALL[:4]] == [True, True, False, False]
 
