@@ -14,15 +14,19 @@ import typer
 from . import program, render
 from .options import (
     ArchOption,
+    BenchmarkOption,
     Checkpoint,
     DtypeOption,
     FlushOption,
     ForceOption,
+    FsyncOption,
     Json,
     Layout,
     NonfiniteOption,
+    PartOption,
     PromptsOption,
     PythonOption,
+    RayOption,
     ReferenceOption,
     SeedOption,
     SetOption,
@@ -30,6 +34,7 @@ from .options import (
     TimeoutOption,
     TokenizerOption,
     WeightsOption,
+    WorkersOption,
     said,
 )
 from .watched import watched
@@ -119,21 +124,29 @@ def convert(
     force: ForceOption = False,
     allow_nonfinite: NonfiniteOption = False,
     allow_flush: FlushOption = False,
+    workers: WorkersOption = 1,
+    fsync: FsyncOption = True,
+    part: PartOption = None,
+    ray: RayOption = False,
+    benchmark: BenchmarkOption = False,
     json: Json = False,
 ) -> None:
     """Write a folder that vLLM serves: safetensors, config.json, tokenizer and manifest."""
     state.json = json
     from . import views
+    from .convert.modes import Mode, convert_in
+    from .convert.parts import parse_part
     from .convert.prepare import prepare
-    from .convert.run import convert as run
     from .convert.shards import parse_size
     from .convert.values_judged import Allow
 
     limit = parse_size(max_shard_size)
+    mode = Mode(workers, fsync, parse_part(part) if part else None, ray, benchmark)
     options = said(arch, set_, weights, dtype)
     prepared = prepare(checkpoint, options)
     with render.byte_progress("converting", prepared.plan.nbytes, quiet=state.quiet or json) as progress:
-        done = run(
+        done = convert_in(
+            mode,
             prepared,
             out,
             options=options,
@@ -142,6 +155,7 @@ def convert(
             force=force,
             allow=Allow(nonfinite=allow_nonfinite, flush=allow_flush),
             progress=progress,
+            say=render.say,
         )
     _show(json, lambda: done, lambda: views.show_converted(done))
 

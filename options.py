@@ -26,6 +26,16 @@ ShardOption = Annotated[str, typer.Option("--max-shard-size", help="Largest weig
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace what mdl wrote there before.")]
 NonfiniteOption = Annotated[bool, typer.Option("--allow-nonfinite", help="Write NaN and Inf too, and list them.")]
 FlushOption = Annotated[bool, typer.Option("--allow-flush", help="Write 0 for what is too small for the type.")]
+WorkersOption = Annotated[int, typer.Option("--workers", min=1, help="Threads that copy.")]
+FsyncOption = Annotated[
+    bool,
+    typer.Option("--fsync/--no-fsync", help="Wait until the disk has it: no power cut takes it back."),
+]
+PartOption = Annotated[
+    str | None, typer.Option("--part", help="I/N: copy the I-th of N shares; whoever comes last makes the layout.")
+]
+RayOption = Annotated[bool, typer.Option("--ray", help="Copy on a Ray cluster (RAY_ADDRESS) that shares these files.")]
+BenchmarkOption = Annotated[bool, typer.Option("--benchmark", help="Also copy plainly first, and compare the speed.")]
 ReferenceOption = Annotated[
     str | None,
     typer.Option("--reference", help="Your own forward, FILE.py:FUNCTION; its code runs. See docs/verify.md."),

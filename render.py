@@ -122,6 +122,11 @@ def facts(pairs: Iterable[tuple[str, str | Iterable[str]]]) -> Table:
     return made
 
 
+def say(sentence: str) -> None:
+    """A line on stderr that is not progress: it stays, and --quiet does not silence it."""
+    err().print(Text(sentence))
+
+
 @contextmanager
 def byte_progress(title: str, total: int, *, quiet: bool) -> Generator[Callable[[int], None]]:
     """A progress bar with bytes, rate and time left, on a terminal's stderr only."""

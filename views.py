@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from .archs.base import Arch, Dims
     from .convert.export import Exported
+    from .convert.parts import Contributed
     from .convert.plan import Plan, Step
     from .convert.prepare import Prepared, Recognised
     from .convert.run import Converted
@@ -202,19 +203,56 @@ def _named_again(c: Converted) -> str:
     return f" --arch {arch.relative_to(Path.cwd()) if arch.is_relative_to(Path.cwd()) else arch}"
 
 
-def show_converted(c: Converted) -> None:
+def show_converted(c: Converted | Contributed) -> None:
     """The summary of `mdl convert`."""
-    rate = render.size(c.nbytes / max(c.seconds, 1e-9))
-    what = f"{len(c.manifest.tensors)} tensors, {render.size(c.nbytes)} in {c.seconds:.1f} s ({rate}/s)"
+    from .convert.parts import Contributed
+
+    if isinstance(c, Contributed):
+        _show_contributed(c)
+        return
+    rate = render.size(c.copied / max(c.seconds, 1e-9))
+    copied = "" if c.copied == c.nbytes else f", {render.size(c.copied)} of it now"
+    what = f"{len(c.manifest.tensors)} tensors, {render.size(c.nbytes)}{copied}, in {c.seconds:.1f} s ({rate}/s)"
     lines: list[tuple[str, str | Iterable[str]]] = [
         ("wrote", f"{c.out}: {what}"),
-        ("files", ", ".join(c.files)),
+        ("files", ", ".join(_files(c.files))),
         ("tokenizer", (c.tokenizer.kind, *c.tokenizer.notes)),
-        ("notes", c.manifest.notes or ("none",)),
+        ("notes", (*_resumed(c), *c.manifest.notes) or ("none",)),
         ("next", f"mdl verify {c.out}{_named_again(c)}"),
     ]
+    if c.disk_rate:
+        ratio = c.copied / max(c.seconds, 1e-9) / c.disk_rate
+        lines.insert(
+            1, ("disk", f"a plain copy here runs at {render.size(c.disk_rate)}/s: this was {ratio:.2f} of that")
+        )
     if strange := _values(c):
-        lines.insert(2, ("values", strange))
+        lines.insert(-2, ("values", strange))
+    render.out().print(render.facts(lines))
+
+
+def _files(names: tuple[str, ...]) -> list[str]:
+    """The layout's files, its weights as one."""
+    weights = [name for name in names if name.endswith(".safetensors")]
+    many = [f"{weights[0]} … {weights[-1]}"] if len(weights) > 2 else weights
+    return [*many, *(name for name in names if name not in weights)]
+
+
+def _resumed(c: Converted) -> list[str]:
+    count = sum(name.endswith(".safetensors") for name in c.files)
+    said = f"{len(c.resumed)} of {count} weight files were finished by an earlier run or another part"
+    return [said] if c.resumed else []
+
+
+def _show_contributed(c: Contributed) -> None:
+    what = f"{len(c.files)} weight files, {render.size(c.nbytes)} in {c.seconds:.1f} s"
+    lines: list[tuple[str, str | Iterable[str]]] = [("part", f"{c.part} of {c.parts}: {what}")]
+    if c.missing:
+        lines.append(("missing", f"{len(c.missing)} weight files, such as {c.missing[0]}"))
+        if not c.files:
+            lines.append(("note", "more parts than weight files: a smaller --max-shard-size makes more files"))
+        lines.append(("next", "the other parts; whichever is the last makes the layout"))
+    else:
+        lines.append(("layout", f"{c.out} was made by another part"))
     render.out().print(render.facts(lines))
 
 

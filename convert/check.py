@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
 
 from ..errors import MdlError, Problem
 from ..mappings.jsonable import strict_loads
@@ -14,7 +14,7 @@ from .manifest import Manifest
 from .safetensors_file import check_index, read_safetensors
 
 INDEX = "model.safetensors.index.json"
-_CHUNK = 4 << 20
+_CHUNK = 1 << 20
 _AGAIN = "convert again"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".index.json")
 _READ = frozenset(
@@ -152,24 +152,24 @@ def _check_header(info: TensorInfo, fact: Mapping[str, Any]) -> list[Problem]:
 
 
 def _check_bytes(info: TensorInfo, fact: Mapping[str, Any], progress: Callable[[int], None]) -> list[Problem]:
-    if _hash_range(info, progress) == fact["xxh3"]:
-        return []
+    with Path(info.file).open("rb") as file:
+        if hash_range(file, info.offset, info.nbytes, progress) == fact["xxh3"]:
+            return []
     do = "the disk or a program changed them: convert again"
     return [Problem("the bytes are not those that were written", f"{info.file}: {info.name}", do)]
 
 
-def _hash_range(info: TensorInfo, progress: Callable[[int], None]) -> str:
+def hash_range(file: BinaryIO, offset: int, nbytes: int, progress: Callable[[int], None] = lambda _: None) -> str:
+    """The xxh3-128 of a range of a file, or of what there is of it."""
     import xxhash
 
     digest = xxhash.xxh3_128()
-    with Path(info.file).open("rb") as file:
-        file.seek(info.offset)
-        left = info.nbytes
-        while left:
-            chunk = file.read(min(left, _CHUNK))
-            if not chunk:
-                break
-            digest.update(chunk)
-            left -= len(chunk)
-            progress(len(chunk))
+    file.seek(offset)
+    while nbytes:
+        chunk = file.read(min(nbytes, _CHUNK))
+        if not chunk:
+            break
+        digest.update(chunk)
+        nbytes -= len(chunk)
+        progress(len(chunk))
     return digest.hexdigest()

@@ -6,43 +6,68 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import MdlError, input_error, machine_error, usage_error
+from ..errors import Kind, MdlError, input_error, machine_error, usage_error
 from ..mappings.ops import OpError
+from .agreement import Agreement
 from .locks import MANIFEST, Claim, claimed, replacing
+from .receipts import layout_in, receipt
+from .shards import Shard
+
+Say = Callable[[str], None]
+"""Told, in a sentence, what a run that fails leaves behind."""
 
 
 @dataclass(frozen=True)
 class Scratch:
-    """The folder to write into, and what is to be said about it."""
+    """Where to work: ``path`` becomes the layout, in ``work`` lies what is known of it.
 
+    ``resumed`` is whether an earlier run's finished files may lie there, ``notes`` what is to be said about the place.
+    """
+
+    work: Path
     path: Path
+    resumed: bool = False
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a layout shall be, and on what terms: ``need`` is the bytes it takes, ``patience`` the seconds to wait for
+    another writer, ``sync`` whether the disk must have it before it is there."""
+
+    out: Path
+    force: bool
+    need: int
+    sync: bool = True
+    patience: float = 0
+
+
 @contextlib.contextmanager
-def committed(out: Path, *, force: bool, need: int) -> Generator[Scratch]:
+def committed(place: Place, agreement: Agreement, say: Say) -> Generator[Scratch]:
     """A scratch folder beside ``out`` that becomes ``out`` by one rename, or vanishes if anything goes wrong.
 
-    Raises MdlError: USAGE if ``out`` exists and is not to be replaced; MACHINE if the disk has not ``need`` bytes or
-    can't be written to, if another run writes ``out``, or if one reads the layout that would be replaced.
+    Weight files that were finished under the same agreement stay there for the next run if this one is killed or
+    interrupted, or if the machine fails it. Raises MdlError: USAGE if ``out`` exists and is not to be replaced; MACHINE
+    if the disk has not ``need`` bytes or can't be written to, if another run writes ``out``, or if one reads the layout
+    that would be replaced.
     """
-    out = out.absolute()  # "." has no name to put another beside
+    out = place.out.absolute()  # "." has no name to put another beside
     made: list[Path] = []
     done = False
     try:
-        if not _aside(out).exists():  # else a layout comes back first, and that takes the lock
-            _check_out(out, force)
+        if not _left_over(out):  # else a layout comes back first, or litter goes, and that takes the lock
+            check_out(out, place.force)
         made = _make_parents(out.parent)
-        with claimed(out) as claim:
-            _tidy(out, claim)
-            _check_out(out, force)
-            _check_room(out, need)
+        with claimed(out, place.patience) as claim:
+            _tidy(out, claim, agreement)
+            check_out(out, place.force)
+            check_room(out, place.need - _kept_bytes(work_path(out), agreement))
             with replacing(out):
-                yield from _commit(out, claim)
+                yield from _commit(out, claim, agreement, place.sync, say)
         done = True
     except OSError as error:
         raise os_problem(error, out) from error
@@ -53,20 +78,53 @@ def committed(out: Path, *, force: bool, need: int) -> Generator[Scratch]:
             _remove_parents(made)
 
 
-def _commit(out: Path, claim: Claim) -> Generator[Scratch]:
-    scratch = scratch_path(out)
-    scratch.mkdir()
+def _commit(out: Path, claim: Claim, agreement: Agreement, sync: bool, say: Say) -> Generator[Scratch]:
+    work = work_path(out)
+    resumed = work.exists()
     try:
-        yield Scratch(scratch, (claim.note,) if claim.note else ())
-        _sync(scratch)
-        _swap(scratch, out)
-        _sync(out.parent)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        if not resumed:
+            work.mkdir()
+            agreement.write(work)
+        layout = layout_in(work)
+        layout.mkdir(exist_ok=True)
+        yield Scratch(work, layout, resumed, (claim.note,) if claim.note else ())
+        if sync:
+            _sync(layout)
+        _swap(layout, out)
+        if sync:
+            _sync(out.parent)
+    except BaseException as error:
+        kept = finished(work, agreement) if _worth_keeping(error) else []
+        if kept:
+            say(
+                f"{len(kept)} of {len(agreement.shards)} weight files are whole and stay in {work.name}: the same "
+                "command goes on from there; to give up, remove it"
+            )
+            raise
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    shutil.rmtree(work, ignore_errors=True)  # the layout is out of it and in its place
 
 
-def scratch_path(out: Path) -> Path:
-    """Where a layout lies until it is whole."""
+def _worth_keeping(error: BaseException) -> bool:
+    """Whether the same command may go further next time: a signal, or a disk that was full or went away."""
+    if isinstance(error, MdlError):
+        return error.kind is Kind.MACHINE
+    return isinstance(error, OSError | KeyboardInterrupt | SystemExit)
+
+
+def finished(work: Path, agreement: Agreement) -> list[Shard]:
+    """The weight files that an earlier run left whole, by their receipts."""
+    layout = layout_in(work)
+    return [one for one in agreement.shards if (layout / one.file).is_file() and receipt(work, one) is not None]
+
+
+def _kept_bytes(work: Path, agreement: Agreement) -> int:
+    return sum(shard.nbytes for shard in finished(work, agreement))
+
+
+def work_path(out: Path) -> Path:
+    """Where a layout and what is known of it lie until it is whole."""
     return out.with_name(f"{out.name}.mdl-partial")
 
 
@@ -75,7 +133,13 @@ def _aside(out: Path) -> Path:
     return out.with_name(f"{out.name}.mdl-old")
 
 
-def _check_out(out: Path, force: bool) -> None:
+def _left_over(out: Path) -> bool:
+    """Whether a run was killed during or after the last rename."""
+    return _aside(out).exists() or (work_path(out).exists() and not layout_in(work_path(out)).exists())
+
+
+def check_out(out: Path, force: bool) -> None:
+    """Raise MdlError (USAGE) if there is something that may not be replaced."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not force:
@@ -85,41 +149,54 @@ def _check_out(out: Path, force: bool) -> None:
         raise usage_error(what, str(out), "remove it yourself")
 
 
-def _check_room(out: Path, need: int) -> None:
+def check_room(out: Path, need: int) -> None:
+    """Raise MdlError (MACHINE) if the disk has not ``need`` bytes left."""
     free = shutil.disk_usage(out.parent).free
     if free < need:
         do = f"free {(need - free) / 1e9:.1f} GB there, or write to another disk"
         raise machine_error(f"{need / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free", str(out.parent), do)
 
 
-def _tidy(out: Path, claim: Claim) -> None:
-    """Clear up after runs that were killed. A layout that one of them had just set aside comes back.
+def _tidy(out: Path, claim: Claim, agreement: Agreement) -> None:
+    """Clear up after runs that were killed. A layout that one of them had just set aside comes back, and what was
+    written under the same agreement stays.
 
     Who holds the lock knows that they are dead. Without locks only the user can know.
     """
-    scratch, old = scratch_path(out), _aside(out)
-    if scratch.exists() and not claim.certain:
-        do = f"if no mdl convert is running, remove {scratch.name}"
-        raise machine_error("another run is writing here or was killed, and this disk can't tell", str(scratch), do)
+    work, old = work_path(out), _aside(out)
+    if work.exists() and not claim.certain:
+        do = f"if no mdl convert is running, remove {work.name}"
+        raise machine_error("another run is writing here or was killed, and this disk can't tell", str(work), do)
     if old.exists() and not out.exists():
         old.rename(out)
-    for left in (scratch, old):
-        if left.exists():
-            shutil.rmtree(left)
+    if old.exists():
+        shutil.rmtree(old)
+    if not work.exists():
+        return
+    if layout_in(work).exists() and agreement.stands_in(work):
+        _keep_weights(work, {shard.file for shard in agreement.shards})
+    else:
+        shutil.rmtree(work)
 
 
-def _swap(scratch: Path, out: Path) -> None:
+def _keep_weights(work: Path, files: set[str]) -> None:
+    """Remove half a file, and what another tokenizer left: only weight files, and what is known of them, stay."""
+    for path in [*work.glob(".*"), *(p for p in layout_in(work).iterdir() if p.name not in files)]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _swap(layout: Path, out: Path) -> None:
     if out.exists():
         old = _aside(out)
         out.rename(old)
         try:
-            scratch.rename(out)
+            layout.rename(out)
         except OSError:
             old.rename(out)
             raise
         shutil.rmtree(old, ignore_errors=True)  # the new layout is in place; the next run tries again
     else:
-        scratch.rename(out)
+        layout.rename(out)
 
 
 def _make_parents(folder: Path) -> list[Path]:

@@ -19,7 +19,7 @@ from .locks import claimed, reading
 from .manifest import NAME, Manifest, read_manifest, revive_join, revive_op
 from .places import check_place, check_replaced
 from .safetensors_file import read_safetensors
-from .sources import Files
+from .sources import Maps
 from .torch_write import exported, save_torch
 
 FOREIGN = frozenset({".safetensors", ".gguf", ".onnx", ".npz", ".h5"})
@@ -103,7 +103,7 @@ def _export(layout: Path, manifest: Manifest, out: Path, progress: Callable[[int
     if manifest.source["extras"] and not _has_room(manifest):
         names = ", ".join(manifest.source["extras"])
         lost.append(Problem(f"what lay beside the weights ({names}) is not written", str(layout / NAME)))
-    with Files() as files:
+    with Maps() as files:
         stored: dict[str, TensorInfo] = {}
         for file in sorted({fact["file"] for fact in manifest.tensors.values()}):
             stored |= read_safetensors(layout / file)[0]
@@ -181,7 +181,7 @@ def _write(
     manifest: Manifest,
     backs: list[_Back],
     stored: Map[str, TensorInfo],
-    files: Files,
+    files: Maps,
     out: Path,
     progress: Callable[[int], None],
 ) -> tuple[str, ...]:

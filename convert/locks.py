@@ -13,6 +13,7 @@ import errno
 import fcntl
 import os
 import socket
+import time
 from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,13 +34,13 @@ class Claim:
 
 
 @contextlib.contextmanager
-def claimed(out: Path) -> Generator[Claim]:
+def claimed(out: Path, patience: float = 0) -> Generator[Claim]:
     """Be the only writer of ``out``, by a lock file beside it that is gone afterwards.
 
-    Raises MdlError (MACHINE) if another process has it, OSError if no file can be made there.
+    Raises MdlError (MACHINE) if another process has it for ``patience`` seconds, OSError if no file can be made there.
     """
     path = lock_path(out)
-    descriptor, certain = _take(path, out)
+    descriptor, certain = _take(path, out, time.monotonic() + patience)
     try:
         if certain:
             os.ftruncate(descriptor, 0)
@@ -52,12 +53,38 @@ def claimed(out: Path) -> Generator[Claim]:
         os.close(descriptor)
 
 
+@contextlib.contextmanager
+def shared(out: Path, patience: float = 60) -> Generator[None]:
+    """Be one of several writers of ``out``, each of its own files. The lock file stays: whoever claims ``out`` in the
+    end removes it.
+
+    Raises MdlError (MACHINE) if a run has had ``out`` for itself for ``patience`` seconds, or without locks.
+    """
+    path = lock_path(out)
+    until = time.monotonic() + patience
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            got = _lock(descriptor, fcntl.LOCK_SH)
+            if got is None:
+                what = "this file system has no locks, so parts can't tell which of them is the last"
+                raise machine_error(what, str(out.parent), "use --workers or --ray, or another file system")
+            if got and _is_at(descriptor, path):
+                yield
+                return
+        finally:
+            os.close(descriptor)
+        if not got and time.monotonic() > until:
+            raise machine_error("a run that writes all of it has it", str(out), "wait for that one")
+        time.sleep(0 if got else 0.1)
+
+
 def lock_path(out: Path) -> Path:
     """The file that the writer of ``out`` locks."""
     return out.with_name(f"{out.name}.mdl-lock")
 
 
-def _take(path: Path, out: Path) -> tuple[int, bool]:
+def _take(path: Path, out: Path, until: float) -> tuple[int, bool]:
     """Open and lock the file; again, if it was another run's last moment and the file is not the one on disk."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -65,15 +92,16 @@ def _take(path: Path, out: Path) -> tuple[int, bool]:
             got = _lock(descriptor, fcntl.LOCK_EX)
             if got is None:
                 return descriptor, False
-            if not got:
+            if not got and time.monotonic() > until:
                 who = os.read(descriptor, 200).decode(errors="replace") or "another process"
                 raise machine_error(f"{who} is writing it at this moment", str(out), "wait for it, or choose another")
-            if _is_at(descriptor, path):
+            if got and _is_at(descriptor, path):
                 return descriptor, True
         except BaseException:
             os.close(descriptor)
             raise
         os.close(descriptor)
+        time.sleep(0 if got else 0.1)
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterable
 from collections.abc import Mapping as Map
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -37,8 +38,9 @@ class Manifest:
     ``source`` names the checkpoint's files with size and fingerprint; ``dims`` holds value, source and reason of
     each; ``steps`` are the plan's, complete enough to run it backwards without the checkpoint; ``tensors`` maps a
     target to its file, dtype, shape and xxh3-128; ``files`` maps every other file of the layout to its sha256;
-    ``values`` names the tensors whose values are broken or strange (see :func:`.values_judged.judge`). In the file
-    stands also ``digest``, the sha256 of all the rest, so that an edited record is noticed.
+    ``values`` names the tensors whose values are broken or strange (see :func:`.values_judged.judge`); ``agreement`` is
+    the digest of what all runs that wrote it agreed on (see :mod:`.agreement`). In the file stands also ``digest``, the
+    sha256 of all the rest, so that an edited record is noticed.
     """
 
     mdl: str
@@ -57,6 +59,7 @@ class Manifest:
     tokenizer: Map[str, Any] = field(default_factory=dict[str, Any])
     values: Map[str, Map[str, Any]] = field(default_factory=dict[str, Map[str, Any]])
     notes: tuple[str, ...] = ()
+    agreement: str = ""
     format: int = FORMAT
 
     def to_json(self) -> str:
@@ -117,6 +120,7 @@ def make_manifest(
     tokenizer: Map[str, Any],
     values: Map[str, Map[str, Any]],
     notes: tuple[str, ...] = (),
+    agreement: str = "",
 ) -> Manifest:
     """Put the record together after everything else is written."""
     inventory, mapping = prepared.inventory, prepared.mapping
@@ -140,14 +144,28 @@ def make_manifest(
         dims={name: dataclasses.asdict(dim) for name, dim in prepared.dims.entries.items()},
         dtype=prepared.plan.dtype,
         options=options,
-        plan=hashlib.sha256(json.dumps(steps, sort_keys=True).encode()).hexdigest(),
+        plan=plan_digest(steps),
         steps=steps,
         tensors=tensors,
         files=files,
         tokenizer=tokenizer,
         values=values,
         notes=(*inventory.notes, *notes),
+        agreement=agreement,
     )
+
+
+def plan_digest(steps: Iterable[Map[str, Any]]) -> str:
+    """The sha256 of described steps. Where the checkpoint lies does not change it: only its files' names count."""
+    text = json.dumps([_without_folders(step) for step in steps], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _without_folders(step: Map[str, Any]) -> dict[str, Any]:
+    def named(rank: Map[str, Any]) -> dict[str, Any]:
+        return {**rank, "file": Path(rank["file"]).name}
+
+    return {**step, "sources": [{**s, "ranks": [named(rank) for rank in s["ranks"]]} for s in step["sources"]]}
 
 
 def own_version() -> str:
@@ -182,7 +200,7 @@ def describe_step(step: Step) -> dict[str, Any]:
         "source_dtype": step.source_dtype,
         "sources": [_describe_source(source) for source in step.sources],
         "ops": [describe_op(op) for op in step.ops],
-        "rule": step.rule,
+        "rule": step.rule.rpartition("/")[2],  # the folder depends on where mdl was called from
         "reason": step.reason,
     }
 

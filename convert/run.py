@@ -2,41 +2,45 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import os
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
 
-from ..errors import input_error, usage_error
-from .check import INDEX
-from .commit import committed
-from .config import write_configs
-from .manifest import NAME, Manifest, make_manifest
-from .open import Checkpoint
+from ..errors import usage_error
+from .agreement import Agreement, agree
+from .commit import Place, Say, Scratch, committed, finished
+from .finish import Request, choose_tokenizer, finish, write_own_tokenizer
+from .manifest import Manifest
 from .prepare import Options, Prepared
-from .shards import Shard, assign, index_json
-from .sources import Files
-from .tokenizer import TokenizerInfo, write_tokenizer
-from .values_judged import Allow, judge
-from .write import Progress, Written, write_shard
+from .receipts import Written, holds, receipt
+from .shards import Shard, assign
+from .stored import Files
+from .tokenizer import TokenizerInfo
+from .values_judged import STRICT, Allow
+from .write import Progress, write_shards
 
-STRICT = Allow()
-_SLACK = 64 << 20  # tokenizer, config, file system blocks
+SLACK = 64 << 20
+"""Bytes for what lies beside the weights: tokenizer, config, file system blocks."""
+
+Writer = Callable[[Sequence[Shard], Path, Progress], dict[str, list[Written]]]
+"""Writes some of the weight files, into the folder of work that it is given."""
 
 
 @dataclass(frozen=True)
 class Converted:
-    """What a conversion did."""
+    """What a conversion did: ``copied`` of the weights' ``nbytes``. ``resumed`` names the weight files that an earlier
+    run or another part had finished; ``disk_rate`` is what a plain copy did per second, if that was asked."""
 
     out: str
     manifest: Manifest
     tokenizer: TokenizerInfo
     files: tuple[str, ...]
     nbytes: int
+    copied: int
     seconds: float
+    resumed: tuple[str, ...] = ()
+    disk_rate: float | None = None
 
 
 def convert(
@@ -48,41 +52,57 @@ def convert(
     max_shard_size: int = 5 * 10**9,
     force: bool = False,
     allow: Allow = STRICT,
+    workers: int = 1,
+    sync: bool = True,
+    writer: Writer | None = None,
+    last: bool = False,
     progress: Progress = lambda _: None,
+    say: Say = lambda _: None,
 ) -> Converted:
     """Write the layout. Raises MdlError; on any failure nothing is left at ``out``.
 
-    ``tokenizer`` is a path, ``none``, or None for "the one beside the checkpoint, if there is exactly one".
-    ``allow`` says which broken values may be written; ``progress`` is called with the bytes written since the last
-    call.
+    ``tokenizer`` is a path, ``none``, or None for "the one beside the checkpoint, if there is exactly one". ``allow``
+    says which broken values may be written. ``workers`` threads copy; without ``sync``, a power cut may lose files that
+    seemed written. ``writer`` writes the weight files in place of those threads. With ``last``, this run ends the work
+    of several parts: what they finished is taken by its receipts, without hashing it again, and their locks are waited
+    for. ``progress`` is called with the bytes written since the last call, from any thread; ``say`` with what a run
+    that fails leaves for the next one.
     """
+    begin = time.perf_counter()
+    request = requested(prepared, out, options=options, tokenizer=tokenizer, allow=allow, sync=sync)
+    agreement = agree(prepared, assign(prepared.plan, max_shard_size))
+    writer = writer or threads(workers, sync=sync)
+    place = Place(out, force=force, need=prepared.plan.nbytes + SLACK, sync=sync, patience=60 if last else 0)
+    with committed(place, agreement, say) as scratch:
+        info = write_own_tokenizer(request, scratch.path)
+        kept = _kept(scratch, agreement, progress, trusted=last)
+        missing = [shard for shard in agreement.shards if shard.file not in kept]
+        written = {**kept, **writer(missing, scratch.work, progress)}
+        layout = finish(request, agreement, written, info, scratch)
+    seconds = time.perf_counter() - begin
+    copied = sum(shard.nbytes for shard in missing)
+    total = prepared.plan.nbytes
+    return Converted(str(out), layout.manifest, info, layout.files, total, copied, seconds, tuple(kept))
+
+
+def threads(workers: int, *, sync: bool) -> Writer:
+    """A writer that works in threads of this process."""
+
+    def write(shards: Sequence[Shard], work: Path, progress: Progress) -> dict[str, list[Written]]:
+        with Files() as files:
+            return write_shards(shards, work, files, workers=workers, sync=sync, progress=progress)
+
+    return write
+
+
+def requested(
+    prepared: Prepared, out: Path, *, options: Options, tokenizer: str | None, allow: Allow, sync: bool
+) -> Request:
+    """What is to be made, after everything that can be refused before a byte is written."""
     prepared.plan.refuse()
     _keep_source(prepared.inventory.files, out)
-    begin = time.perf_counter()
     source, notes = choose_tokenizer(prepared.checkpoint, tokenizer)
-    shards = assign(prepared.plan, max_shard_size)
-    with committed(out, force=force, need=prepared.plan.nbytes + _SLACK) as scratch:
-        folder = scratch.path
-        info = _tokenizer(source, folder, prepared)
-        written = _write_weights(shards, folder, progress)
-        values = judge(((one.entry, one.values) for shard in written for one in written[shard]), allow)
-        names = [*write_configs(folder, prepared.config, info, _generation(prepared)), *info.files]
-        if len(shards) > 1:
-            (folder / INDEX).write_text(index_json(shards), encoding="utf-8")
-            names.append(INDEX)
-        manifest = make_manifest(
-            prepared,
-            tensors={one.entry.name: _facts(shard, one) for shard in written for one in written[shard]},
-            files={name: _sha256(folder / name) for name in names},
-            options=dataclasses.asdict(options),
-            tokenizer=dataclasses.asdict(info),
-            values=values,
-            notes=(*notes, *scratch.notes),
-        )
-        (folder / NAME).write_text(manifest.to_json(), encoding="utf-8")
-        _flush([*names, NAME], folder)
-    files = (*(shard.file for shard in shards), *names, NAME)
-    return Converted(str(out), manifest, info, files, prepared.plan.nbytes, time.perf_counter() - begin)
+    return Request(prepared, options, source, notes, allow, sync)
 
 
 def _keep_source(files: tuple[str, ...], out: Path) -> None:
@@ -92,53 +112,12 @@ def _keep_source(files: tuple[str, ...], out: Path) -> None:
         raise usage_error("holds the checkpoint itself, which would be lost", str(out), "choose another name")
 
 
-def _write_weights(shards: tuple[Shard, ...], folder: Path, progress: Progress) -> dict[str, list[Written]]:
-    """Every weight file, by its name."""
-    with Files() as files:
-        return {shard.file: write_shard(shard, folder, files, progress) for shard in shards}
-
-
-def _facts(file: str, one: Written) -> dict[str, Any]:
-    entry = one.entry
-    return {"file": file, "dtype": entry.dtype, "shape": list(entry.shape), "xxh3": one.xxh3}
-
-
-def choose_tokenizer(checkpoint: Checkpoint, given: str | None) -> tuple[str, tuple[str, ...]]:
-    """Which tokenizer to write, and what to say about the choice. Several beside the checkpoint are a question."""
-    if given is not None:
-        return given, ()
-    found = checkpoint.tokenizers
-    if not found:
-        return "none", ("no tokenizer lies beside the checkpoint: the layout takes token ids (give --tokenizer PATH)",)
-    only, *others = found
-    if others:
-        what = f"several tokenizers lie beside the checkpoint: {', '.join(found)}"
-        raise input_error(what, checkpoint.path, "choose one with --tokenizer PATH")
-    return only, (f"tokenizer: {Path(only).name}, found beside the checkpoint",)
-
-
-def _generation(prepared: Prepared) -> dict[str, Any] | None:
-    """The generation_config.json beside the checkpoint: the stop tokens and sampling settings of its makers."""
-    found = prepared.inventory.extras.get("generation_config")
-    return cast("dict[str, Any]", found) if isinstance(found, dict) else None
-
-
-def _tokenizer(source: str, folder: Path, prepared: Prepared) -> TokenizerInfo:
-    context = prepared.dims.get("context")
-    return write_tokenizer(
-        source,
-        folder,
-        model_vocab=prepared.dims.integer("vocab"),
-        context=context if isinstance(context, int) else None,
-    )
-
-
-def _flush(names: list[str], folder: Path) -> None:
-    """To the disk before the rename, or a power cut leaves a layout with empty files. The weights are there already."""
-    for name in names:
-        with (folder / name).open("rb") as file:
-            os.fsync(file.fileno())
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def _kept(scratch: Scratch, agreement: Agreement, progress: Progress, *, trusted: bool) -> dict[str, list[Written]]:
+    """The weight files that an earlier run finished and whose bytes still have their hashes."""
+    kept: dict[str, list[Written]] = {}
+    for shard in finished(scratch.work, agreement) if scratch.resumed else ():
+        written = receipt(scratch.work, shard)
+        if written is not None and (trusted or holds(scratch.work, shard, written)):
+            kept[shard.file] = written
+            progress(shard.nbytes)
+    return kept

@@ -53,7 +53,7 @@ class Shard:
             offsets = [e.start, e.stop]
             table[e.name] = {"dtype": _NAMES[e.dtype], "shape": list(e.shape), "data_offsets": offsets}
         text = json.dumps(table, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
+        text += b" " * (-(len(text) + 8) % 4096)
         return len(text).to_bytes(8, "little") + text
 
 

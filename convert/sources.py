@@ -1,30 +1,41 @@
-"""From a planned source tensor to a lazy array over its mapped files, rank files joined."""
+"""From a planned source tensor to a lazy array over its files, rank files joined."""
 
 from __future__ import annotations
 
 import mmap
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
 from ..errors import input_error
 from ..mappings.lazy import Array, Lazy, raw_dtype
-from ..mappings.tensors import ITEMSIZE, TensorInfo
+from ..mappings.tensors import TensorInfo
 from .plan import Source
+from .stored import check_end
 
 
-class Files:
-    """Read-only maps of checkpoint files, opened once. A context manager.
+class Tensors(Protocol):
+    """Whatever makes lazy arrays of stored tensors: :class:`.stored.Files`, or :class:`Maps`."""
 
-    Pages of a map belong to the file cache, not to this process: reading a large checkpoint through it needs
-    no memory of ours.
+    def tensor(self, info: TensorInfo) -> Lazy:
+        """A lazy view of one stored tensor."""
+        ...
+
+
+class Maps:
+    """Read-only maps of files, for whoever keeps many tensors at hand without room for them. A context manager.
+
+    Pages of a map belong to the file cache, not to this process. A file that is cut meanwhile ends the process, so
+    this is for layouts, which are locked, and for what a user's own code runs on; a conversion reads through
+    :class:`.stored.Files`.
     """
 
     def __init__(self) -> None:
         self._maps: dict[str, mmap.mmap] = {}
 
-    def __enter__(self) -> Files:
+    def __enter__(self) -> Maps:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -40,12 +51,9 @@ class Files:
         raw = raw_dtype(info.dtype)
         if info.numel == 0:
             return Lazy.of(np.zeros(info.shape, raw), info.dtype)
-        size = ITEMSIZE[info.dtype]
         mapped = self._map(info.file)
-        end = info.offset + (1 + sum((n - 1) * s for n, s in zip(info.shape, info.stride, strict=True))) * size
-        if end > len(mapped):
-            raise input_error(f"{info.name} ends at byte {end}, the file at {len(mapped)}", info.file, "copy it again")
-        strides = tuple(s * size for s in info.stride)
+        check_end(info, len(mapped))
+        strides = tuple(s * raw.itemsize for s in info.stride)
         array: Array = np.ndarray(info.shape, raw, mapped, info.offset, strides)
         return Lazy.of(array, info.dtype)
 
@@ -56,7 +64,7 @@ class Files:
         return self._maps[path]
 
 
-def lazy_source(files: Files, source: Source) -> Lazy:
+def lazy_source(files: Tensors, source: Source) -> Lazy:
     """The whole of one source tensor: its only file's view, or its rank files joined as the mapping says."""
     ranks = [files.tensor(info) for info in source.infos]
     join = source.join

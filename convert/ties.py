@@ -74,7 +74,8 @@ def _equal(expanded: Expanded, inventory: Inventory, a: str, b: str) -> bool:
         return False  # the plan names what does not fit
     if shapes[0] != shapes[1] or infos[0][0].dtype != infos[1][0].dtype:
         return False
-    from .sources import Files, lazy_source, same_values
+    from .sources import lazy_source, same_values
+    from .stored import Files
 
     with Files() as files:
         one, other = (Source(n, i, s, j) for n, i, s, j in zip((a, b), infos, shapes, joins, strict=True))

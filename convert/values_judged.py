@@ -22,6 +22,9 @@ class Allow:
     flush: bool = False
 
 
+STRICT = Allow()
+
+
 def judge(seen: Iterable[tuple[Entry, Values]], allow: Allow) -> dict[str, Any]:
     """What the manifest says of the values: tables ``nonfinite``, ``flushed`` and ``suspicious`` by tensor name.
 

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import xxhash
 
-from ..mappings.lazy import Lazy
+from ..mappings.lazy import Lazy, Room
 from ..mappings.ops import OpError
 from .plan import Step
+from .receipts import Written, give_receipt, layout_in
 from .shards import Entry, Shard
-from .sources import Files, lazy_source
-from .values_seen import Seen, Values
+from .sources import lazy_source
+from .stored import Files
+from .values_seen import Seen
 
-BLOCK = 4 << 20
+BLOCK = 1 << 20
 """Bytes handled at a time. Larger blocks leave the CPU's cache and gain nothing."""
 
 Progress = Callable[[int], None]
-"""Called with the number of bytes just written."""
+"""Called with the number of bytes just written, from any thread."""
 
 
 def lazy_targets(files: Files, step: Step) -> list[Lazy]:
@@ -34,38 +39,131 @@ def lazy_targets(files: Files, step: Step) -> list[Lazy]:
     return [value.cast(step.dtype) for value in values]
 
 
-@dataclass(frozen=True)
-class Written:
-    """One tensor as it was written: the xxh3-128 of its bytes, and what its values look like."""
+def write_shards(
+    shards: Sequence[Shard], work: Path, files: Files, *, workers: int = 1, sync: bool = True, progress: Progress
+) -> dict[str, list[Written]]:
+    """Write safetensors files, a tensor at a time by each of ``workers`` threads. A file appears in the layout below
+    ``work`` when it is whole and, with ``sync``, on the disk; then its receipt is laid beside that.
 
-    entry: Entry
-    xxh3: str
-    values: Values
+    What can't be finished vanishes. Raises whatever stopped the first thread that was stopped.
+    """
+    queue = _Queue(files, [_Open(shard, work, sync) for shard in shards], progress)
+    try:
+        if workers == 1:
+            queue.run()
+        else:
+            _in_threads(queue, workers)
+    finally:
+        queue.drop()
+    return {one.shard.file: [one.written[entry.name] for entry in one.shard.entries] for one in queue.outputs}
 
 
-def write_shard(shard: Shard, folder: Path, files: Files, progress: Progress) -> list[Written]:
-    """Write one safetensors file and flush it to the disk."""
-    header = shard.header()
-    with (folder / shard.file).open("xb", buffering=0) as out:
-        _reserve(out.fileno(), len(header) + shard.nbytes)
-        _put(out.fileno(), memoryview(header))
-        written = [_write_tensor(entry, out.fileno(), files, progress) for entry in shard.entries]
-        os.fsync(out.fileno())
-    return written
+def _in_threads(queue: _Queue, workers: int) -> None:
+    with ThreadPoolExecutor(workers, "mdl-write") as pool:
+        try:
+            running = [pool.submit(queue.run) for _ in range(workers)]
+            wait(running)
+        finally:
+            queue.stopped = True  # the signal that ends this thread ends the others after their block
+    if queue.failed is not None:
+        raise queue.failed
 
 
-def _write_tensor(entry: Entry, descriptor: int, files: Files, progress: Progress) -> Written:
-    digest, seen = xxhash.xxh3_128(), Seen(entry.shape, entry.dtype)
-    value = lazy_targets(files, entry.step)[entry.index].watched(seen.rounded)
-    if value.shape != entry.shape or value.dtype != entry.dtype:
-        raise OpError(f"{entry.name} became {value.dtype} {list(value.shape)}, planned was {list(entry.shape)}")
-    for block in value.blocks(BLOCK):
-        view = block.reshape(-1).view("uint8").data
-        seen.feed(block)
-        digest.update(view)
-        _put(descriptor, view)
-        progress(len(view))
-    return Written(entry, digest.hexdigest(), seen.result())
+@dataclass
+class _Open:
+    """A weight file on its way: written under a name that no other run uses."""
+
+    shard: Shard
+    work: Path
+    sync: bool
+
+    def __post_init__(self) -> None:
+        self.path = self.work / f".{self.shard.file}.{os.getpid()}-{os.urandom(4).hex()}"
+        self.head = self.shard.header()
+        self.written: dict[str, Written] = {}
+        self.descriptor = -1
+
+    def open(self) -> None:
+        """Make the file, with its header."""
+        self.descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        _reserve(self.descriptor, len(self.head) + self.shard.nbytes)
+        _put(self.descriptor, memoryview(self.head), 0)
+
+    def finish(self) -> None:
+        """Give the whole file its name."""
+        if self.sync:
+            os.fsync(self.descriptor)
+        self.close()
+        self.path.rename(layout_in(self.work) / self.shard.file)
+        give_receipt(self.work, self.shard, self.written, sync=self.sync)
+
+    def close(self) -> None:
+        """Close it, if it is open."""
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
+
+
+class _Queue:
+    """The tensors still to be written, for several threads to take from."""
+
+    def __init__(self, files: Files, outputs: list[_Open], progress: Progress) -> None:
+        self.outputs = outputs
+        self.stopped = False
+        self.failed: BaseException | None = None
+        self._files, self._progress = files, progress
+        self._todo = iter([(one, entry) for one in outputs for entry in one.shard.entries])
+        self._lock = threading.Lock()
+
+    def run(self) -> None:
+        """Take tensors and write them until there are none, or until a thread fails."""
+        room = Room()
+        try:
+            while (job := self._take()) is not None:
+                output, entry = job
+                written = self._write(entry, output, room)
+                if written is not None and self._last(output, written):
+                    output.finish()
+        except BaseException as error:
+            self.failed = self.failed or error
+            self.stopped = True
+            raise
+
+    def drop(self) -> None:
+        """Remove what is not finished."""
+        for output in self.outputs:
+            output.close()
+            with suppress(OSError):
+                output.path.unlink(missing_ok=True)
+
+    def _take(self) -> tuple[_Open, Entry] | None:
+        with self._lock:
+            job = None if self.stopped else next(self._todo, None)
+            if job is not None and job[0].descriptor < 0:
+                job[0].open()
+            return job
+
+    def _last(self, output: _Open, written: Written) -> bool:
+        with self._lock:
+            output.written[written.name] = written
+            return len(output.written) == len(output.shard.entries)
+
+    def _write(self, entry: Entry, output: _Open, room: Room) -> Written | None:
+        digest, seen = xxhash.xxh3_128(), Seen(entry.shape, entry.dtype)
+        value = lazy_targets(self._files, entry.step)[entry.index].watched(seen.rounded)
+        if value.shape != entry.shape or value.dtype != entry.dtype:
+            raise OpError(f"{entry.name} became {value.dtype} {list(value.shape)}, planned was {list(entry.shape)}")
+        at = len(output.head) + entry.start
+        for block in value.blocks(BLOCK, room):
+            if self.stopped:
+                return None
+            view = memoryview(block.reshape(-1).view("uint8").data)
+            seen.feed(block)
+            digest.update(view)
+            _put(output.descriptor, view, at)
+            at += len(view)
+            self._progress(len(view))
+        return Written(entry.name, digest.hexdigest(), seen.result())
 
 
 def _reserve(descriptor: int, nbytes: int) -> None:
@@ -80,7 +178,8 @@ def _reserve(descriptor: int, nbytes: int) -> None:
             raise
 
 
-def _put(descriptor: int, view: memoryview) -> None:
+def _put(descriptor: int, view: memoryview, at: int) -> None:
     """Write all of it: a single write may stop short (signals, nearly full disks)."""
     while view:
-        view = view[os.write(descriptor, view) :]
+        written = os.pwrite(descriptor, view, at)
+        view, at = view[written:], at + written

@@ -59,6 +59,24 @@ class Rounding:
         return made
 
 
+TURNED = 16 << 20
+"""Bytes of a piece whose values lie apart in the file: the more rows it has, the longer is each run of them there."""
+
+
+class Room:
+    """Memory that is used again for every piece that is read. Not for several threads."""
+
+    def __init__(self) -> None:
+        self._bytes: Array = np.empty(0, np.uint8)
+
+    def array(self, shape: Shape, dtype: np.dtype[Any]) -> Array:
+        """An array in this memory, with whatever values it holds."""
+        size = math.prod(shape) * dtype.itemsize
+        if self._bytes.size < size:
+            self._bytes = np.empty(size, np.uint8)
+        return self._bytes[:size].view(dtype).reshape(shape)
+
+
 class Node:
     """Part of a description. Every node can be cut, split, turned and read; none of the first three reads data."""
 
@@ -79,6 +97,15 @@ class Node:
     def read(self) -> Array:
         """The values, in raw form."""
         raise NotImplementedError
+
+    def read_into(self, out: Array) -> None:
+        """Put the values into a contiguous array of this shape."""
+        out[...] = self.read()
+
+    @property
+    def turned(self) -> bool:
+        """Whether neighbouring values lie apart where they are stored, so that reading pays in large pieces only."""
+        return False
 
     def watched(self, note: Note) -> Node:
         """The same description, whose roundings are told to ``note`` when they are read."""
@@ -174,6 +201,17 @@ class Joined(Node):
             return self.parts[0].read()
         return np.concatenate([p.read() for p in self.parts], axis=self.axis)
 
+    def read_into(self, out: Array) -> None:
+        at = 0
+        for part in self.parts:
+            stop = at + part.shape[self.axis]
+            part.read_into(out[(slice(None),) * self.axis + (slice(at, stop),)])
+            at = stop
+
+    @property
+    def turned(self) -> bool:
+        return any(p.node.turned for p in self.parts)
+
     def watched(self, note: Note) -> Node:
         return Joined(self.axis, tuple(p.watched(note) for p in self.parts))
 
@@ -202,6 +240,10 @@ class Computed(Node):
     def read(self) -> Array:
         made = self.function([p.read() for p in self.parts])
         return self.rounding(made) if self.rounding else made
+
+    @property
+    def turned(self) -> bool:
+        return any(p.turned for p in self.parts)
 
     def watched(self, note: Note) -> Node:
         parts = tuple(p.watched(note) for p in self.parts)
@@ -342,9 +384,24 @@ class Lazy:
         """All values at once, in raw form and logical shape."""
         return self.node.read().reshape(self.shape)
 
-    def blocks(self, limit: int = 1 << 20) -> Iterator[Array]:
-        """The values in C order, in contiguous raw pieces of at most about ``limit`` bytes."""
-        yield from _blocks(self.node, limit, ITEMSIZE[self.dtype])
+    def read_into(self, out: Array) -> None:
+        """Put all values, in raw form, into an array of the logical shape."""
+        place = out if out.flags.c_contiguous else np.empty(out.shape, out.dtype)
+        self.node.read_into(place.reshape(self.node.shape))
+        if place is not out:
+            out[...] = place
+
+    def blocks(self, limit: int = 1 << 20, room: Room | None = None) -> Iterator[Array]:
+        """The values in C order, in contiguous raw pieces of at most about ``limit`` bytes.
+
+        Every piece lies in ``room``, where the next one overwrites it. Without one, each piece is an array of its own.
+        """
+        raw = raw_dtype(self.dtype)
+        limit = max(limit, TURNED) if self.node.turned and room is not None else limit
+        for node in _cut(self.node, limit, raw.itemsize):
+            out: Array = np.empty(node.shape, raw) if room is None else room.array(node.shape, raw)
+            node.read_into(out)
+            yield out
 
     def _computed(self, others: list[Lazy], function: Callable[[list[Array]], Array]) -> Lazy:
         """Arithmetic on numbers, at least in float32, rounded back to this element type."""
@@ -371,13 +428,14 @@ class Lazy:
         return Lazy.of(np.ascontiguousarray(self.read()), self.dtype)
 
 
-def _blocks(node: Node, limit: int, itemsize: int) -> Iterator[Array]:
+def _cut(node: Node, limit: int, itemsize: int) -> Iterator[Node]:
+    """The node in pieces of at most ``limit`` bytes that follow each other in C order; none that is empty."""
     size = math.prod(node.shape) * itemsize
     axis = next((k for k, n in enumerate(node.shape) if n > 1), None)
     if size <= limit or axis is None:
         if size:
-            yield np.ascontiguousarray(node.read())
+            yield node
         return
     rows = max(1, limit // (size // node.shape[axis]))
     for start in range(0, node.shape[axis], rows):
-        yield from _blocks(node.slice(axis, start, min(start + rows, node.shape[axis])), limit, itemsize)
+        yield from _cut(node.slice(axis, start, min(start + rows, node.shape[axis])), limit, itemsize)

@@ -19,7 +19,7 @@ from mdl.convert.inventory import take_inventory
 from mdl.convert.open import open_checkpoint
 from mdl.convert.prepare import Options, prepare
 from mdl.convert.run import convert
-from mdl.convert.sources import Files
+from mdl.convert.stored import Files
 from mdl.convert.tok_char import read_meta
 from mdl.errors import Kind, MdlError
 

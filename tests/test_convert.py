@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mdl.archs import targets
-from mdl.convert import commit, run, write
+from mdl.convert import commit, write
 from mdl.convert.manifest import read_manifest
 from mdl.convert.prepare import Options, prepare
 from mdl.convert.run import Converted, convert
@@ -238,7 +238,7 @@ class Stopped(Exception):  # noqa: N818 - it stands for any failure
     pass
 
 
-@pytest.mark.parametrize("where", ["write_configs", "make_manifest", "write_shard"])
+@pytest.mark.parametrize("where", ["finish.write_configs", "finish.make_manifest", "write.Seen", "run.write_shards"])
 @pytest.mark.parametrize("force", [False, True])
 def test_a_failure_in_the_middle_leaves_what_was_there(
     where: str, force: bool, tied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -251,7 +251,7 @@ def test_a_failure_in_the_middle_leaves_what_was_there(
     def fail(*_: Any, **__: Any) -> None:
         raise Stopped
 
-    monkeypatch.setattr(run, where, fail)
+    monkeypatch.setattr(f"mdl.convert.{where}", fail)
     with pytest.raises(Stopped):
         converted(tied, out, force=force)
 
@@ -263,7 +263,7 @@ def test_a_full_disk_is_told(tied: Path, tmp_path: Path, monkeypatch: pytest.Mon
     def full(*_: Any) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(write.os, "write", full)
+    monkeypatch.setattr(write.os, "pwrite", full)
     assert "No space left" in refusal(Kind.MACHINE, tied, tmp_path / "out")
     monkeypatch.undo()
 

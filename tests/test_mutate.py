@@ -13,10 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mdl.convert.check import check_layout
+from mdl.convert.check import INDEX, check_layout
 from mdl.convert.expected import expected_tensors
 from mdl.convert.manifest import read_manifest
-from mdl.convert.run import INDEX
 from mdl.errors import Kind, MdlError
 from mdl.validate import changes, mutate
 from mdl.validate.client import Engine

@@ -13,7 +13,7 @@ from ..convert.config import TOKEN_IDS, read_config
 from ..convert.expected import expected_tensors
 from ..convert.manifest import Manifest
 from ..convert.prepare import Prepared
-from ..convert.sources import Files
+from ..convert.stored import Files
 from ..convert.tokenizer import check_tokenizer
 from ..convert.write import BLOCK, lazy_targets
 from ..errors import MdlError, Problem

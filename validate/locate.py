@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..convert.config import read_config
 from ..convert.prepare import Prepared
-from ..convert.sources import Files
+from ..convert.stored import Files
 from .asking import Answer, ask, nmse
 from .client import Engine, EngineFailure
 from .hypothesis import Change, Trials, Tried, differences, exchanged, from_config, often_mistaken, reordered

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from ..archs.base import Arch, Dims
 from ..archs.guard import build_eager, load_weights
 from ..convert.plan import Plan
-from ..convert.sources import Files, lazy_source
+from ..convert.sources import lazy_source
+from ..convert.stored import Files
 from ..errors import MdlError, input_error, machine_error, usage_error
 from .compare import Distance, distance
 from .inputs import Inputs

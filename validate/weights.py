@@ -11,7 +11,8 @@ import numpy as np
 
 from ..convert.plan import Plan, Step
 from ..convert.safetensors_file import read_safetensors
-from ..convert.sources import Files, lazy_source
+from ..convert.sources import lazy_source
+from ..convert.stored import Files
 from ..mappings.lazy import Array, Lazy
 from ..mappings.moves import PermuteRope
 from ..mappings.ops import OpError

@@ -1,0 +1,131 @@
+"""Everything around the weights: tokenizer, config, index and manifest, which turn weight files into a layout."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from ..errors import input_error
+from .agreement import Agreement
+from .check import INDEX
+from .commit import Scratch
+from .config import write_configs
+from .manifest import NAME, Manifest, make_manifest
+from .open import Checkpoint
+from .prepare import Options, Prepared
+from .receipts import Written
+from .shards import Entry, Shard, index_json
+from .tokenizer import TokenizerInfo, write_tokenizer
+from .values_judged import Allow, judge
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be made: of which checkpoint, as which options say, with which tokenizer."""
+
+    prepared: Prepared
+    options: Options
+    tokenizer: str
+    notes: tuple[str, ...]
+    allow: Allow
+    sync: bool
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a finished folder holds."""
+
+    manifest: Manifest
+    files: tuple[str, ...]
+
+
+def finish(
+    request: Request,
+    agreement: Agreement,
+    written: Mapping[str, list[Written]],
+    info: TokenizerInfo,
+    scratch: Scratch,
+) -> Layout:
+    """Write what lies beside the weights. ``written`` tells of every weight file, by its name.
+
+    Raises MdlError (INPUT) for values that may not be written.
+    """
+    folder, prepared = scratch.path, request.prepared
+    pairs = pair_up(agreement.shards, written)
+    values = judge(((entry, one.values) for _, entry, one in pairs), request.allow)
+    names = [*write_configs(folder, prepared.config, info, _generation(prepared)), *info.files]
+    if len(agreement.shards) > 1:
+        (folder / INDEX).write_text(index_json(agreement.shards), encoding="utf-8")
+        names.append(INDEX)
+    manifest = make_manifest(
+        prepared,
+        tensors={entry.name: _facts(shard, entry, one) for shard, entry, one in pairs},
+        files={name: _sha256(folder / name) for name in names},
+        options=dataclasses.asdict(request.options),
+        tokenizer=dataclasses.asdict(info),
+        values=values,
+        notes=(*request.notes, *scratch.notes),
+        agreement=agreement.digest,
+    )
+    (folder / NAME).write_text(manifest.to_json(), encoding="utf-8")
+    if request.sync:
+        _flush([*names, NAME], folder)
+    return Layout(manifest, (*(shard.file for shard in agreement.shards), *names, NAME))
+
+
+def pair_up(shards: tuple[Shard, ...], written: Mapping[str, list[Written]]) -> list[tuple[Shard, Entry, Written]]:
+    """Every tensor with its file and what is known of it, in the plan's order."""
+    return [
+        (shard, entry, one) for shard in shards for entry, one in zip(shard.entries, written[shard.file], strict=True)
+    ]
+
+
+def _facts(shard: Shard, entry: Entry, one: Written) -> dict[str, Any]:
+    return {"file": shard.file, "dtype": entry.dtype, "shape": list(entry.shape), "xxh3": one.xxh3}
+
+
+def choose_tokenizer(checkpoint: Checkpoint, given: str | None) -> tuple[str, tuple[str, ...]]:
+    """Which tokenizer to write, and what to say about the choice. Several beside the checkpoint are a question."""
+    if given is not None:
+        return given, ()
+    found = checkpoint.tokenizers
+    if not found:
+        return "none", ("no tokenizer lies beside the checkpoint: the layout takes token ids (give --tokenizer PATH)",)
+    only, *others = found
+    if others:
+        what = f"several tokenizers lie beside the checkpoint: {', '.join(found)}"
+        raise input_error(what, checkpoint.path, "choose one with --tokenizer PATH")
+    return only, (f"tokenizer: {Path(only).name}, found beside the checkpoint",)
+
+
+def write_own_tokenizer(request: Request, folder: Path) -> TokenizerInfo:
+    """The tokenizer comes first: what is wrong with it is told before an hour of copying."""
+    context = request.prepared.dims.get("context")
+    return write_tokenizer(
+        request.tokenizer,
+        folder,
+        model_vocab=request.prepared.dims.integer("vocab"),
+        context=context if isinstance(context, int) else None,
+    )
+
+
+def _generation(prepared: Prepared) -> dict[str, Any] | None:
+    """The generation_config.json beside the checkpoint: the stop tokens and sampling settings of its makers."""
+    found = prepared.inventory.extras.get("generation_config")
+    return cast("dict[str, Any]", found) if isinstance(found, dict) else None
+
+
+def _flush(names: list[str], folder: Path) -> None:
+    """To the disk before the rename, or a power cut leaves a layout with empty files. The weights are there already."""
+    for name in names:
+        with (folder / name).open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

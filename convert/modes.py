@@ -1,0 +1,90 @@
+"""The ways to carry a conversion out: in this process, on a Ray cluster, or as one of several parts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ..errors import usage_error
+from .commit import Say, os_problem
+from .disk_speed import copy_rate
+from .parts import Contributed, Part, convert_part
+from .prepare import Options, Prepared
+from .ray_tasks import ray_writer
+from .run import Converted, convert
+from .values_judged import STRICT, Allow
+from .write import Progress
+
+
+@dataclass(frozen=True)
+class Mode:
+    """How to copy. None of it changes a byte of what is written. With ``benchmark``, the disk's own speed is measured
+    first."""
+
+    workers: int = 1
+    sync: bool = True
+    part: Part | None = None
+    ray: bool = False
+    benchmark: bool = False
+
+
+def convert_in(
+    mode: Mode,
+    prepared: Prepared,
+    out: Path,
+    *,
+    options: Options,
+    tokenizer: str | None = None,
+    max_shard_size: int,
+    force: bool = False,
+    allow: Allow = STRICT,
+    progress: Progress = lambda _: None,
+    say: Say = lambda _: None,
+) -> Converted | Contributed:
+    """Convert as ``mode`` says. Other arguments, and what is raised, are those of :func:`.run.convert`.
+
+    Raises MdlError (USAGE) also for a part that is to use Ray or to measure the disk.
+    """
+    if mode.part is not None:
+        if mode.ray or mode.benchmark:
+            raise usage_error(f"--part does not go with --{'ray' if mode.ray else 'benchmark'}", do="choose one")
+        return convert_part(
+            prepared,
+            out,
+            mode.part,
+            options=options,
+            tokenizer=tokenizer,
+            max_shard_size=max_shard_size,
+            force=force,
+            allow=allow,
+            workers=mode.workers,
+            sync=mode.sync,
+            progress=progress,
+        )
+    writer = ray_writer(prepared, options, max_shard_size, mode.workers, sync=mode.sync) if mode.ray else None
+    rate = _disk_rate(prepared, out, sync=mode.sync) if mode.benchmark else None
+    done = convert(
+        prepared,
+        out,
+        options=options,
+        tokenizer=tokenizer,
+        max_shard_size=max_shard_size,
+        force=force,
+        allow=allow,
+        workers=mode.workers,
+        sync=mode.sync,
+        writer=writer,
+        progress=progress,
+        say=say,
+    )
+    return replace(done, disk_rate=rate)
+
+
+def _disk_rate(prepared: Prepared, out: Path, *, sync: bool) -> float:
+    """Bytes per second of a plain copy from where the checkpoint lies to where the layout will."""
+    prepared.plan.refuse()
+    above = next(one for one in out.absolute().parents if one.is_dir())
+    try:
+        return copy_rate(Path(prepared.inventory.files[0]), above / out.name, sync=sync)
+    except OSError as error:
+        raise os_problem(error, out) from error

@@ -1,0 +1,183 @@
+"""`mdl convert --part i/n`: several runs, on one machine or many, each write their share of one layout's files.
+
+No run talks to another. What they share is a folder: the agreement says what is being written there, a receipt beside
+each weight file says that it is whole, and whoever finds all receipts there in the end makes the layout of them. A
+part may be killed, retried, or run twice at the same time: it writes the same bytes under the same names.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ..errors import MdlError, machine_error, usage_error
+from .agreement import Agreement, agree
+from .commit import check_out, check_room, finished, os_problem, work_path
+from .finish import Request, pair_up
+from .locks import claimed, shared
+from .manifest import NAME, read_manifest
+from .prepare import Options, Prepared
+from .receipts import Written, holds, layout_in, receipt
+from .run import SLACK, Converted, convert, requested, threads
+from .shards import Shard, assign
+from .values_judged import STRICT, Allow, judge
+from .write import Progress
+
+
+@dataclass(frozen=True)
+class Part:
+    """The ``number``-th of ``count`` shares, counted from 1."""
+
+    number: int
+    count: int
+
+    def share(self, shards: Sequence[Shard]) -> list[Shard]:
+        """This part's files: the largest first, each to the part that has the least so far."""
+        loads = [0] * self.count
+        mine: list[Shard] = []
+        for shard in sorted(shards, key=lambda one: -one.nbytes):
+            least = loads.index(min(loads))
+            loads[least] += shard.nbytes
+            if least == self.number - 1:
+                mine.append(shard)
+        return mine
+
+
+@dataclass(frozen=True)
+class Contributed:
+    """What a part did that was not the last one: the files it wrote, and those that are still missing."""
+
+    out: str
+    part: int
+    parts: int
+    files: tuple[str, ...]
+    nbytes: int
+    seconds: float
+    missing: tuple[str, ...]
+
+
+def parse_part(text: str) -> Part:
+    """A part from text such as ``3/8``. Raises MdlError (USAGE)."""
+    number, _, count = text.partition("/")
+    do = "write --part 3/8 for the third of eight; a SLURM array counts from 1 with --array=1-8"
+    if not (number.isdecimal() and count.isdecimal()):
+        raise usage_error(f"--part {text}: expected NUMBER/COUNT", do=do)
+    part = Part(int(number), int(count))
+    if not 1 <= part.number <= part.count:
+        raise usage_error(f"--part {text}: parts are counted from 1 to {part.count}", do=do)
+    return part
+
+
+def convert_part(
+    prepared: Prepared,
+    out: Path,
+    part: Part,
+    *,
+    options: Options,
+    tokenizer: str | None = None,
+    max_shard_size: int = 5 * 10**9,
+    force: bool = False,
+    allow: Allow = STRICT,
+    workers: int = 1,
+    sync: bool = True,
+    progress: Progress = lambda _: None,
+) -> Converted | Contributed:
+    """Write one part's files; whoever is the last makes the layout. Arguments are those of :func:`.run.convert`.
+
+    Raises MdlError: USAGE if ``out`` exists and holds something else, MACHINE if something else is being written there.
+    """
+    begin = time.perf_counter()
+    out = out.absolute()
+    request = requested(prepared, out, options=options, tokenizer=tokenizer, allow=allow, sync=sync)
+    agreement = agree(prepared, assign(prepared.plan, max_shard_size))
+    mine = part.share(agreement.shards)
+    if is_made(out, agreement):
+        return _state(out, part, [], agreement, begin)
+    check_out(out, force)
+    try:
+        _write(out, mine, agreement, request, workers, progress)
+    except OSError as error:
+        raise os_problem(error, out) from error
+    state = _state(out, part, mine, agreement, begin)
+    if is_made(out, agreement):
+        with contextlib.suppress(MdlError), claimed(out):
+            pass  # the lock file goes, if nobody else is here
+        return state
+    if state.missing:
+        return state
+    more = {"tokenizer": tokenizer, "max_shard_size": max_shard_size, "force": force, "allow": allow, "sync": sync}
+    try:
+        made = convert(prepared, out, options=options, last=True, **more)  # type: ignore[arg-type]  # as they came
+    except MdlError:
+        if is_made(out, agreement):
+            return state
+        raise
+    others = tuple(file for file in made.resumed if file not in state.files)
+    return replace(made, copied=state.nbytes, seconds=time.perf_counter() - begin, resumed=others)
+
+
+def _state(out: Path, part: Part, mine: list[Shard], agreement: Agreement, begin: float) -> Contributed:
+    here = {shard.file for shard in finished(work_path(out), agreement)}
+    missing = tuple(shard.file for shard in agreement.shards if shard.file not in here)
+    if missing and is_made(out, agreement):  # asked last: another part may have made it in between
+        missing = ()
+    names, nbytes = tuple(shard.file for shard in mine), sum(shard.nbytes for shard in mine)
+    return Contributed(str(out), part.number, part.count, names, nbytes, time.perf_counter() - begin, missing)
+
+
+def _write(
+    out: Path, mine: list[Shard], agreement: Agreement, request: Request, workers: int, progress: Progress
+) -> None:
+    """Write this part's files, but for those that are there already and hold what their receipts say."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with shared(out):
+        if is_made(out, agreement):  # this part ran twice, and the layout was made meanwhile
+            return
+        work = work_path(out)
+        _join(work, agreement)
+        kept = {one.file: written for one in mine if (written := _kept(work, one)) is not None}
+        for shard in mine:
+            progress(shard.nbytes if shard.file in kept else 0)
+        missing = [shard for shard in mine if shard.file not in kept]
+        check_room(out, sum(shard.nbytes for shard in missing) + SLACK)
+        written = {**kept, **threads(workers, sync=request.sync)(missing, work, progress)}
+        judge(((entry, one.values) for _, entry, one in pair_up(tuple(mine), written)), request.allow)
+
+
+def _join(work: Path, agreement: Agreement) -> None:
+    """Make the folder, or see that what is being written there is the same. Several may try at the same time."""
+    begun = work.with_name(f".{work.name}.{os.getpid()}-{os.urandom(4).hex()}")
+    layout_in(begun).mkdir(parents=True)
+    try:
+        agreement.write(begun)
+        begun.rename(work)  # refused where there is one that is not empty
+    except OSError:
+        if not work.is_dir():
+            raise
+    finally:
+        shutil.rmtree(begun, ignore_errors=True)
+    if not agreement.stands_in(work):
+        what = "something else is being written here, or was: another checkpoint, another mdl, or with other options"
+        do = f"give every part the same checkpoint and options; if nothing is running, remove {work.name}"
+        raise machine_error(what, str(work), do)
+    layout_in(work).mkdir(exist_ok=True)
+
+
+def _kept(work: Path, shard: Shard) -> list[Written] | None:
+    written = receipt(work, shard)
+    return written if written is not None and holds(work, shard, written) else None
+
+
+def is_made(out: Path, agreement: Agreement) -> bool:
+    """Whether the layout is there already, made under this very agreement."""
+    if not (out / NAME).is_file():
+        return False
+    try:
+        return read_manifest(out).agreement == agreement.digest
+    except MdlError:
+        return False

@@ -1,0 +1,171 @@
+"""Tensors as they lie in a file: strided ranges of bytes that are described first and read later, without a map.
+
+Reading goes through ``preadv`` into memory that is used again and again. A map would be as quick, but its pages count
+as this process's memory, and a file that is cut while it is read would end the process with SIGBUS, not a message.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import threading
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from ..errors import input_error
+from ..mappings.lazy import Array, Lazy, Node, raw_dtype
+from ..mappings.tensors import ITEMSIZE, Shape, TensorInfo
+
+_CALL = 6 << 10
+"""Bytes that are copied in the time that one more system call takes: what decides between many reads and a wide one."""
+
+
+class Files:
+    """Checkpoint files, opened once and read at any place by any number of threads. A context manager."""
+
+    def __init__(self) -> None:
+        self._open: dict[str, Readable] = {}
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Files:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._open.values():
+            os.close(file.descriptor)
+        self._open.clear()
+
+    def tensor(self, info: TensorInfo) -> Lazy:
+        """A lazy view of one stored tensor. Raises MdlError (INPUT) if the file has become too short for it."""
+        raw = raw_dtype(info.dtype)
+        if info.numel == 0:
+            return Lazy.of(np.zeros(info.shape, raw), info.dtype)
+        file = self._readable(info.file)
+        check_end(info, file.size)
+        strides = tuple(s * raw.itemsize for s in info.stride)
+        return Lazy(Stored(file, info.offset, info.shape, strides, raw), (1,) * len(info.shape), info.dtype)
+
+    def _readable(self, path: str) -> Readable:
+        with self._lock:
+            if path not in self._open:
+                descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+                self._open[path] = Readable(path, descriptor, os.fstat(descriptor).st_size)
+            return self._open[path]
+
+
+def check_end(info: TensorInfo, size: int) -> None:
+    """Raise MdlError (INPUT) if a tensor does not end within its file's ``size`` bytes."""
+    reach = 1 + sum((n - 1) * s for n, s in zip(info.shape, info.stride, strict=True))
+    end = info.offset + reach * ITEMSIZE[info.dtype]
+    if end > size:
+        raise input_error(f"{info.name} ends at byte {end}, the file at {size}", info.file, "copy it again")
+
+
+@dataclass(frozen=True)
+class Readable:
+    """An open file."""
+
+    path: str
+    descriptor: int
+    size: int
+
+    def read_into(self, out: Array, offset: int) -> None:
+        """Fill a contiguous array with the bytes from ``offset``. Raises MdlError (INPUT) where the file ends early or
+        the disk can't read it."""
+        left = memoryview(out.reshape(-1).view(np.uint8).data)
+        while left:
+            try:
+                got = os.preadv(self.descriptor, [left], offset)
+            except OSError as error:
+                raise input_error(f"can't be read at byte {offset}: {error.strerror}", self.path) from error
+            if not got:
+                what = f"became shorter while it was read: it ends before byte {offset + len(left)}"
+                raise input_error(what, self.path, "wait until whatever writes it has finished, or copy it again")
+            left, offset = left[got:], offset + got
+
+
+@dataclass(frozen=True)
+class Stored(Node):
+    """A strided view of a file's bytes; offset and strides in bytes."""
+
+    file: Readable
+    offset: int
+    shape: Shape
+    strides: Shape
+    dtype: np.dtype[Any]
+
+    def split(self, axis: int, sizes: Shape) -> Node:
+        steps = tuple(self.strides[axis] * math.prod(sizes[k + 1 :]) for k in range(len(sizes)))
+        return replace(self, shape=_instead(self.shape, axis, sizes), strides=_instead(self.strides, axis, steps))
+
+    def permute(self, order: Shape) -> Node:
+        return replace(self, shape=tuple(self.shape[k] for k in order), strides=tuple(self.strides[k] for k in order))
+
+    def slice(self, axis: int, start: int, stop: int) -> Node:
+        shape = _instead(self.shape, axis, (max(stop - start, 0),))
+        return replace(self, offset=self.offset + start * self.strides[axis], shape=shape)
+
+    @property
+    def turned(self) -> bool:
+        real = [stride for n, stride in zip(self.shape, self.strides, strict=True) if n > 1]
+        return bool(real) and real[-1] != self.dtype.itemsize
+
+    def read(self) -> Array:
+        out: Array = np.empty(self.shape, self.dtype)
+        self.read_into(out)
+        return out
+
+    def read_into(self, out: Array) -> None:
+        if not out.size:
+            return
+        order = sorted(range(len(self.shape)), key=lambda k: -self.strides[k])
+        natural = self.permute(tuple(order))
+        assert isinstance(natural, Stored)  # noqa: S101 - for the type checker
+        if natural._contiguous() and order == sorted(order):
+            self.file.read_into(out, self.offset)
+        else:
+            out.transpose(order)[...] = natural._gathered()
+
+    def _contiguous(self) -> bool:
+        """Whether the values follow each other without a gap, in this order."""
+        step = self.dtype.itemsize
+        for n, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
+            if n > 1 and stride != step:
+                return False
+            step *= n
+        return True
+
+    def _gathered(self) -> Array:
+        """The values of a view whose strides fall: run by run, or by one read of all that lies between them."""
+        outer, run = self._runs()
+        reach = self.dtype.itemsize + sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True))
+        count = math.prod(self.shape[:outer])
+        if reach <= run * count + _CALL * (count - 1) or 0 in self.strides:
+            held: Array = np.empty(reach, np.uint8)
+            self.file.read_into(held, self.offset)
+            return np.ndarray(self.shape, self.dtype, held.data, 0, self.strides)
+        made: Array = np.empty((count, run), np.uint8)
+        places = itertools.product(
+            *(range(0, n * s, s) for n, s in zip(self.shape[:outer], self.strides, strict=False))
+        )
+        for row, place in zip(made, places, strict=True):
+            self.file.read_into(row, self.offset + sum(place))
+        return made.reshape(-1).view(self.dtype).reshape(self.shape)
+
+    def _runs(self) -> tuple[int, int]:
+        """How many leading dimensions have to be walked over, and the bytes that follow each other below them."""
+        run = self.dtype.itemsize
+        for outer in range(len(self.shape), 0, -1):
+            n, stride = self.shape[outer - 1], self.strides[outer - 1]
+            if n > 1 and stride != run:
+                return outer, run
+            run *= n
+        return 0, run
+
+
+def _instead(values: Shape, axis: int, those: Shape) -> Shape:
+    """The values with those in place of one of them."""
+    return (*values[:axis], *those, *values[axis + 1 :])
