@@ -10,14 +10,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from .scratch import Scratch
-
-Array = npt.NDArray[Any]
+from .scratch import Array, Scratch
 
 EDGE = 256
 """Values along either edge of a tile: side by side in the source, and in the result. Twice as many where values have
