@@ -1,6 +1,6 @@
 """Makes values of one element type into those of another, at nearly the speed of memory.
 
-numpy and ml_dtypes convert most pairs with a 16-bit or 8-bit type value by value: 0.3 to 0.7 s per GB read, 5 s from
+numpy and ml_dtypes convert most pairs with a 16-bit or 8-bit type value by value: 0.3 to 0.7 s per GB read, 7 s from
 float8 (`python benchmarks/values.py`). What they give is the truth here nonetheless, NaN and all: a table of it is
 looked up where the source has at most 65,536 different values, and the arithmetic that stands in for it is held to it
 bit by bit in tests/test_rounding.py. Pairs that they convert fast are left to them, float32 to bfloat16 above all.
@@ -20,7 +20,8 @@ from .tensors import FLOATING, ITEMSIZE
 from .turning import copy_turned
 
 TILE = 1 << 18
-"""Bytes of the source handled at a time: with all that is made of them on the way they stay near the second cache."""
+"""Values of one or two bytes handled at a time, and a quarter as many wider ones: with all that is made of them on the
+way they stay near the second cache, and the calls cost little beside the work."""
 
 _RAW = {"bfloat16": "uint16", "float8_e4m3fn": "uint8", "float8_e5m2": "uint8"}
 
@@ -95,7 +96,7 @@ def _bits(values: Array) -> Array:
 
 
 def _tiles(values: Array, made: Array) -> Iterator[tuple[Array, Array]]:
-    step = TILE // values.itemsize
+    step = TILE if values.itemsize <= 2 else TILE // 4
     for start in range(0, len(values), step):
         yield values[start : start + step], made[start : start + step]
 
