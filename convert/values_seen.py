@@ -78,15 +78,17 @@ class Seen:
         self._constant = self._constant and lowest == self._bits == int(bits.min())
 
     def rounded(self, before: Array, after: Array, source: str, target: str) -> None:
-        """Count what a rounding lost. For :meth:`~mdl.mappings.lazy.Lazy.watched`."""
+        """Count what a rounding lost. For :meth:`~mdl.mappings.lazy.Lazy.watched`.
+
+        Two reductions tell whether anything is infinite now and two whether anything is 0; only then is it counted.
+        """
         if ITEMSIZE[target] > ITEMSIZE[source] or not after.size:
             return  # a wider type holds everything
         one, other = _unsigned(before), _unsigned(after)
         if _beyond(*_extremes(other), target):
             self._overflowed += int(np.count_nonzero(_nonfinite(other, target) & ~_nonfinite(one, source)))
-        zeros = _zeros(other)
-        if zeros:
-            self._flushed += zeros - _zeros(one)  # zero stays zero
+        if _has_zero(other):
+            self._flushed += _zeros(other) - _zeros(one)  # zero stays zero
 
     def result(self) -> Values:
         """What was seen so far."""
@@ -134,6 +136,12 @@ def _magnitude(bits: Array) -> Array:
 
 def _nonfinite(bits: Array, dtype: str) -> Array:
     return _magnitude(bits) >= bits.dtype.type(_INFINITE[dtype])
+
+
+def _has_zero(bits: Array) -> bool:
+    """Whether either zero is there: one is the smallest unsigned integer, the other the smallest signed one."""
+    signed = bits.view(f"i{bits.itemsize}")
+    return int(bits.min()) == 0 or int(signed.min()) == np.iinfo(signed.dtype).min
 
 
 def _zeros(bits: Array) -> int:

@@ -16,47 +16,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from .rounding import Array, Note, Rounding, raw_dtype, value_dtype
 from .tensors import ITEMSIZE, Shape
-
-Array = npt.NDArray[Any]
-
-_RAW = {"bfloat16": "uint16", "float8_e4m3fn": "uint8", "float8_e5m2": "uint8"}
-
-
-def raw_dtype(dtype: str) -> np.dtype[Any]:
-    """The numpy type that carries values of ``dtype`` when they are only moved."""
-    return np.dtype(_RAW.get(dtype, dtype))
-
-
-def value_dtype(dtype: str) -> np.dtype[Any]:
-    """The numpy type (ml_dtypes' for bfloat16 and float8) in which values of ``dtype`` are numbers."""
-    if dtype in _RAW:
-        import ml_dtypes
-
-        return np.dtype(getattr(ml_dtypes, dtype))
-    return np.dtype(dtype)
-
-
-Note = Callable[[Array, Array, str, str], None]
-"""Told of every rounding: the raw values before and after, and the two element types."""
-
-
-@dataclass(frozen=True)
-class Rounding:
-    """Raw values of one element type made into those of another, to nearest even."""
-
-    source: str
-    target: str
-    note: Note | None = None
-
-    def __call__(self, values: Array) -> Array:
-        with np.errstate(all="ignore"):  # whoever watches counts what is lost; a warning would name no tensor
-            made = values.view(value_dtype(self.source)).astype(value_dtype(self.target)).view(raw_dtype(self.target))
-        if self.note is not None:
-            self.note(values, made, self.source, self.target)
-        return made
 
 
 TURNED = 16 << 20

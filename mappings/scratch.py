@@ -1,0 +1,26 @@
+"""Small working memory that is used again and again: fresh memory costs a page fault for every 4 KiB."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+
+
+class Scratch(threading.local):
+    """Buffers by name, a set of its own for every thread. What one holds is valid until its name is asked for again."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, Array] = {}
+
+    def take(self, name: str, count: int, dtype: str | np.dtype[Any]) -> Array:
+        """``count`` values of ``dtype``, one dimension, holding whatever was there before."""
+        nbytes = count * np.dtype(dtype).itemsize
+        held = self._held.get(name)
+        if held is None or held.size < nbytes:
+            held = self._held[name] = np.empty(nbytes, "uint8")
+        return held[:nbytes].view(dtype)

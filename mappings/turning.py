@@ -1,0 +1,100 @@
+"""Copies arrays whose dimensions were reordered, at nearly the speed of memory.
+
+numpy copies such a view row by row of the result, and so touches a cache line of the source for every single value;
+where the distance between rows is a power of two, all those lines share a few places in the cache and are gone before
+their neighbours are wanted: 4096 × 4096 values of float32 take 1.6 s per GB. Here a tile travels at a time: it is read
+in the order of the source into a small buffer, whose rows are padded, and turned from there.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+
+from .scratch import Array, Scratch
+
+EDGE = 256
+"""Values along either edge of a tile: side by side in the source, and in the result. Twice as many where values have
+one or two bytes."""
+
+_PADDING = 64
+"""Bytes after each row of the buffer, so that rows don't share their place in the cache."""
+
+_SMALL = 1 << 14
+"""Bytes below which tiles gain nothing."""
+
+_scratch = Scratch()
+
+
+def copy_turned(view: Array, out: Array) -> None:
+    """Copy ``view``, an array of any strides, into ``out``: C-contiguous, of the same shape and dtype.
+
+    ``out`` must not share memory with ``view``.
+    """
+    if out.shape != view.shape or out.dtype != view.dtype or not out.flags.c_contiguous:
+        raise ValueError(f"{out.dtype} {out.shape} can't take {view.dtype} {view.shape} in C order")
+    source, target = _simplified(view, out)
+    if source.ndim < 2 or source.nbytes <= _SMALL or source.strides[-1] == source.itemsize:
+        np.copyto(target, source)
+        return
+    sides = _sides(source.shape, source.strides, EDGE if source.itemsize > 2 else 2 * EDGE)
+    order = _buffer_order(source.strides)
+    for corner in itertools.product(*(range(0, n, side) for n, side in zip(source.shape, sides, strict=True))):
+        tile = tuple([slice(at, at + side) for at, side in zip(corner, sides, strict=True)])
+        _turn(source[tile].transpose(order), target[tile].transpose(order))
+
+
+def _simplified(view: Array, out: Array) -> tuple[Array, Array]:
+    """The same copy in fewer dimensions: neighbours that are one run in the source are one in the result as well."""
+    shape: list[int] = []
+    strides: list[int] = []
+    for size, stride in zip(view.shape, view.strides, strict=True):
+        if size == 1:
+            continue
+        if shape and strides[-1] == size * stride:
+            shape[-1], strides[-1] = shape[-1] * size, stride
+        else:
+            shape.append(size)
+            strides.append(stride)
+    source = np.lib.stride_tricks.as_strided(view, shape, strides, writeable=False)
+    return _widened(source, out.reshape(shape))
+
+
+def _widened(source: Array, target: Array) -> tuple[Array, Array]:
+    """Short runs side by side in both, such as the two halves of a rotary pair, become one value of their width."""
+    run = source.shape[-1] * source.itemsize if source.ndim else 0
+    if source.ndim < 2 or run not in (2, 4, 8) or source.strides[-1] != source.itemsize:
+        return source, target
+    wide = f"u{run}"
+    return source.view(wide)[..., 0], target.view(wide)[..., 0]
+
+
+def _sides(shape: tuple[int, ...], strides: tuple[int, ...], edge: int) -> list[int]:
+    """How far a tile reaches along each dimension: about ``edge`` neighbours in the source and in the result."""
+    inner_first = range(len(shape) - 1, -1, -1)
+    sides = [1] * len(shape)
+    for order in (inner_first, sorted(inner_first, key=lambda k: abs(strides[k]))):
+        left = edge
+        for axis in order:
+            side = min(shape[axis], left)
+            sides[axis] = max(sides[axis], side)
+            left //= side
+    return sides
+
+
+def _buffer_order(strides: tuple[int, ...]) -> list[int]:
+    """The result's last dimension first, then the others as they lie in the source."""
+    last = len(strides) - 1
+    return [last, *sorted(range(last), key=lambda k: -abs(strides[k]))]
+
+
+def _turn(source: Array, target: Array) -> None:
+    """Copy one tile, both in the buffer's order, by way of the buffer."""
+    row = math.prod(source.shape[1:])
+    pitch = row + _PADDING // source.itemsize
+    held = _scratch.take("tile", len(source) * pitch, source.dtype).reshape(len(source), pitch)
+    tile = held[:, :row].reshape(source.shape)
+    np.copyto(tile, source)
+    np.copyto(target, tile)
