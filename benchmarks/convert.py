@@ -32,7 +32,7 @@ from typing import Any
 from convert_measure import RunFailedError, available_memory, give_back, machine, measured, settle
 from convert_scenarios import SCENARIOS, Scenario
 from convert_tables import block, versions, write_page
-from convert_ways import WAYS, Job, Way, mdl, missing, without
+from convert_ways import WAYS, Job, Way, mdl, memory_needed, missing, without
 from curves import memory_curves
 
 SLACK = 10**9
@@ -55,7 +55,7 @@ def measure(scenario: Scenario, gigabytes: float, args: argparse.Namespace, tell
         give_back()
         result |= {"nbytes": source.nbytes, "remarks": {way.name: said for way in ways if (said := remarks(way))}}
         mdl_args = (*scenario.mdl_args, *shlex.split(args.mdl_args))
-        job = Job(source, folder / "out", folder / "layout", scenario.dtype, mdl_args, pythons)
+        job = Job(source, folder / "out", folder / "layout", scenario.dtype, mdl_args, scenario.rewrites, pythons)
         if any(way.of_layout for way in ways):
             make_layout(job)
         for number in range(args.rounds):
@@ -103,7 +103,7 @@ def one_round(number: int, ways: list[Way], job: Job, result: Result, *, cold: b
 
 
 def one_run(number: int, way: Way, job: Job, result: Result, *, cold: bool) -> None:
-    need, free = way.memory * job.source.nbytes + SLACK / 2, available_memory()
+    need, free = memory_needed(way, job), available_memory()
     if need > free:
         why = f"needs about {need / 1e9:.0f} GB of memory, {free / 1e9:.0f} GB are free"
         result["skipped"][way.name] = why

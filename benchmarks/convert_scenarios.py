@@ -15,7 +15,9 @@ USUAL = ("cp", "mdl", "mmap", "load", "hub", "transformers")
 
 @dataclass(frozen=True)
 class Scenario:
-    """One comparison. ``sizes`` are gigabytes; ``base`` is the way that the others are divided by."""
+    """One comparison. ``sizes`` are gigabytes; ``base`` is the way that the others are divided by;
+    ``rewrites`` says that most tensors are computed anew, not only renamed.
+    """
 
     name: str
     title: str
@@ -25,6 +27,7 @@ class Scenario:
     base: str = "cp"
     dtype: str | None = None
     mdl_args: tuple[str, ...] = UNTIED
+    rewrites: bool = False
     only_when_named: bool = False
 
 
@@ -51,10 +54,10 @@ SCENARIOS = {
         ),
         Scenario("llama-workers", f"{LLAMA}, threads", llama, ways=("cp", "mdl", "mdl-workers")),
         Scenario("llama-small", LLAMA, llama, (2.0,), (*USUAL, "litgpt", "mergekit")),
-        Scenario("ranks", f"{LLAMA}, two rank files joined", two_ranks),
-        Scenario("nanogpt", "nanoGPT, float32, matrices transposed", nanogpt, mdl_args=()),
-        Scenario("bf16-fp16", f"{LLAMA} to float16", llama, dtype="float16", mdl_args=FLUSH),
-        Scenario("fp32-bf16", "Meta Llama, float32 to bfloat16", single, dtype="bfloat16"),
+        Scenario("ranks", f"{LLAMA}, two rank files joined", two_ranks, rewrites=True),
+        Scenario("nanogpt", "nanoGPT, float32, matrices transposed", nanogpt, mdl_args=(), rewrites=True),
+        Scenario("bf16-fp16", f"{LLAMA} to float16", llama, dtype="float16", mdl_args=FLUSH, rewrites=True),
+        Scenario("fp32-bf16", "Meta Llama, float32 to bfloat16", single, dtype="bfloat16", rewrites=True),
         Scenario("sizes", f"{LLAMA}, by size", llama, (2.0, 6.0, 12.0, 20.0)),
         Scenario("large", LLAMA, llama, (30.0,), ("cp", "mdl"), only_when_named=True),
     )

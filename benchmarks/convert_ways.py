@@ -16,13 +16,16 @@ PEERS = Path(__file__).with_name("convert_peers.py")
 
 @dataclass(frozen=True)
 class Job:
-    """One conversion. ``layout`` is what mdl made of the source beforehand, for ways that read no raw checkpoint."""
+    """One conversion. ``layout`` is what mdl made of the source beforehand, for ways that read no raw checkpoint;
+    ``rewrites`` says that most tensors are computed anew, not only renamed.
+    """
 
     source: Input
     out: Path
     layout: Path
     dtype: str | None = None
     mdl_args: tuple[str, ...] = ()
+    rewrites: bool = False
     pythons: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
@@ -40,6 +43,12 @@ class Way:
     of_layout: bool = False
     options: tuple[str, ...] = ()
     remark: str = ""
+
+
+def memory_needed(way: Way, job: Job) -> float:
+    """Bytes, roughly: what is computed anew lies beside what was read."""
+    anew = 1 if way.module and job.rewrites else 0
+    return (way.memory + anew) * job.source.nbytes + 5e8
 
 
 def copy(job: Job) -> list[str]:

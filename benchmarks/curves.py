@@ -11,7 +11,7 @@ from convert_ways import WAYS
 
 from mdl.validate import svg
 
-WIDTH, HEIGHT, LEFT, TOP, BOTTOM, RIGHT = 760, 380, 64, 20, 322, 500
+WIDTH, HEIGHT, LEFT, TOP, BOTTOM, RIGHT = 800, 380, 64, 20, 322, 500
 COLOURS = ("#868e96", "#1c9e77", "#3b82f6", "#e8590c", "#ae3ec9", "#b08900", "#e64980", "#0c8599")
 """Of middling lightness: they are read on white and on black."""
 STYLE = (
