@@ -39,8 +39,8 @@ def measured(command: Sequence[str], log: IO[bytes]) -> Run:
     log.seek(0)
     log.truncate()
     begin = time.perf_counter()
-    quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": log}
-    process = subprocess.Popen(command, **quiet, start_new_session=True)
+    null = subprocess.DEVNULL
+    process = subprocess.Popen(command, stdin=null, stdout=null, stderr=log, start_new_session=True)
     die_first(process.pid)
     peak = Peak(process.pid)
     try:
