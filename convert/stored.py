@@ -17,10 +17,15 @@ import numpy as np
 
 from ..errors import input_error
 from ..mappings.lazy import Array, Lazy, Node, raw_dtype
+from ..mappings.scratch import Scratch
 from ..mappings.tensors import ITEMSIZE, Shape, TensorInfo
+from ..mappings.turning import copy_turned
 
 _CALL = 6 << 10
 """Bytes that are copied in the time that one more system call takes: what decides between many reads and a wide one."""
+
+
+_scratch = Scratch()
 
 
 class Files:
@@ -127,7 +132,8 @@ class Stored(Node):
         if natural._contiguous() and order == sorted(order):
             self.file.read_into(out, self.offset)
         else:
-            out.transpose(order)[...] = natural._gathered()
+            back = sorted(range(len(order)), key=order.__getitem__)
+            copy_turned(natural._gathered().transpose(back), out)
 
     def _contiguous(self) -> bool:
         """Whether the values follow each other without a gap, in this order."""
@@ -139,15 +145,16 @@ class Stored(Node):
         return True
 
     def _gathered(self) -> Array:
-        """The values of a view whose strides fall: run by run, or by one read of all that lies between them."""
+        """The values of a view whose strides fall: run by run, or by one read of all that lies between them. They are
+        valid until this thread gathers again."""
         outer, run = self._runs()
         reach = self.dtype.itemsize + sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True))
         count = math.prod(self.shape[:outer])
         if reach <= run * count + _CALL * (count - 1) or 0 in self.strides:
-            held: Array = np.empty(reach, np.uint8)
+            held = _scratch.take("gathered", reach, "uint8")
             self.file.read_into(held, self.offset)
             return np.ndarray(self.shape, self.dtype, held.data, 0, self.strides)
-        made: Array = np.empty((count, run), np.uint8)
+        made = _scratch.take("gathered", count * run, "uint8").reshape(count, run)
         places = itertools.product(
             *(range(0, n * s, s) for n, s in zip(self.shape[:outer], self.strides, strict=False))
         )

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import xxhash
 
-from ..mappings.lazy import Lazy, Room
+from ..mappings.lazy import Lazy
 from ..mappings.ops import OpError
+from ..mappings.scratch import Scratch
 from .plan import Step
 from .receipts import Written, give_receipt, layout_in
 from .shards import Entry, Shard
@@ -117,7 +118,7 @@ class _Queue:
 
     def run(self) -> None:
         """Take tensors and write them until there are none, or until a thread fails."""
-        room = Room()
+        room = Scratch()
         try:
             while (job := self._take()) is not None:
                 output, entry = job
@@ -148,7 +149,7 @@ class _Queue:
             output.written[written.name] = written
             return len(output.written) == len(output.shard.entries)
 
-    def _write(self, entry: Entry, output: _Open, room: Room) -> Written | None:
+    def _write(self, entry: Entry, output: _Open, room: Scratch) -> Written | None:
         digest, seen = xxhash.xxh3_128(), Seen(entry.shape, entry.dtype)
         value = lazy_targets(self._files, entry.step)[entry.index].watched(seen.rounded)
         if value.shape != entry.shape or value.dtype != entry.dtype:

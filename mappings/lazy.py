@@ -1,6 +1,6 @@
 """Arrays that are described first and read later, piece by piece.
 
-A :class:`Lazy` is a tree of strided views into memory-mapped files, joins, zeros and element-wise arithmetic.
+A :class:`Lazy` is a tree of strided views into files, joins, zeros and element-wise arithmetic.
 Reordering operations only change the description; :meth:`Lazy.blocks` then yields the values in C order in
 pieces of bounded size. That is what lets a conversion run in constant memory, whatever the tensor.
 
@@ -18,25 +18,12 @@ from typing import Any
 import numpy as np
 
 from .rounding import Array, Note, Rounding, raw_dtype, value_dtype
+from .scratch import Scratch
 from .tensors import ITEMSIZE, Shape
-
+from .turning import copy_turned
 
 TURNED = 16 << 20
 """Bytes of a piece whose values lie apart in the file: the more rows it has, the longer is each run of them there."""
-
-
-class Room:
-    """Memory that is used again for every piece that is read. Not for several threads."""
-
-    def __init__(self) -> None:
-        self._bytes: Array = np.empty(0, np.uint8)
-
-    def array(self, shape: Shape, dtype: np.dtype[Any]) -> Array:
-        """An array in this memory, with whatever values it holds."""
-        size = math.prod(shape) * dtype.itemsize
-        if self._bytes.size < size:
-            self._bytes = np.empty(size, np.uint8)
-        return self._bytes[:size].view(dtype).reshape(shape)
 
 
 class Node:
@@ -62,7 +49,7 @@ class Node:
 
     def read_into(self, out: Array) -> None:
         """Put the values into a contiguous array of this shape."""
-        out[...] = self.read()
+        copy_turned(self.read(), out)
 
     @property
     def turned(self) -> bool:
@@ -202,6 +189,13 @@ class Computed(Node):
     def read(self) -> Array:
         made = self.function([p.read() for p in self.parts])
         return self.rounding(made) if self.rounding else made
+
+    def read_into(self, out: Array) -> None:
+        made = self.function([p.read() for p in self.parts])
+        if self.rounding:
+            self.rounding(made, out)
+        else:
+            out[...] = made
 
     @property
     def turned(self) -> bool:
@@ -353,7 +347,7 @@ class Lazy:
         if place is not out:
             out[...] = place
 
-    def blocks(self, limit: int = 1 << 20, room: Room | None = None) -> Iterator[Array]:
+    def blocks(self, limit: int = 1 << 20, room: Scratch | None = None) -> Iterator[Array]:
         """The values in C order, in contiguous raw pieces of at most about ``limit`` bytes.
 
         Every piece lies in ``room``, where the next one overwrites it. Without one, each piece is an array of its own.
@@ -361,7 +355,8 @@ class Lazy:
         raw = raw_dtype(self.dtype)
         limit = max(limit, TURNED) if self.node.turned and room is not None else limit
         for node in _cut(self.node, limit, raw.itemsize):
-            out: Array = np.empty(node.shape, raw) if room is None else room.array(node.shape, raw)
+            count = math.prod(node.shape)
+            out: Array = (np.empty(count, raw) if room is None else room.take("block", count, raw)).reshape(node.shape)
             node.read_into(out)
             yield out
 

@@ -280,14 +280,18 @@ def test_a_failing_swap_brings_the_old_layout_back(
     rename = Path.rename
 
     def reluctant(self: Path, target: Path) -> Path:
-        if self.name.endswith(".mdl-partial"):
+        if self.name == "layout":
             raise OSError(errno.EIO, "it does not move")
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", reluctant)
     assert "it does not move" in refusal(Kind.MACHINE, untied, out, force=True)
-    assert names(tmp_path) == ["out", "tied.pt", "untied.pt"]
+    assert names(tmp_path) == ["out", "out.mdl-partial", "tied.pt", "untied.pt"]
     assert read_manifest(out).source["path"] == str(tied)
+
+    monkeypatch.undo()
+    assert converted(untied, out, force=True).resumed  # the weights had been written
+    assert names(tmp_path) == ["out", "tied.pt", "untied.pt"]
 
 
 def test_force_replaces_only_what_mdl_wrote(tied: Path, untied: Path, tmp_path: Path) -> None:
