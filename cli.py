@@ -124,7 +124,7 @@ def convert(
     force: ForceOption = False,
     allow_nonfinite: NonfiniteOption = False,
     allow_flush: FlushOption = False,
-    workers: WorkersOption = 1,
+    workers: WorkersOption = 2,
     fsync: FsyncOption = True,
     part: PartOption = None,
     ray: RayOption = False,

@@ -11,7 +11,7 @@ from .disk_speed import copy_rate
 from .parts import Contributed, Part, convert_part
 from .prepare import Options, Prepared
 from .ray_tasks import ray_writer
-from .run import Converted, convert
+from .run import WORKERS, Converted, convert
 from .values_judged import STRICT, Allow
 from .write import Progress
 
@@ -21,7 +21,7 @@ class Mode:
     """How to copy. None of it changes a byte of what is written. With ``benchmark``, the disk's own speed is measured
     first."""
 
-    workers: int = 1
+    workers: int = WORKERS
     sync: bool = True
     part: Part | None = None
     ray: bool = False

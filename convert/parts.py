@@ -23,7 +23,7 @@ from .locks import claimed, shared
 from .manifest import NAME, read_manifest
 from .prepare import Options, Prepared
 from .receipts import Written, holds, layout_in, receipt
-from .run import SLACK, Converted, convert, requested, threads
+from .run import SLACK, WORKERS, Converted, convert, requested, threads
 from .shards import Shard, assign
 from .values_judged import STRICT, Allow, judge
 from .write import Progress
@@ -83,7 +83,7 @@ def convert_part(
     max_shard_size: int = 5 * 10**9,
     force: bool = False,
     allow: Allow = STRICT,
-    workers: int = 1,
+    workers: int = WORKERS,
     sync: bool = True,
     progress: Progress = lambda _: None,
 ) -> Converted | Contributed:
@@ -145,7 +145,7 @@ def _write(
             progress(shard.nbytes if shard.file in kept else 0)
         missing = [shard for shard in mine if shard.file not in kept]
         check_room(out, sum(shard.nbytes for shard in missing) + SLACK)
-        written = {**kept, **threads(workers, sync=request.sync)(missing, work, progress)}
+        written = {**kept, **threads(request.prepared, workers, sync=request.sync)(missing, work, progress)}
         judge(((entry, one.values) for _, entry, one in pair_up(tuple(mine), written)), request.allow)
 
 

@@ -72,7 +72,8 @@ def ray_writer(prepared: Prepared, options: Options, max_shard_size: int, worker
 
 def _run(ray: Any, job: Job, shards: Sequence[Shard], progress: Progress) -> dict[str, list[Written]]:
     """Start a task for each file, the largest first, and collect what they answer."""
-    task = ray.remote(num_cpus=job.workers, max_retries=TRIES)(write_one)
+    largest = max((int(node["Resources"].get("CPU", 0)) for node in ray.nodes()), default=1)
+    task = ray.remote(num_cpus=min(job.workers, largest), max_retries=TRIES)(write_one)  # more would wait for ever
     by_size = sorted(shards, key=lambda shard: -shard.nbytes)
     waiting = {task.remote(job, shard.file): shard for shard in by_size}
     written: dict[str, list[Written]] = {}
@@ -104,13 +105,13 @@ def write_one(job: Job, file: str) -> Answer:
     from .run import threads
 
     try:
-        agreement = _agreement(job)
+        prepared, agreement = _planned(job)
         shard = next(one for one in agreement.shards if one.file == file)
         work = Path(job.work)
         if not agreement.stands_in(work):
             what = "a worker does not see the folder that is being written"
             raise machine_error(what, job.work, "write to a file system that all machines share")
-        written = threads(job.workers, sync=job.sync)([shard], work, lambda _: None)
+        written = threads(prepared, job.workers, sync=job.sync)([shard], work, lambda _: None)
         return Answer(tuple(written[file]))
     except MdlError as error:
         return Answer((), error.kind.value, error.problems)
@@ -118,7 +119,7 @@ def write_one(job: Job, file: str) -> Answer:
         return Answer((), Kind.MACHINE.value, (Problem(f"writing failed: {error.strerror or error}", job.work),))
 
 
-def _agreement(job: Job) -> Agreement:
+def _planned(job: Job) -> tuple[Prepared, Agreement]:
     """The plan, made once in each process of the cluster."""
     if job.agreement not in _made:
         prepared = prepare(Path(job.checkpoint), job.options)
@@ -128,11 +129,11 @@ def _agreement(job: Job) -> Agreement:
             do = "every machine needs the same mdl, and the same checkpoint under the same path"
             raise machine_error(what, job.checkpoint, do)
         _made.clear()
-        _made[job.agreement] = made
+        _made[job.agreement] = prepared, made
     return _made[job.agreement]
 
 
-_made: dict[str, Agreement] = {}
+_made: dict[str, tuple[Prepared, Agreement]] = {}
 """The one plan that this process made last, by its digest."""
 
 
@@ -144,7 +145,7 @@ class _Cluster:
         self._ours = not ray.is_initialized()
         if self._ours:
             try:
-                ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=False, logging_level="error")
+                ray.init(address=os.environ.get("RAY_ADDRESS", "local"), log_to_driver=False, logging_level="error")
             except (ConnectionError, RuntimeError, ValueError) as error:
                 do = "check RAY_ADDRESS, or unset it to use this machine alone"
                 raise machine_error(f"no Ray cluster: {_first_line(error)}", "", do) from error

@@ -10,6 +10,7 @@ from pathlib import Path
 from ..errors import usage_error
 from .agreement import Agreement, agree
 from .commit import Place, Say, Scratch, committed, finished
+from .file_cache import too_large
 from .finish import Request, choose_tokenizer, finish, write_own_tokenizer
 from .manifest import Manifest
 from .prepare import Options, Prepared
@@ -22,6 +23,10 @@ from .write import Progress, write_shards
 
 SLACK = 64 << 20
 """Bytes for what lies beside the weights: tokenizer, config, file system blocks."""
+
+WORKERS = 2
+"""Threads that copy unless more or fewer are asked for: while one waits for the disk, another reads. Each needs a few
+MB, 20 where matrices are turned."""
 
 Writer = Callable[[Sequence[Shard], Path, Progress], dict[str, list[Written]]]
 """Writes some of the weight files, into the folder of work that it is given."""
@@ -52,7 +57,7 @@ def convert(
     max_shard_size: int = 5 * 10**9,
     force: bool = False,
     allow: Allow = STRICT,
-    workers: int = 1,
+    workers: int = WORKERS,
     sync: bool = True,
     writer: Writer | None = None,
     last: bool = False,
@@ -71,7 +76,7 @@ def convert(
     begin = time.perf_counter()
     request = requested(prepared, out, options=options, tokenizer=tokenizer, allow=allow, sync=sync)
     agreement = agree(prepared, assign(prepared.plan, max_shard_size))
-    writer = writer or threads(workers, sync=sync)
+    writer = writer or threads(prepared, workers, sync=sync)
     place = Place(out, force=force, need=prepared.plan.nbytes + SLACK, sync=sync, patience=60 if last else 0)
     with committed(place, agreement, say) as scratch:
         info = write_own_tokenizer(request, scratch.path)
@@ -85,12 +90,13 @@ def convert(
     return Converted(str(out), layout.manifest, info, layout.files, total, copied, seconds, tuple(kept))
 
 
-def threads(workers: int, *, sync: bool) -> Writer:
+def threads(prepared: Prepared, workers: int, *, sync: bool) -> Writer:
     """A writer that works in threads of this process."""
+    bypass = too_large(prepared.inventory.files, prepared.plan.nbytes)
 
     def write(shards: Sequence[Shard], work: Path, progress: Progress) -> dict[str, list[Written]]:
-        with Files() as files:
-            return write_shards(shards, work, files, workers=workers, sync=sync, progress=progress)
+        with Files(bypass=bypass) as files:
+            return write_shards(shards, work, files, workers=workers, sync=sync, bypass=bypass, progress=progress)
 
     return write
 

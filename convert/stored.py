@@ -20,6 +20,7 @@ from ..mappings.lazy import Array, Lazy, Node, raw_dtype
 from ..mappings.scratch import Scratch
 from ..mappings.tensors import ITEMSIZE, Shape, TensorInfo
 from ..mappings.turning import copy_turned
+from .file_cache import Calls
 
 _CALL = 6 << 10
 """Bytes that are copied in the time that one more system call takes: what decides between many reads and a wide one."""
@@ -27,11 +28,16 @@ _CALL = 6 << 10
 
 _scratch = Scratch()
 
+PIECE = 1 << 20
+"""Bytes gathered before they are turned: they stay in the cache, and the memory for them stays small."""
+
 
 class Files:
-    """Checkpoint files, opened once and read at any place by any number of threads. A context manager."""
+    """Checkpoint files, opened once and read at any place by any number of threads; past the file cache with
+    ``bypass``. A context manager."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, bypass: bool = False) -> None:
+        self._calls = Calls(bypass=bypass)
         self._open: dict[str, Readable] = {}
         self._lock = threading.Lock()
 
@@ -57,7 +63,7 @@ class Files:
         with self._lock:
             if path not in self._open:
                 descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-                self._open[path] = Readable(path, descriptor, os.fstat(descriptor).st_size)
+                self._open[path] = Readable(path, descriptor, os.fstat(descriptor).st_size, self._calls)
             return self._open[path]
 
 
@@ -76,6 +82,7 @@ class Readable:
     path: str
     descriptor: int
     size: int
+    calls: Calls
 
     def read_into(self, out: Array, offset: int) -> None:
         """Fill a contiguous array with the bytes from ``offset``. Raises MdlError (INPUT) where the file ends early or
@@ -83,7 +90,7 @@ class Readable:
         left = memoryview(out.reshape(-1).view(np.uint8).data)
         while left:
             try:
-                got = os.preadv(self.descriptor, [left], offset)
+                got = self.calls.read(self.descriptor, left, offset)
             except OSError as error:
                 raise input_error(f"can't be read at byte {offset}: {error.strerror}", self.path) from error
             if not got:
@@ -114,9 +121,10 @@ class Stored(Node):
         return replace(self, offset=self.offset + start * self.strides[axis], shape=shape)
 
     @property
-    def turned(self) -> bool:
+    def turned(self) -> int:
         real = [stride for n, stride in zip(self.shape, self.strides, strict=True) if n > 1]
-        return bool(real) and real[-1] != self.dtype.itemsize
+        size = self.dtype.itemsize
+        return size if real and real[-1] != size else 0
 
     def read(self) -> Array:
         out: Array = np.empty(self.shape, self.dtype)
@@ -132,8 +140,7 @@ class Stored(Node):
         if natural._contiguous() and order == sorted(order):
             self.file.read_into(out, self.offset)
         else:
-            back = sorted(range(len(order)), key=order.__getitem__)
-            copy_turned(natural._gathered().transpose(back), out)
+            _copy_in_pieces(natural, out, order)
 
     def _contiguous(self) -> bool:
         """Whether the values follow each other without a gap, in this order."""
@@ -144,7 +151,7 @@ class Stored(Node):
             step *= n
         return True
 
-    def _gathered(self) -> Array:
+    def gathered(self) -> Array:
         """The values of a view whose strides fall: run by run, or by one read of all that lies between them. They are
         valid until this thread gathers again."""
         outer, run = self._runs()
@@ -171,6 +178,20 @@ class Stored(Node):
                 return outer, run
             run *= n
         return 0, run
+
+
+def _copy_in_pieces(natural: Stored, out: Array, order: list[int]) -> None:
+    """Gather a view in the file's order, and turn it as ``out`` wants it while it is in the cache."""
+    back = sorted(range(len(order)), key=order.__getitem__)
+    target = out.transpose(order)
+    axis = next((k for k, n in enumerate(natural.shape) if n > 1), 0)
+    rows = max(1, PIECE * natural.shape[axis] // out.nbytes)
+    for start in range(0, natural.shape[axis], rows):
+        stop = min(start + rows, natural.shape[axis])
+        piece = natural.slice(axis, start, stop)
+        assert isinstance(piece, Stored)  # noqa: S101 - for the type checker
+        where = target[(slice(None),) * axis + (slice(start, stop),)]
+        copy_turned(piece.gathered().transpose(back), where.transpose(back))
 
 
 def _instead(values: Shape, axis: int, those: Shape) -> Shape:

@@ -16,6 +16,7 @@ import xxhash
 from ..mappings.lazy import Lazy
 from ..mappings.ops import OpError
 from ..mappings.scratch import Scratch
+from .file_cache import Calls
 from .plan import Step
 from .receipts import Written, give_receipt, layout_in
 from .shards import Entry, Shard
@@ -25,6 +26,13 @@ from .values_seen import Seen
 
 BLOCK = 1 << 20
 """Bytes handled at a time. Larger blocks leave the CPU's cache and gain nothing."""
+
+TURNED = 16 << 20
+"""Bytes of a matrix that is turned, handled at a time by all threads together."""
+
+CALL = 256 << 10
+"""Bytes given to the kernel at a time: for longer writes it looks for larger pieces of free memory, which takes longer
+than the copy itself where memory is full of other files' pages (16 MiB at a time: three times as long)."""
 
 Progress = Callable[[int], None]
 """Called with the number of bytes just written, from any thread."""
@@ -41,14 +49,24 @@ def lazy_targets(files: Files, step: Step) -> list[Lazy]:
 
 
 def write_shards(
-    shards: Sequence[Shard], work: Path, files: Files, *, workers: int = 1, sync: bool = True, progress: Progress
+    shards: Sequence[Shard],
+    work: Path,
+    files: Files,
+    *,
+    workers: int = 1,
+    sync: bool = True,
+    bypass: bool = False,
+    progress: Progress,
 ) -> dict[str, list[Written]]:
     """Write safetensors files, a tensor at a time by each of ``workers`` threads. A file appears in the layout below
-    ``work`` when it is whole and, with ``sync``, on the disk; then its receipt is laid beside that.
+    ``work`` when it is whole and, with ``sync``, on the disk; then its receipt is laid beside that. ``bypass`` keeps it
+    out of the file cache.
 
     What can't be finished vanishes. Raises whatever stopped the first thread that was stopped.
     """
-    queue = _Queue(files, [_Open(shard, work, sync) for shard in shards], progress)
+    queue = _Queue(
+        files, [_Open(shard, work, sync, Calls(bypass=bypass)) for shard in shards], TURNED // workers, progress
+    )
     try:
         if workers == 1:
             queue.run()
@@ -77,6 +95,7 @@ class _Open:
     shard: Shard
     work: Path
     sync: bool
+    calls: Calls
 
     def __post_init__(self) -> None:
         self.path = self.work / f".{self.shard.file}.{os.getpid()}-{os.urandom(4).hex()}"
@@ -88,7 +107,13 @@ class _Open:
         """Make the file, with its header."""
         self.descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         _reserve(self.descriptor, len(self.head) + self.shard.nbytes)
-        _put(self.descriptor, memoryview(self.head), 0)
+        self.put(memoryview(self.head), 0)
+
+    def put(self, view: memoryview, at: int) -> None:
+        """Write all of it: a single write may stop short (signals, nearly full disks)."""
+        while view:
+            written = self.calls.write(self.descriptor, view[:CALL], at)
+            view, at = view[written:], at + written
 
     def finish(self) -> None:
         """Give the whole file its name."""
@@ -108,11 +133,11 @@ class _Open:
 class _Queue:
     """The tensors still to be written, for several threads to take from."""
 
-    def __init__(self, files: Files, outputs: list[_Open], progress: Progress) -> None:
+    def __init__(self, files: Files, outputs: list[_Open], turned: int, progress: Progress) -> None:
         self.outputs = outputs
         self.stopped = False
         self.failed: BaseException | None = None
-        self._files, self._progress = files, progress
+        self._files, self._turned, self._progress = files, turned, progress
         self._todo = iter([(one, entry) for one in outputs for entry in one.shard.entries])
         self._lock = threading.Lock()
 
@@ -155,13 +180,13 @@ class _Queue:
         if value.shape != entry.shape or value.dtype != entry.dtype:
             raise OpError(f"{entry.name} became {value.dtype} {list(value.shape)}, planned was {list(entry.shape)}")
         at = len(output.head) + entry.start
-        for block in value.blocks(BLOCK, room):
+        for block in value.blocks(BLOCK, room, self._turned):
             if self.stopped:
                 return None
             view = memoryview(block.reshape(-1).view("uint8").data)
             seen.feed(block)
             digest.update(view)
-            _put(output.descriptor, view, at)
+            output.put(view, at)
             at += len(view)
             self._progress(len(view))
         return Written(entry.name, digest.hexdigest(), seen.result())
@@ -177,10 +202,3 @@ def _reserve(descriptor: int, nbytes: int) -> None:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-
-
-def _put(descriptor: int, view: memoryview, at: int) -> None:
-    """Write all of it: a single write may stop short (signals, nearly full disks)."""
-    while view:
-        written = os.pwrite(descriptor, view, at)
-        view, at = view[written:], at + written

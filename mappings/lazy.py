@@ -22,9 +22,6 @@ from .scratch import Scratch
 from .tensors import ITEMSIZE, Shape
 from .turning import copy_turned
 
-TURNED = 16 << 20
-"""Bytes of a piece whose values lie apart in the file: the more rows it has, the longer is each run of them there."""
-
 
 class Node:
     """Part of a description. Every node can be cut, split, turned and read; none of the first three reads data."""
@@ -52,9 +49,10 @@ class Node:
         copy_turned(self.read(), out)
 
     @property
-    def turned(self) -> bool:
-        """Whether neighbouring values lie apart where they are stored, so that reading pays in large pieces only."""
-        return False
+    def turned(self) -> int:
+        """Bytes of a value whose neighbours lie apart where they are stored, so that reading pays in large pieces only;
+        0 where they don't."""
+        return 0
 
     def watched(self, note: Note) -> Node:
         """The same description, whose roundings are told to ``note`` when they are read."""
@@ -158,8 +156,8 @@ class Joined(Node):
             at = stop
 
     @property
-    def turned(self) -> bool:
-        return any(p.node.turned for p in self.parts)
+    def turned(self) -> int:
+        return max(p.node.turned for p in self.parts)
 
     def watched(self, note: Note) -> Node:
         return Joined(self.axis, tuple(p.watched(note) for p in self.parts))
@@ -198,8 +196,8 @@ class Computed(Node):
             out[...] = made
 
     @property
-    def turned(self) -> bool:
-        return any(p.turned for p in self.parts)
+    def turned(self) -> int:
+        return max(p.turned for p in self.parts)
 
     def watched(self, note: Note) -> Node:
         parts = tuple(p.watched(note) for p in self.parts)
@@ -347,13 +345,16 @@ class Lazy:
         if place is not out:
             out[...] = place
 
-    def blocks(self, limit: int = 1 << 20, room: Scratch | None = None) -> Iterator[Array]:
+    def blocks(self, limit: int = 1 << 20, room: Scratch | None = None, turned: int = 0) -> Iterator[Array]:
         """The values in C order, in contiguous raw pieces of at most about ``limit`` bytes.
 
-        Every piece lies in ``room``, where the next one overwrites it. Without one, each piece is an array of its own.
+        Where neighbours lie apart in the file, pieces take up to ``turned`` bytes there: the more rows a piece has, the
+        longer is each run of them. Every piece lies in ``room``, where the next one overwrites it; without one, each is
+        an array of its own.
         """
         raw = raw_dtype(self.dtype)
-        limit = max(limit, TURNED) if self.node.turned and room is not None else limit
+        stored = self.node.turned
+        limit = max(limit, turned * raw.itemsize // stored) if stored else limit
         for node in _cut(self.node, limit, raw.itemsize):
             count = math.prod(node.shape)
             out: Array = (np.empty(count, raw) if room is None else room.take("block", count, raw)).reshape(node.shape)

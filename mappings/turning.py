@@ -29,12 +29,9 @@ _scratch = Scratch()
 
 
 def copy_turned(view: Array, out: Array) -> None:
-    """Copy ``view``, an array of any strides, into ``out``: C-contiguous, of the same shape and dtype.
-
-    ``out`` must not share memory with ``view``.
-    """
-    if out.shape != view.shape or out.dtype != view.dtype or not out.flags.c_contiguous:
-        raise ValueError(f"{out.dtype} {out.shape} can't take {view.dtype} {view.shape} in C order")
+    """Copy ``view`` into ``out``: arrays of any strides, of the same shape and dtype, that share no memory."""
+    if out.shape != view.shape or out.dtype != view.dtype:
+        raise ValueError(f"{out.dtype} {out.shape} can't take {view.dtype} {view.shape}")
     source, target = _simplified(view, out)
     if source.ndim < 2 or source.nbytes <= _SMALL or source.strides[-1] == source.itemsize:
         np.copyto(target, source)
@@ -47,25 +44,24 @@ def copy_turned(view: Array, out: Array) -> None:
 
 
 def _simplified(view: Array, out: Array) -> tuple[Array, Array]:
-    """The same copy in fewer dimensions: neighbours that are one run in the source are one in the result as well."""
-    shape: list[int] = []
-    strides: list[int] = []
-    for size, stride in zip(view.shape, view.strides, strict=True):
+    """The same copy in fewer dimensions: neighbours that are one run in both arrays become one dimension."""
+    dims: list[tuple[int, int, int]] = []
+    for size, one, other in zip(view.shape, view.strides, out.strides, strict=True):
         if size == 1:
             continue
-        if shape and strides[-1] == size * stride:
-            shape[-1], strides[-1] = shape[-1] * size, stride
+        if dims and dims[-1][1] == size * one and dims[-1][2] == size * other:
+            dims[-1] = dims[-1][0] * size, one, other
         else:
-            shape.append(size)
-            strides.append(stride)
-    source = np.lib.stride_tricks.as_strided(view, shape, strides, writeable=False)
-    return _widened(source, out.reshape(shape))
+            dims.append((size, one, other))
+    shape, ones, others = zip(*dims, strict=True) if dims else ((), (), ())
+    source = np.lib.stride_tricks.as_strided(view, shape, ones, writeable=False)
+    return _widened(source, np.lib.stride_tricks.as_strided(out, shape, others))
 
 
 def _widened(source: Array, target: Array) -> tuple[Array, Array]:
     """Short runs side by side in both, such as the two halves of a rotary pair, become one value of their width."""
     run = source.shape[-1] * source.itemsize if source.ndim else 0
-    if source.ndim < 2 or run not in (2, 4, 8) or source.strides[-1] != source.itemsize:
+    if source.ndim < 2 or run not in (2, 4, 8) or not source.strides[-1] == target.strides[-1] == source.itemsize:
         return source, target
     wide = f"u{run}"
     return source.view(wide)[..., 0], target.view(wide)[..., 0]

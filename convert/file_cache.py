@@ -1,0 +1,64 @@
+"""Whether what is copied shall stay in the kernel's file cache.
+
+A layout that fits beside its checkpoint is read again from there by whoever verifies or serves it. What does not fit
+would only push other files out: then reads and writes leave the cache as they found it (RWF_DONTCACHE), and the disk
+writes while we copy, not when we wait for it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+DONT_CACHE = 0x80
+"""RWF_DONTCACHE of Linux 6.14: pages that this call brought into the cache go when it is done."""
+
+_UNKNOWN = (errno.EOPNOTSUPP, errno.EINVAL)
+
+
+class Calls:
+    """Reads and writes at a place of a file, with or without the cache. Kernels and file systems that don't know the
+    flag are asked once."""
+
+    def __init__(self, *, bypass: bool = False) -> None:
+        self._flags = DONT_CACHE if bypass else 0
+        self._advise = False
+
+    def read(self, descriptor: int, out: memoryview, at: int) -> int:
+        """Read into ``out``; how many bytes, 0 at the end of the file."""
+        got = self._call(lambda flags: os.preadv(descriptor, [out], at, flags))
+        if self._advise:
+            os.posix_fadvise(descriptor, at, got, os.POSIX_FADV_DONTNEED)
+        return got
+
+    def write(self, descriptor: int, data: memoryview, at: int) -> int:
+        """Write some of ``data``; how many bytes."""
+        if not self._flags:
+            return os.pwrite(descriptor, data, at)
+        return self._call(lambda flags: os.pwritev(descriptor, [data], at, flags))
+
+    def _call(self, act: Callable[[int], int]) -> int:
+        try:
+            return act(self._flags)
+        except OSError as error:
+            if not self._flags or error.errno not in _UNKNOWN:
+                raise
+        self._flags, self._advise = 0, hasattr(os, "posix_fadvise")
+        return act(0)
+
+
+def too_large(files: Iterable[str], written: int) -> bool:
+    """Whether files to read, and the bytes made of them, take more than half of the memory that is free for a cache."""
+    total = written + sum(Path(file).stat().st_size for file in files)
+    return total > _available() // 2
+
+
+def _available() -> int:
+    """Bytes that the kernel could use; without its word, as much as anybody asks for."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, ValueError, StopIteration):
+        return 1 << 62
