@@ -14,10 +14,11 @@ from rich.table import Table
 from rich.text import Text
 
 from .errors import Kind, MdlError
-from .mappings.jsonable import to_json
+from .mappings.jsonable import pieces
 
 SHOWN = 10
 _NUMBER = re.compile(r"(?<![^./])\d+(?![^./])")
+_BETWEEN = re.compile(rf"({_NUMBER.pattern})")
 
 
 def out() -> Console:
@@ -32,7 +33,8 @@ def err() -> Console:
 
 def print_json(document: Any) -> None:
     """One JSON document on stdout; dataclasses become objects."""
-    sys.stdout.write(to_json(document))
+    for piece in pieces(document):
+        sys.stdout.write(piece)
 
 
 def print_error(error: MdlError, *, as_json: bool) -> None:
@@ -62,24 +64,29 @@ def _grouped(error: MdlError) -> list[tuple[str, str, str]]:
     return [(" / ".join(collapse(whats)), where, do) for (_, where, do), whats in groups.items()]
 
 
+def unnumbered(name: str) -> str:
+    """A name with # for each of its parts that is a number."""
+    return _NUMBER.sub("#", name)
+
+
 def collapse(names: Iterable[str]) -> list[str]:
     """Names that differ in one number become one with a range: a.0.b, a.1.b → a.{0..1}.b."""
-    groups: dict[str, list[str]] = {}
+    groups: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
     for name in names:
-        groups.setdefault(_NUMBER.sub("#", name), []).append(name)
-    return [_collapsed(group) for group in groups.values()]
+        words = _BETWEEN.split(name)  # every second one is a number
+        groups.setdefault(tuple(words[::2]), []).append(tuple(words[1::2]))
+    return [_collapsed(words, numbers) for words, numbers in groups.items()]
 
 
-def _collapsed(group: list[str]) -> str:
-    if len(group) == 1:
-        return group[0]
-    columns = list(zip(*(_NUMBER.findall(name) for name in group), strict=True))
-    parts = iter(_range([int(n) for n in column]) for column in columns)
-    return _NUMBER.sub(lambda _: next(parts), group[0])
+def _collapsed(words: tuple[str, ...], numbers: list[tuple[str, ...]]) -> str:
+    if len(numbers) == 1:
+        ranges: Iterable[str] = numbers[0]
+    else:
+        ranges = (_range(sorted({int(n) for n in set(column)})) for column in zip(*numbers, strict=True))
+    return words[0] + "".join(text for pair in zip(ranges, words[1:], strict=True) for text in pair)
 
 
-def _range(numbers: list[int]) -> str:
-    distinct = sorted(set(numbers))
+def _range(distinct: list[int]) -> str:
     if len(distinct) == 1:
         return str(distinct[0])
     if distinct == list(range(distinct[0], distinct[-1] + 1)):

@@ -103,6 +103,7 @@ class _Planner:
         self.made: dict[str, str] = {}
         self.problems: list[Problem] = list(expanded.problems)
         self._sources: dict[str, Source] = {}
+        self._traced: dict[tuple[int, tuple[Shape, ...], str], tuple[tuple[Shape, ...], str]] = {}
 
     def run(self, rules: Iterable[Rule]) -> list[Step]:
         steps: list[Step] = []
@@ -174,26 +175,35 @@ class _Planner:
         self.made[name] = where
 
     def _step(self, rule: Rule) -> Step | None:
-        if any(name not in self.inventory for name in rule.sources):
+        present = self.inventory.tensors
+        if not all([name in present for name in rule.sources]):
             return None
-        sources = tuple(self._source(name) for name in rule.sources)
+        sources = tuple([self._source(name) for name in rule.sources])
         dtypes = {info.dtype for source in sources for info in source.infos}
         if len(dtypes) != 1:
             self._problem(f"{', '.join(rule.sources)} are of different types: {', '.join(sorted(dtypes))}", rule.where)
             return None
         stored = dtypes.pop()
         try:
-            traced = trace(rule.ops, [source.shape for source in sources], stored)
+            shapes, dtype = self._trace(rule.ops, tuple([source.shape for source in sources]), stored)
         except OpError as error:
             self._problem(f"{', '.join(rule.sources)}: {error}", rule.where)
             return None
         if rule.kind == "tie":
             return Step("tie", (), (), stored, sources, source_dtype=stored, rule=rule.where, reason=rule.reason)
-        shapes = tuple(traced.shapes[-1])
-        if not self._fits(rule, shapes, traced.dtype):
+        if not self._fits(rule, shapes, dtype):
             return None
-        dtype = self.dtype or traced.dtype
-        return Step(rule.kind, rule.targets, shapes, dtype, sources, rule.ops, stored, rule.where)
+        return Step(rule.kind, rule.targets, shapes, self.dtype or dtype, sources, rule.ops, stored, rule.where)
+
+    def _trace(self, ops: tuple[Op, ...], shapes: tuple[Shape, ...], dtype: str) -> tuple[tuple[Shape, ...], str]:
+        """Shapes and type that come out. Layers are alike: what one rule makes of a shape is worked out once."""
+        if not ops:
+            return shapes, dtype
+        key = id(ops), shapes, dtype  # the rules, which hold the operations, outlive this planner
+        if key not in self._traced:
+            traced = trace(ops, list(shapes), dtype)
+            self._traced[key] = tuple(traced.shapes[-1]), traced.dtype
+        return self._traced[key]
 
     def _fits(self, rule: Rule, shapes: tuple[Shape, ...], dtype: str) -> bool:
         if len(shapes) != len(rule.targets):
@@ -265,9 +275,9 @@ def joined_shape(join: Join, shapes: list[Shape]) -> Shape:
 def _majority(steps: Iterable[Step]) -> str:
     """The type of most bytes of the matrices written: what config.json calls the model's dtype."""
     count: Counter[str] = Counter()
-    for step in steps:
-        for shape in step.shapes:
-            count[step.dtype] += math.prod(shape) * ITEMSIZE[step.dtype] if len(shape) > 1 else 1
+    for (dtype, shapes), times in Counter((step.dtype, step.shapes) for step in steps).items():
+        for shape in shapes:
+            count[dtype] += times * (math.prod(shape) * ITEMSIZE[dtype] if len(shape) > 1 else 1)
     return count.most_common(1)[0][0] if count else "float32"
 
 
