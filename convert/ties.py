@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
+
 from ..archs.base import Arch, Dim, Dims, Inventory
 from ..archs.targets import from_spec
 from ..errors import input_error
 from ..mappings.expand import Expanded
 from ..mappings.ops import OpError
-from ..mappings.tensors import TensorInfo
+from ..mappings.tensors import ITEMSIZE, TensorInfo
 from .plan import Source, joined_shape
+from .same_bytes import same_bytes
 
 _USUAL = "lm_head.weight"
 """What classes that have no file in archs/targets call their head; building them to ask takes seconds."""
+_MAPPED = 64 << 20
+"""Bytes of a tensor that are compared through one map."""
 
 
 def tied_of(expanded: Expanded, inventory: Inventory, said: Dim | None, arch: Arch, dims: Dims) -> Dim:
@@ -74,8 +79,35 @@ def _equal(expanded: Expanded, inventory: Inventory, a: str, b: str) -> bool:
         return False  # the plan names what does not fit
     if shapes[0] != shapes[1] or infos[0][0].dtype != infos[1][0].dtype:
         return False
+    one, other = (Source(n, i, s, j) for n, i, s, j in zip((a, b), infos, shapes, joins, strict=True))
+    if _alike(one, other):
+        return all(same_bytes(x, y) for x, y in zip(one.infos, other.infos, strict=True))
+    return _same_values(one, other)
+
+
+def _alike(a: Source, b: Source) -> bool:
+    """Whether two tensors lie in their files in the same way, so that they are equal if those bytes are."""
+    forms = [(s.join.how, s.join.axis, s.join.sizes) if s.join else ("disjoint", 0, ()) for s in (a, b)]
+    stored = [[(info.shape, info.dtype) for info in s.infos] for s in (a, b)]
+    dense = all(info.contiguous for s in (a, b) for info in s.infos)
+    return forms[0] == forms[1] and forms[0][0] in ("cat", "blocks", "disjoint") and stored[0] == stored[1] and dense
+
+
+def _same_values(a: Source, b: Source) -> bool:
+    """Compare two tensors that are cut up or turned in different ways, through maps of their files.
+
+    What a map has shown counts as this process's memory until it is closed, so each is used for a few rows only.
+    """
     from .sources import Files, lazy_source, same_values
 
-    with Files() as files:
-        one, other = (Source(n, i, s, j) for n, i, s, j in zip((a, b), infos, shapes, joins, strict=True))
-        return same_values(lazy_source(files, one), lazy_source(files, other))
+    rows = a.shape[0] if a.shape else 1
+    step = max(1, _MAPPED * rows // max(math.prod(a.shape) * ITEMSIZE[a.infos[0].dtype], 1))
+    for start in range(0, rows, step):
+        with Files() as files:
+            both = [lazy_source(files, source) for source in (a, b)]
+            parts = [x.slice(0, start, min(start + step, rows)) if a.shape else x for x in both]
+            same = same_values(*parts)
+            del both, parts  # a map that is looked into can't be closed
+        if not same:
+            return False
+    return True
