@@ -15,7 +15,7 @@ from ..mappings.ops import Op, OpError, trace
 from ..mappings.tensors import FLOATING, ITEMSIZE, Shape, TensorInfo
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Source:
     """One source tensor of a step: its rank files' entries and how they join into ``shape``."""
 
@@ -24,8 +24,16 @@ class Source:
     shape: Shape
     join: Join | None
 
+    def __init__(self, name: str, infos: tuple[TensorInfo, ...], shape: Shape, join: Join | None) -> None:
+        # quicker than a frozen dataclass's own way; see TensorInfo
+        made = self.__dict__
+        made["name"] = name
+        made["infos"] = infos
+        made["shape"] = shape
+        made["join"] = join
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, init=False)
 class Step:
     """Sources become targets by ``ops``; a step of kind ``fill`` has no source, one of kind ``drop`` no target.
 
@@ -41,6 +49,30 @@ class Step:
     source_dtype: str = ""
     rule: str = ""
     reason: str = ""
+
+    def __init__(
+        self,
+        kind: str,
+        targets: tuple[str, ...],
+        shapes: tuple[Shape, ...],
+        dtype: str,
+        sources: tuple[Source, ...] = (),
+        ops: tuple[Op, ...] = (),
+        source_dtype: str = "",
+        rule: str = "",
+        reason: str = "",
+    ) -> None:
+        # quicker than a frozen dataclass's own way; see TensorInfo
+        made = self.__dict__
+        made["kind"] = kind
+        made["targets"] = targets
+        made["shapes"] = shapes
+        made["dtype"] = dtype
+        made["sources"] = sources
+        made["ops"] = ops
+        made["source_dtype"] = source_dtype
+        made["rule"] = rule
+        made["reason"] = reason
 
     @property
     def nbytes(self) -> int:
@@ -163,7 +195,7 @@ class _Planner:
                 self._problem(f"nothing makes {name} {list(shape)}, which the target class needs", self.inventory.path)
 
     def _claim(self, name: str, where: str) -> None:
-        if name not in self.inventory:
+        if name not in self.inventory.tensors:
             self._problem(f"{name} is missing", self.inventory.path, f"the mapping needs it ({where})")
         elif name in self.claimed:
             self._problem(f"{name} is claimed twice", f"{self.claimed[name]} and {where}")
@@ -175,8 +207,7 @@ class _Planner:
         self.made[name] = where
 
     def _step(self, rule: Rule) -> Step | None:
-        present = self.inventory.tensors
-        if not all([name in present for name in rule.sources]):
+        if not all(map(self.inventory.tensors.__contains__, rule.sources)):
             return None
         sources = tuple([self._source(name) for name in rule.sources])
         dtypes = {info.dtype for source in sources for info in source.infos}
@@ -226,6 +257,8 @@ class _Planner:
         return fine
 
     def _source(self, name: str) -> Source:
+        if self.inventory.ranks == 1:
+            return self._plain(name)
         if name not in self._sources:
             self._sources[name] = self._joined(name)
         return self._sources[name]
@@ -236,8 +269,6 @@ class _Planner:
 
     def _joined(self, name: str) -> Source:
         infos = self.inventory.tensors[name]
-        if self.inventory.ranks == 1:
-            return Source(name, infos, infos[0].shape, None)
         join = self.expanded.joins.get(name)
         if join is None:
             self._problem(f"{name} is in {len(infos)} rank files, but no shards rule joins it", self.inventory.path)

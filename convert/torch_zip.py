@@ -18,7 +18,9 @@ from .zip_directory import BadDirectoryError, Member, read_directory
 
 _STORED = 0
 _LOCAL_HEADER = struct.Struct("<4sHHHHHIIIHH")
-_METHOD = struct.Struct("<8xH16xHH")  # of that header: how the member is stored, the lengths of its name and extra field
+_METHOD = struct.Struct(
+    "<8xH16xHH"
+)  # of that header: how the member is stored, the lengths of its name and extra field
 _SHOWN = 80
 _RESAVE = "load it with torch.load where it was made, and save it again with torch.save"
 
