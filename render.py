@@ -7,14 +7,15 @@ import sys
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+from typing import TYPE_CHECKING, Any
 
 from .errors import Kind, MdlError
 from .mappings.jsonable import pieces
+
+if TYPE_CHECKING:  # what asks for --json needs no rich
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
 
 SHOWN = 10
 _NUMBER = re.compile(r"(?<![^./])\d+(?![^./])")
@@ -23,11 +24,15 @@ _BETWEEN = re.compile(rf"({_NUMBER.pattern})")
 
 def out() -> Console:
     """stdout. Piped output is never cut to a terminal's width."""
+    from rich.console import Console
+
     return Console(width=None if sys.stdout.isatty() else 200, highlight=False, soft_wrap=True)
 
 
 def err() -> Console:
     """stderr."""
+    from rich.console import Console
+
     return Console(stderr=True, width=None if sys.stderr.isatty() else 200, highlight=False, soft_wrap=True)
 
 
@@ -46,11 +51,11 @@ def print_error(error: MdlError, *, as_json: bool) -> None:
     label = {Kind.PARITY: "not the same", Kind.USAGE: "usage", Kind.INPUT: "error", Kind.MACHINE: "this machine"}
     groups = _grouped(error)
     for what, where, do in groups[:SHOWN]:
-        console.print(Text(f"{label[error.kind]}: ", style="bold red") + Text(what))
+        console.print(text(f"{label[error.kind]}: ", style="bold red") + text(what))
         if where:
-            console.print(Text(f"  where: {shown(where)}"))
+            console.print(text(f"  where: {shown(where)}"))
         if do:
-            console.print(Text(f"  do:    {do}", style="bold"))
+            console.print(text(f"  do:    {do}", style="bold"))
     if len(groups) > SHOWN:
         console.print(f"… and {len(groups) - SHOWN} more (--json for all)")
 
@@ -83,7 +88,7 @@ def _collapsed(words: tuple[str, ...], numbers: list[tuple[str, ...]]) -> str:
         ranges: Iterable[str] = numbers[0]
     else:
         ranges = (_range(sorted({int(n) for n in set(column)})) for column in zip(*numbers, strict=True))
-    return words[0] + "".join(text for pair in zip(ranges, words[1:], strict=True) for text in pair)
+    return words[0] + "".join(part for pair in zip(ranges, words[1:], strict=True) for part in pair)
 
 
 def _range(distinct: list[int]) -> str:
@@ -109,8 +114,17 @@ def size(nbytes: float) -> str:
     return f"{nbytes:.3g} TB"
 
 
+def text(words: str, style: str = "") -> Text:
+    """Words that are printed as they stand, whatever brackets are in them."""
+    from rich.text import Text
+
+    return Text(words, style=style)
+
+
 def table(*headers: str) -> Table:
     """A plain table: no boxes, so that it pastes well."""
+    from rich.table import Table
+
     made = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for header in headers:
         made.add_column(header, overflow="fold")
@@ -119,13 +133,15 @@ def table(*headers: str) -> Table:
 
 def facts(pairs: Iterable[tuple[str, str | Iterable[str]]]) -> Table:
     """Name and value lines, values possibly on several lines."""
+    from rich.table import Table
+
     made = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
     made.add_column(style="bold", no_wrap=True)
     made.add_column(overflow="fold")
     for name, value in pairs:
         lines = [value] if isinstance(value, str) else list(value)
         for k, line in enumerate(lines):
-            made.add_row(name if k == 0 else "", Text(line))
+            made.add_row(name if k == 0 else "", text(line))
     return made
 
 

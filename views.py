@@ -6,8 +6,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.text import Text
-
 from . import render
 from .convert.pause import collector_paused
 from .errors import Problem
@@ -74,7 +72,7 @@ def show_dims(dims: Dims) -> None:
     made = render.table("value", "", "from", "because")
     for name, dim in dims.entries.items():
         style = "yellow" if dim.source in ("default", "user") else ""
-        made.add_row(name, str(dim.value), Text(dim.source, style=style), dim.because)
+        made.add_row(name, str(dim.value), render.text(dim.source, style=style), dim.because)
     render.out().print(made)
 
 
@@ -232,11 +230,15 @@ def show_report(report: Report) -> None:
     """The table of `mdl verify`."""
     console = render.out()
     made = render.table("check", "", "measured", "limit")
-    marks = {True: Text("pass", style="green"), False: Text("FAIL", style="bold red"), None: Text("–")}
+    marks = {
+        True: render.text("pass", style="green"),
+        False: render.text("FAIL", style="bold red"),
+        None: render.text("–"),
+    }
     for check in report.checks:
         made.add_row(check.name, marks[check.ok], check.measured, check.limit)
         for line in check.detail:
-            made.add_row("", "", Text(line, style="dim" if check.ok else ""), "")
+            made.add_row("", "", render.text(line, style="dim" if check.ok else ""), "")
     console.print(made)
     console.print()
     lines: list[tuple[str, str | Iterable[str]]] = [
@@ -333,7 +335,7 @@ def show_findings(findings: Iterable[Finding]) -> None:
     made = render.table("", "what", "found", "do")
     styles = {"ok": "green", "warn": "yellow", "fail": "bold red"}
     for finding in findings:
-        made.add_row(Text(finding.state, style=styles[finding.state]), finding.what, finding.found, finding.do)
+        made.add_row(render.text(finding.state, style=styles[finding.state]), finding.what, finding.found, finding.do)
     render.out().print(made)
 
 
