@@ -2,7 +2,7 @@
 
     python benchmarks/metadata.py [--rounds 5] [--folder FOLDER]
 
-Makes Meta-Llama checkpoints and Hugging Face folders of 200 to 50,000 small tensors, and sparse Meta-Llama checkpoints of
+Makes Meta-Llama files and Hugging Face folders of 200 to 50,000 small tensors, and sparse Meta-Llama files of
 13 GB to 1.3 TB (their tensors are holes: a few MB are written). Then runs each way in turn, once per round, and prints
 the median, least and most user + system time of the whole process and the most memory that it held.
 """

@@ -104,10 +104,11 @@ def _same_values(a: Source, b: Source) -> bool:
     step = max(1, _MAPPED * rows // max(math.prod(a.shape) * ITEMSIZE[a.infos[0].dtype], 1))
     for start in range(0, rows, step):
         with Files() as files:
-            both = [lazy_source(files, source) for source in (a, b)]
-            parts = [x.slice(0, start, min(start + step, rows)) if a.shape else x for x in both]
-            same = same_values(*parts)
-            del both, parts  # a map that is looked into can't be closed
+            one, other = lazy_source(files, a), lazy_source(files, b)
+            if a.shape:
+                one, other = (x.slice(0, start, min(start + step, rows)) for x in (one, other))
+            same = same_values(one, other)
+            del one, other  # a map that is looked into can't be closed
         if not same:
             return False
     return True
