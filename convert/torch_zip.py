@@ -21,6 +21,7 @@ _LOCAL_HEADER = struct.Struct("<4sHHHHHIIIHH")
 _METHOD = struct.Struct(
     "<8xH16xHH"
 )  # of that header: how the member is stored, the lengths of its name and extra field
+_WINDOW = 1 << 13
 _SHOWN = 80
 _RESAVE = "load it with torch.load where it was made, and save it again with torch.save"
 
@@ -99,6 +100,7 @@ class _Archive:
 
     def __post_init__(self) -> None:
         self.ranges: list[tuple[int, int, str]] = []
+        self._near, self._seen = 0, b""
 
     def pickled(self) -> bytes:
         """The bytes of data.pkl, after the marks beside it were checked."""
@@ -144,6 +146,15 @@ class _Archive:
         found = self.members[member]
         return os.pread(self.descriptor, min(found.size, most), self._start(member, found))
 
+    def _bytes(self, offset: int, size: int) -> bytes:
+        """A few bytes of the file. Where the records are small, those that follow are read along."""
+        at = offset - self._near
+        if not 0 <= at <= len(self._seen) - size:
+            close = 0 <= at < 2 * _WINDOW
+            self._seen = os.pread(self.descriptor, _WINDOW if close and size < _WINDOW else size, offset)
+            self._near, at = offset, 0
+        return self._seen[at : at + size]
+
     def _start(self, member: str, found: Member) -> int:
         """Where the member's bytes start, after its own header was held against the directory."""
         name, flags, method, packed, size, offset = found
@@ -154,7 +165,7 @@ class _Archive:
             )
         if not 0 <= offset < self.end:
             raise RefusedError(f"{member} lies outside the archive", "copy the file again")
-        header = os.pread(self.descriptor, _LOCAL_HEADER.size + len(name), offset)
+        header = self._bytes(offset, _LOCAL_HEADER.size + len(name))
         if len(header) < _LOCAL_HEADER.size or header[:4] != b"PK\x03\x04":
             raise RefusedError(f"{member} has no header where the archive's directory says", "copy the file again")
         # The length of the extra field differs from the directory's copy: torch pads it to align the data.

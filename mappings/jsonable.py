@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -76,10 +77,10 @@ def _text(value: Any) -> str:
 
 
 def _lines(values: Iterable[Any]) -> Iterator[str]:
-    opening = "["
-    for value in values:
-        yield f"{opening}\n  {_line(value)}"
-        opening = ","
+    opening, lines = "[\n  ", map(_line, values)
+    while some := list(itertools.islice(lines, LONG)):
+        yield opening + ",\n  ".join(some)
+        opening = ",\n  "
     yield "\n ]"
 
 
