@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import signal
 import sys
 import threading
@@ -38,6 +40,7 @@ class Interrupted(KeyboardInterrupt):
 def run(command: Callable[[], object], state: State) -> NoReturn:
     """Run a command line to its end. A traceback is shown only with --debug."""
     Interrupted.number = 0
+    atexit.register(gc.freeze)  # what a process holds at its end is not worth looking through for cycles
     if state.death is not None:
         _end(state.death, state)
     try:

@@ -7,32 +7,39 @@ import sys
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+from typing import TYPE_CHECKING, Any
 
 from .errors import Kind, MdlError
-from .mappings.jsonable import to_json
+from .mappings.jsonable import pieces
+
+if TYPE_CHECKING:  # what asks for --json needs no rich
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
 
 SHOWN = 10
 _NUMBER = re.compile(r"(?<![^./])\d+(?![^./])")
+_BETWEEN = re.compile(rf"({_NUMBER.pattern})")
 
 
 def out() -> Console:
     """stdout. Piped output is never cut to a terminal's width."""
+    from rich.console import Console
+
     return Console(width=None if sys.stdout.isatty() else 200, highlight=False, soft_wrap=True)
 
 
 def err() -> Console:
     """stderr."""
+    from rich.console import Console
+
     return Console(stderr=True, width=None if sys.stderr.isatty() else 200, highlight=False, soft_wrap=True)
 
 
 def print_json(document: Any) -> None:
     """One JSON document on stdout; dataclasses become objects."""
-    sys.stdout.write(to_json(document))
+    for piece in pieces(document):
+        sys.stdout.write(piece)
 
 
 def print_error(error: MdlError, *, as_json: bool) -> None:
@@ -44,11 +51,11 @@ def print_error(error: MdlError, *, as_json: bool) -> None:
     label = {Kind.PARITY: "not the same", Kind.USAGE: "usage", Kind.INPUT: "error", Kind.MACHINE: "this machine"}
     groups = _grouped(error)
     for what, where, do in groups[:SHOWN]:
-        console.print(Text(f"{label[error.kind]}: ", style="bold red") + Text(what))
+        console.print(text(f"{label[error.kind]}: ", style="bold red") + text(what))
         if where:
-            console.print(Text(f"  where: {shown(where)}"))
+            console.print(text(f"  where: {shown(where)}"))
         if do:
-            console.print(Text(f"  do:    {do}", style="bold"))
+            console.print(text(f"  do:    {do}", style="bold"))
     if len(groups) > SHOWN:
         console.print(f"… and {len(groups) - SHOWN} more (--json for all)")
 
@@ -62,24 +69,29 @@ def _grouped(error: MdlError) -> list[tuple[str, str, str]]:
     return [(" / ".join(collapse(whats)), where, do) for (_, where, do), whats in groups.items()]
 
 
+def unnumbered(name: str) -> str:
+    """A name with # for each of its parts that is a number."""
+    return _NUMBER.sub("#", name)
+
+
 def collapse(names: Iterable[str]) -> list[str]:
     """Names that differ in one number become one with a range: a.0.b, a.1.b → a.{0..1}.b."""
-    groups: dict[str, list[str]] = {}
+    groups: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
     for name in names:
-        groups.setdefault(_NUMBER.sub("#", name), []).append(name)
-    return [_collapsed(group) for group in groups.values()]
+        words = _BETWEEN.split(name)  # every second one is a number
+        groups.setdefault(tuple(words[::2]), []).append(tuple(words[1::2]))
+    return [_collapsed(words, numbers) for words, numbers in groups.items()]
 
 
-def _collapsed(group: list[str]) -> str:
-    if len(group) == 1:
-        return group[0]
-    columns = list(zip(*(_NUMBER.findall(name) for name in group), strict=True))
-    parts = iter(_range([int(n) for n in column]) for column in columns)
-    return _NUMBER.sub(lambda _: next(parts), group[0])
+def _collapsed(words: tuple[str, ...], numbers: list[tuple[str, ...]]) -> str:
+    if len(numbers) == 1:
+        ranges: Iterable[str] = numbers[0]
+    else:
+        ranges = (_range(sorted({int(n) for n in set(column)})) for column in zip(*numbers, strict=True))
+    return words[0] + "".join(part for pair in zip(ranges, words[1:], strict=True) for part in pair)
 
 
-def _range(numbers: list[int]) -> str:
-    distinct = sorted(set(numbers))
+def _range(distinct: list[int]) -> str:
     if len(distinct) == 1:
         return str(distinct[0])
     if distinct == list(range(distinct[0], distinct[-1] + 1)):
@@ -102,8 +114,17 @@ def size(nbytes: float) -> str:
     return f"{nbytes:.3g} TB"
 
 
+def text(words: str, style: str = "") -> Text:
+    """Words that are printed as they stand, whatever brackets are in them."""
+    from rich.text import Text
+
+    return Text(words, style=style)
+
+
 def table(*headers: str) -> Table:
     """A plain table: no boxes, so that it pastes well."""
+    from rich.table import Table
+
     made = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for header in headers:
         made.add_column(header, overflow="fold")
@@ -112,13 +133,15 @@ def table(*headers: str) -> Table:
 
 def facts(pairs: Iterable[tuple[str, str | Iterable[str]]]) -> Table:
     """Name and value lines, values possibly on several lines."""
+    from rich.table import Table
+
     made = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
     made.add_column(style="bold", no_wrap=True)
     made.add_column(overflow="fold")
     for name, value in pairs:
         lines = [value] if isinstance(value, str) else list(value)
         for k, line in enumerate(lines):
-            made.add_row(name if k == 0 else "", Text(line))
+            made.add_row(name if k == 0 else "", text(line))
     return made
 
 

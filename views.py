@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.text import Text
-
 from . import render
+from .convert.pause import collector_paused
 from .errors import Problem
+from .mappings.jsonable import Each
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .convert.plan import Plan, Step
     from .convert.prepare import Prepared, Recognised
     from .convert.run import Converted
+    from .mappings.tensors import TensorInfo
     from .validate.doctor import Finding
     from .validate.kills import MutationTable
     from .validate.report import Report
@@ -39,12 +40,12 @@ def inspection(r: Recognised) -> dict[str, Any]:
         "dims": r.dims.entries,
         "tokenizers": r.checkpoint.tokenizers,
         "notes": inv.notes,
-        "tensors": [
-            {"name": name, "shape": info.shape, "dtype": info.dtype, "rank": info.rank, "raw": info.raw}
-            for name, infos in inv.tensors.items()
-            for info in infos
-        ],
+        "tensors": Each(_listed, (info for infos in inv.tensors.values() for info in infos)),
     }
+
+
+def _listed(info: TensorInfo) -> dict[str, Any]:
+    return {"name": info.name, "shape": info.shape, "dtype": info.dtype, "rank": info.rank, "raw": info.raw}
 
 
 def show_inspection(r: Recognised) -> None:
@@ -72,7 +73,7 @@ def show_dims(dims: Dims) -> None:
     made = render.table("value", "", "from", "because")
     for name, dim in dims.entries.items():
         style = "yellow" if dim.source in ("default", "user") else ""
-        made.add_row(name, str(dim.value), Text(dim.source, style=style), dim.because)
+        made.add_row(name, str(dim.value), render.text(dim.source, style=style), dim.because)
     render.out().print(made)
 
 
@@ -87,11 +88,12 @@ def planned(p: Prepared) -> dict[str, Any]:
         "nbytes": p.plan.nbytes,
         "dtype": p.plan.dtype,
         "config": p.config,
-        "steps": [describe_step(step) for step in p.plan.steps],
+        "steps": Each(describe_step, p.plan.steps),
         "problems": p.plan.problems,
     }
 
 
+@collector_paused()
 def show_plan(p: Prepared, *, reverse: bool) -> None:
     """The table of `mdl plan`: one line per rule, layers collapsed."""
     made = render.table("from", "by", "to", "shape", "type", "rule")
@@ -131,16 +133,10 @@ def _by_rule(plan: Plan) -> list[list[Step]]:
     groups: dict[tuple[object, ...], list[Step]] = {}
     for step in plan.steps:
         shapes = step.shapes or tuple(s.shape for s in step.sources)
-        key = (step.kind, step.rule, step.ops, shapes, step.dtype)
-        groups.setdefault((*key, _pattern(step)), []).append(step)
+        names = [s.name for s in step.sources] or step.targets
+        key = (step.kind, step.rule, step.ops, shapes, step.dtype, render.unnumbered(",".join(names)))
+        groups.setdefault(key, []).append(step)
     return list(groups.values())
-
-
-def _pattern(step: Step) -> str:
-    import re
-
-    names = [s.name for s in step.sources] or list(step.targets)
-    return re.sub(r"(?<![^./])\d+(?![^./])", "#", ",".join(names))
 
 
 def _plan_row(steps: list[Step], *, reverse: bool) -> tuple[str, ...]:
@@ -272,11 +268,15 @@ def show_report(report: Report) -> None:
     """The table of `mdl verify`."""
     console = render.out()
     made = render.table("check", "", "measured", "limit")
-    marks = {True: Text("pass", style="green"), False: Text("FAIL", style="bold red"), None: Text("–")}
+    marks = {
+        True: render.text("pass", style="green"),
+        False: render.text("FAIL", style="bold red"),
+        None: render.text("–"),
+    }
     for check in report.checks:
         made.add_row(check.name, marks[check.ok], check.measured, check.limit)
         for line in check.detail:
-            made.add_row("", "", Text(line, style="dim" if check.ok else ""), "")
+            made.add_row("", "", render.text(line, style="dim" if check.ok else ""), "")
     console.print(made)
     console.print()
     lines: list[tuple[str, str | Iterable[str]]] = [
@@ -373,7 +373,7 @@ def show_findings(findings: Iterable[Finding]) -> None:
     made = render.table("", "what", "found", "do")
     styles = {"ok": "green", "warn": "yellow", "fail": "bold red"}
     for finding in findings:
-        made.add_row(Text(finding.state, style=styles[finding.state]), finding.what, finding.found, finding.do)
+        made.add_row(render.text(finding.state, style=styles[finding.state]), finding.what, finding.found, finding.do)
     render.out().print(made)
 
 

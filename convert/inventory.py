@@ -56,9 +56,10 @@ def take_inventory(ckpt: Checkpoint, *, weights: str | None = None) -> Inventory
     ranks = [_weights_of(tree, wrapper, rank, ckpt, findings) for rank, tree in enumerate(ckpt.trees)]
     names, prefixes = _strip({name: None for held in ranks for name in held}, findings)
     tensors: dict[str, list[TensorInfo]] = {}
+    above = "".join(f"{part}/" for part in wrapper)
     for rank, held in enumerate(ranks):
         for raw, leaf in held.items():
-            tensors.setdefault(names[raw], []).append(_located(leaf, names[raw], rank, "/".join((*wrapper, raw))))
+            tensors.setdefault(names[raw], []).append(_located(leaf, names[raw], rank, above + raw))
     _check_whole(tensors, ckpt, findings)
     if findings.problems:
         raise MdlError(Kind.INPUT, findings.problems)
@@ -215,6 +216,8 @@ def _reason(value: Any) -> str:
 
 def _is_outside(key: object, value: Any, wrapper: Path) -> bool:
     """Whether an entry of the table that holds the weights is none of them: training state or, if bare, settings."""
+    if type(key) is str and "." in key:
+        return False
     if _is_training(key):
         return not (wrapper and isinstance(value, TensorInfo))
     return not wrapper and "." not in key_text(key) and not is_tensor(value) and not tensors_in(value)
@@ -233,7 +236,7 @@ def _flat(entries: Iterable[tuple[Any, Any]]) -> Iterator[tuple[str, Any]]:
                     raise input_error("the weights lie in tables inside tables without end", do=_STATE_DICT)
                 waiting.append((f"{prefix}{key_text(key)}.", iter(dict.items(value))))
                 break
-            yield f"{prefix}{key_text(key)}", value
+            yield prefix + (key if type(key) is str else key_text(key)), value
         else:
             waiting.pop()
 
@@ -246,7 +249,8 @@ def _strip(raws: dict[str, None], findings: _Findings) -> tuple[dict[str, str], 
     """Names without wrapper parts and shared attributes, by raw name; and what was taken off."""
     names = {raw: raw for raw in raws}
     prefixes: list[str] = []
-    for part in sorted(WRAPPER_PARTS):
+    everything = "\n".join(raws)
+    for part in sorted(part for part in WRAPPER_PARTS if f"{part}." in everything):
         hits = [raw for raw in names if f"{part}." in names[raw]]
         touched = [raw for raw in hits if part in names[raw].split(".")[:-1]]
         for raw in touched:
@@ -256,9 +260,8 @@ def _strip(raws: dict[str, None], findings: _Findings) -> tuple[dict[str, str], 
             prefixes.append(f"{part}.")
             findings.notes.append(f"took {part}. off {len(touched):,} of {len(names):,} tensor names")
     while len(names) > 1:
-        first = {name.partition(".")[0] if "." in name else "" for name in names.values()}
-        shared = first.pop()
-        if first or shared not in ATTRIBUTES:
+        shared = next(iter(names.values())).partition(".")[0]
+        if shared not in ATTRIBUTES or not all(name.startswith(f"{shared}.") for name in names.values()):
             break
         names = {raw: name.partition(".")[2] for raw, name in names.items()}
         prefixes.append(f"{shared}.")
@@ -305,7 +308,7 @@ def _check_whole(tensors: dict[str, list[TensorInfo]], ckpt: Checkpoint, finding
     partial = [name for name, found in tensors.items() if len(found) < len(ckpt.trees)]
     if partial:
         findings.notes.append(f"present in some rank files only: {_some(partial)}")
-    empty = [name for name, found in tensors.items() if not found[0].numel]
+    empty = [name for name, found in tensors.items() if 0 in found[0].shape]
     if tensors and 2 * len(empty) > len(tensors):
         findings.problems.append(
             Problem(

@@ -74,7 +74,7 @@ def _open(path: Path) -> Checkpoint:
     group = _group_of_folder(path, notes) if path.is_dir() else _group_of_file(path, notes)
     formats: set[str] = set()
     metadata: dict[str, str] = {}
-    read = _read_all(group.files, formats, metadata)
+    read = _read_all(group.files, formats, metadata, notes)
     if len(formats) > 1:
         raise input_error(f"the files of {group.name} have different formats: {', '.join(sorted(formats))}", str(path))
     trees = tuple(read) if group.ranks or len(read) == 1 else (_join(group, read),)
@@ -97,12 +97,12 @@ def _absolute(path: Path) -> str:
     return os.path.abspath(path)  # noqa: PTH100 - Path.resolve would follow symlinks and lose the name of the file
 
 
-def _read_all(files: tuple[Path, ...], formats: set[str], metadata: dict[str, str]) -> list[Any]:
+def _read_all(files: tuple[Path, ...], formats: set[str], metadata: dict[str, str], notes: list[str]) -> list[Any]:
     read: list[Any] = []
     problems: list[Problem] = []
     for file in files:
         try:
-            read.append(_read(file, formats, metadata))
+            read.append(_read(file, formats, metadata, notes))
         except MdlError as error:
             problems += error.problems
     if problems:
@@ -110,11 +110,11 @@ def _read_all(files: tuple[Path, ...], formats: set[str], metadata: dict[str, st
     return read
 
 
-def _read(file: Path, formats: set[str], metadata: dict[str, str]) -> Any:
+def _read(file: Path, formats: set[str], metadata: dict[str, str], notes: list[str]) -> Any:
     kind = sniff(file)
     formats.add(kind)
     if kind == ZIP:
-        return read_torch_zip(file)
+        return read_torch_zip(file, notes)
     if kind == LEGACY:
         return read_legacy(file)
     tensors, found = read_safetensors(file)

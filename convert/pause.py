@@ -12,7 +12,8 @@ def collector_paused() -> Generator[None, None, None]:
     """Pause the cyclic collector; usable as a decorator.
 
     Metadata of 50,000 tensors is a million objects and no garbage: looking through them again and again as they come
-    takes as long as reading them.
+    takes as long as reading them. What was made meanwhile then counts as old: it will be looked through only when the
+    collector looks through everything.
     """
     collecting = gc.isenabled()
     gc.disable()
@@ -20,4 +21,6 @@ def collector_paused() -> Generator[None, None, None]:
         yield
     finally:
         if collecting:
+            gc.freeze()  # all objects leave the young generation, which would be looked through at once
+            gc.unfreeze()
             gc.enable()

@@ -15,7 +15,7 @@ from ..mappings.ops import Op, OpError, trace
 from ..mappings.tensors import FLOATING, ITEMSIZE, Shape, TensorInfo
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Source:
     """One source tensor of a step: its rank files' entries and how they join into ``shape``."""
 
@@ -24,8 +24,16 @@ class Source:
     shape: Shape
     join: Join | None
 
+    def __init__(self, name: str, infos: tuple[TensorInfo, ...], shape: Shape, join: Join | None) -> None:
+        # quicker than a frozen dataclass's own way; see TensorInfo
+        made = self.__dict__
+        made["name"] = name
+        made["infos"] = infos
+        made["shape"] = shape
+        made["join"] = join
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, init=False)
 class Step:
     """Sources become targets by ``ops``; a step of kind ``fill`` has no source, one of kind ``drop`` no target.
 
@@ -41,6 +49,30 @@ class Step:
     source_dtype: str = ""
     rule: str = ""
     reason: str = ""
+
+    def __init__(
+        self,
+        kind: str,
+        targets: tuple[str, ...],
+        shapes: tuple[Shape, ...],
+        dtype: str,
+        sources: tuple[Source, ...] = (),
+        ops: tuple[Op, ...] = (),
+        source_dtype: str = "",
+        rule: str = "",
+        reason: str = "",
+    ) -> None:
+        # quicker than a frozen dataclass's own way; see TensorInfo
+        made = self.__dict__
+        made["kind"] = kind
+        made["targets"] = targets
+        made["shapes"] = shapes
+        made["dtype"] = dtype
+        made["sources"] = sources
+        made["ops"] = ops
+        made["source_dtype"] = source_dtype
+        made["rule"] = rule
+        made["reason"] = reason
 
     @property
     def nbytes(self) -> int:
@@ -103,6 +135,7 @@ class _Planner:
         self.made: dict[str, str] = {}
         self.problems: list[Problem] = list(expanded.problems)
         self._sources: dict[str, Source] = {}
+        self._traced: dict[tuple[int, tuple[Shape, ...], str], tuple[tuple[Shape, ...], str]] = {}
 
     def run(self, rules: Iterable[Rule]) -> list[Step]:
         steps: list[Step] = []
@@ -162,7 +195,7 @@ class _Planner:
                 self._problem(f"nothing makes {name} {list(shape)}, which the target class needs", self.inventory.path)
 
     def _claim(self, name: str, where: str) -> None:
-        if name not in self.inventory:
+        if name not in self.inventory.tensors:
             self._problem(f"{name} is missing", self.inventory.path, f"the mapping needs it ({where})")
         elif name in self.claimed:
             self._problem(f"{name} is claimed twice", f"{self.claimed[name]} and {where}")
@@ -174,26 +207,34 @@ class _Planner:
         self.made[name] = where
 
     def _step(self, rule: Rule) -> Step | None:
-        if any(name not in self.inventory for name in rule.sources):
+        if not all(map(self.inventory.tensors.__contains__, rule.sources)):
             return None
-        sources = tuple(self._source(name) for name in rule.sources)
+        sources = tuple([self._source(name) for name in rule.sources])
         dtypes = {info.dtype for source in sources for info in source.infos}
         if len(dtypes) != 1:
             self._problem(f"{', '.join(rule.sources)} are of different types: {', '.join(sorted(dtypes))}", rule.where)
             return None
         stored = dtypes.pop()
         try:
-            traced = trace(rule.ops, [source.shape for source in sources], stored)
+            shapes, dtype = self._trace(rule.ops, tuple([source.shape for source in sources]), stored)
         except OpError as error:
             self._problem(f"{', '.join(rule.sources)}: {error}", rule.where)
             return None
         if rule.kind == "tie":
             return Step("tie", (), (), stored, sources, source_dtype=stored, rule=rule.where, reason=rule.reason)
-        shapes = tuple(traced.shapes[-1])
-        if not self._fits(rule, shapes, traced.dtype):
+        if not self._fits(rule, shapes, dtype):
             return None
-        dtype = self.dtype or traced.dtype
-        return Step(rule.kind, rule.targets, shapes, dtype, sources, rule.ops, stored, rule.where)
+        return Step(rule.kind, rule.targets, shapes, self.dtype or dtype, sources, rule.ops, stored, rule.where)
+
+    def _trace(self, ops: tuple[Op, ...], shapes: tuple[Shape, ...], dtype: str) -> tuple[tuple[Shape, ...], str]:
+        """Shapes and type that come out. Layers are alike: what one rule makes of a shape is worked out once."""
+        if not ops:
+            return shapes, dtype
+        key = id(ops), shapes, dtype  # the rules, which hold the operations, outlive this planner
+        if key not in self._traced:
+            traced = trace(ops, list(shapes), dtype)
+            self._traced[key] = tuple(traced.shapes[-1]), traced.dtype
+        return self._traced[key]
 
     def _fits(self, rule: Rule, shapes: tuple[Shape, ...], dtype: str) -> bool:
         if len(shapes) != len(rule.targets):
@@ -216,6 +257,8 @@ class _Planner:
         return fine
 
     def _source(self, name: str) -> Source:
+        if self.inventory.ranks == 1:
+            return self._plain(name)
         if name not in self._sources:
             self._sources[name] = self._joined(name)
         return self._sources[name]
@@ -226,8 +269,6 @@ class _Planner:
 
     def _joined(self, name: str) -> Source:
         infos = self.inventory.tensors[name]
-        if self.inventory.ranks == 1:
-            return Source(name, infos, infos[0].shape, None)
         join = self.expanded.joins.get(name)
         if join is None:
             self._problem(f"{name} is in {len(infos)} rank files, but no shards rule joins it", self.inventory.path)
@@ -265,9 +306,9 @@ def joined_shape(join: Join, shapes: list[Shape]) -> Shape:
 def _majority(steps: Iterable[Step]) -> str:
     """The type of most bytes of the matrices written: what config.json calls the model's dtype."""
     count: Counter[str] = Counter()
-    for step in steps:
-        for shape in step.shapes:
-            count[step.dtype] += math.prod(shape) * ITEMSIZE[step.dtype] if len(shape) > 1 else 1
+    for (dtype, shapes), times in Counter((step.dtype, step.shapes) for step in steps).items():
+        for shape in shapes:
+            count[dtype] += times * (math.prod(shape) * ITEMSIZE[dtype] if len(shape) > 1 else 1)
     return count.most_common(1)[0][0] if count else "float32"
 
 

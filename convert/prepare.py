@@ -15,6 +15,7 @@ from ..mappings.parse import Mapping, load_mapping
 from .expected import expected_target, expected_tensors
 from .inventory import take_inventory, with_prefix_of
 from .open import Checkpoint, open_checkpoint
+from .pause import collector_paused
 from .plan import Plan, make_plan
 from .strangers import refuse_strangers
 from .ties import tied_of
@@ -63,6 +64,7 @@ class Prepared(Recognised):
     plan: Plan
 
 
+@collector_paused()
 def recognise(path: Path, options: Options | None = None) -> Recognised:
     """Open, find the family, settle the dims. Raises MdlError with all that is wrong; reads no weights, except
     to compare two tensors that may be tied."""
@@ -85,6 +87,7 @@ def recognise(path: Path, options: Options | None = None) -> Recognised:
     return Recognised(checkpoint, inventory, match, dims, mapping, expanded)
 
 
+@collector_paused()
 def prepare(path: Path, options: Options | None = None) -> Prepared:
     """Recognise and plan. Problems of the plan are in ``plan.problems``: call ``plan.refuse()`` before writing."""
     options = options or Options()

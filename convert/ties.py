@@ -9,6 +9,7 @@ from ..mappings.expand import Expanded
 from ..mappings.ops import OpError
 from ..mappings.tensors import TensorInfo
 from .plan import Source, joined_shape
+from .same_bytes import same_bytes
 
 _USUAL = "lm_head.weight"
 """What classes that have no file in archs/targets call their head; building them to ask takes seconds."""
@@ -74,9 +75,24 @@ def _equal(expanded: Expanded, inventory: Inventory, a: str, b: str) -> bool:
         return False  # the plan names what does not fit
     if shapes[0] != shapes[1] or infos[0][0].dtype != infos[1][0].dtype:
         return False
+    one, other = (Source(n, i, s, j) for n, i, s, j in zip((a, b), infos, shapes, joins, strict=True))
+    if _alike(one, other):
+        return all(same_bytes(x, y) for x, y in zip(one.infos, other.infos, strict=True))
+    return _same_values(one, other)
+
+
+def _alike(a: Source, b: Source) -> bool:
+    """Whether two tensors lie in their files in the same way, so that they are equal if those bytes are."""
+    forms = [(s.join.how, s.join.axis, s.join.sizes) if s.join else ("disjoint", 0, ()) for s in (a, b)]
+    stored = [[(info.shape, info.dtype) for info in s.infos] for s in (a, b)]
+    dense = all(info.contiguous for s in (a, b) for info in s.infos)
+    return forms[0] == forms[1] and forms[0][0] in ("cat", "blocks", "disjoint") and stored[0] == stored[1] and dense
+
+
+def _same_values(a: Source, b: Source) -> bool:
+    """Compare two tensors that are cut up or turned in different ways."""
     from .sources import lazy_source, same_values
     from .stored import Files
 
     with Files() as files:
-        one, other = (Source(n, i, s, j) for n, i, s, j in zip((a, b), infos, shapes, joins, strict=True))
-        return same_values(lazy_source(files, one), lazy_source(files, other))
+        return same_values(lazy_source(files, a), lazy_source(files, b))

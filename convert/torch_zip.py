@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import os
 import struct
-import zipfile
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -15,55 +14,56 @@ from typing import Any
 from ..errors import input_error
 from .inert import RefusedError
 from .unpickle import MAX_PICKLE, unpickle
+from .zip_directory import BadDirectoryError, Member, read_directory
 
-_UTF8 = 0x800  # the flag of a member whose name is not ASCII
+_STORED = 0
 _LOCAL_HEADER = struct.Struct("<4sHHHHHIIIHH")
+_METHOD = struct.Struct(
+    "<8xH16xHH"
+)  # of that header: how the member is stored, the lengths of its name and extra field
+_WINDOW = 1 << 13
+_SHOWN = 80
 _RESAVE = "load it with torch.load where it was made, and save it again with torch.save"
 
 
-def read_torch_zip(path: Path) -> Any:
-    """The object that torch.save wrote, tensors as TensorInfo. Raises MdlError (INPUT), naming what is wrong."""
+def read_torch_zip(path: Path, notes: list[str] | None = None) -> Any:
+    """The object that torch.save wrote, tensors as TensorInfo. Raises MdlError (INPUT), naming what is wrong.
+
+    ``notes`` takes a sentence about records of data that belong to no tensor, if there are any.
+    """
     file = os.path.abspath(path)  # noqa: PTH100 - Path.resolve would follow symlinks and lose the name of the file
     with path.open("rb") as stream:
         try:
-            archive = _Archive(file, stream.fileno(), *_directory(stream, file))
+            archive = _Archive(file, stream.fileno(), *_directory(stream.fileno(), file))
             pickled = archive.pickled()
         except RefusedError as problem:
             raise input_error(problem.what, file, problem.do) from None
         tree = unpickle(pickled, file, archive.locate)
         _refuse_overlaps(archive.ranges, file)
+        if notes is not None:
+            notes.extend(archive.unused())
         return tree
 
 
-def _directory(stream: io.BufferedReader, file: str) -> tuple[str, dict[str, zipfile.ZipInfo], int]:
+def _directory(descriptor: int, file: str) -> tuple[str, dict[str, Member], int]:
     """Root folder, members by full name, and where the members' bytes must end."""
     try:
-        with zipfile.ZipFile(stream) as archive:
-            infos = archive.infolist()
-            end = archive.start_dir
-    except (
-        zipfile.BadZipFile,
-        struct.error,
-        NotImplementedError,
-        ValueError,
-        OSError,
-        EOFError,
-        OverflowError,
-    ) as error:
+        found, end = read_directory(descriptor)
+    except (BadDirectoryError, OSError) as error:
         raise input_error(
             f"this zip archive can't be read ({error}); the file is probably cut short",
             file,
             "copy or download it again, and compare its size with the original",
         ) from None
-    members = {info.filename: info for info in infos}
-    if len(members) != len(infos):
-        doubled = [name for name, n in Counter(info.filename for info in infos).items() if n > 1]
+    members = dict(found)
+    if len(members) != len(found):
+        doubled = [name for name, n in Counter(name for name, _ in found).items() if n > 1]
         some = ", ".join(doubled[:5])
         raise input_error(f"several members of this archive have the same name: {some}", file, _RESAVE)
     return _root(members, file), members, end
 
 
-def _root(members: dict[str, zipfile.ZipInfo], file: str) -> str:
+def _root(members: dict[str, Member], file: str) -> str:
     roots = [name.removesuffix("data.pkl") for name in members if name.endswith("/data.pkl") and name.count("/") == 1]
     if len(roots) > 1:
         raise input_error(
@@ -95,11 +95,12 @@ class _Archive:
     file: str
     descriptor: int
     root: str
-    members: dict[str, zipfile.ZipInfo]
+    members: dict[str, Member]
     end: int
 
     def __post_init__(self) -> None:
         self.ranges: list[tuple[int, int, str]] = []
+        self._near, self._seen = 0, b""
 
     def pickled(self) -> bytes:
         """The bytes of data.pkl, after the marks beside it were checked."""
@@ -109,7 +110,7 @@ class _Archive:
                 f"the byte order of this file is {found.decode('latin-1')!r}; only little-endian data is read",
                 "save it again on a little-endian machine (x86, Arm)",
             )
-        size = self.members[self.root + "data.pkl"].file_size
+        size = self.members[self.root + "data.pkl"].size
         if size > MAX_PICKLE:
             raise RefusedError(
                 f"data.pkl has {size:,} bytes: its arrays are pickled as numpy objects, not as torch tensors",
@@ -120,43 +121,63 @@ class _Archive:
     def locate(self, key: str, nbytes: int, itemsize: int) -> int:
         """Where the bytes of storage ``key`` start (a :data:`~.unpickle.Locate`)."""
         member = f"{self.root}data/{key}"
-        if member not in self.members:
+        found = self.members.get(member)
+        if found is None:
             raise RefusedError(
                 f"storage {key} is named but not in the archive", "the file is incomplete: copy it again"
             )
-        size = self.members[member].file_size
-        if size != nbytes:
-            raise RefusedError(f"storage {key} has {size:,} bytes in the archive, but {nbytes:,} by its description")
-        return self._start(member)
+        if found.size != nbytes:
+            raise RefusedError(
+                f"storage {key} has {found.size:,} bytes in the archive, but {nbytes:,} by its description"
+            )
+        return self._start(member, found)
+
+    def unused(self) -> Iterator[str]:
+        """A sentence about the records under data/ that were not asked for. torch.save writes none such."""
+        asked = {member for _, _, member in self.ranges}
+        left = [name for name in self.members if name.startswith(f"{self.root}data/") and name not in asked]
+        if left:
+            some = ", ".join(name if name.isprintable() else ascii(name) for name in (n[:_SHOWN] for n in left[:5]))
+            more = f" and {len(left) - 5:,} more" if len(left) > 5 else ""
+            yield f"{Path(self.file).name}: {len(left):,} of its records belong to no tensor, left out: {some}{more}"
 
     def _read(self, member: str, most: int) -> bytes:
-        # Not zipfile's own read: torch can be told to write no checksums, and zipfile would then refuse the member.
-        return os.pread(self.descriptor, min(self.members[member].file_size, most), self._start(member))
+        # Checksums are not looked at: torch can be told to write none.
+        found = self.members[member]
+        return os.pread(self.descriptor, min(found.size, most), self._start(member, found))
 
-    def _start(self, member: str) -> int:
-        info = self.members[member]
-        if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
+    def _bytes(self, offset: int, size: int) -> bytes:
+        """A few bytes of the file. Where the records are small, those that follow are read along."""
+        at = offset - self._near
+        if not 0 <= at <= len(self._seen) - size:
+            close = 0 <= at < 2 * _WINDOW
+            self._seen = os.pread(self.descriptor, _WINDOW if close and size < _WINDOW else size, offset)
+            self._near, at = offset, 0
+        return self._seen[at : at + size]
+
+    def _start(self, member: str, found: Member) -> int:
+        """Where the member's bytes start, after its own header was held against the directory."""
+        name, flags, method, packed, size, offset = found
+        if method != _STORED or flags & 1:
             raise RefusedError(
                 f"{member} is compressed or encrypted; torch.save stores its members as they are",
                 f"somebody packed this archive anew; {_RESAVE}",
             )
-        if not 0 <= info.header_offset < self.end:
+        if not 0 <= offset < self.end:
             raise RefusedError(f"{member} lies outside the archive", "copy the file again")
-        plain = info.flag_bits & _UTF8 or info.orig_filename.isascii()  # then the slow codec isn't needed
-        name = info.orig_filename.encode("utf-8" if plain else "cp437")
-        header = os.pread(self.descriptor, _LOCAL_HEADER.size + len(name), info.header_offset)
+        header = self._bytes(offset, _LOCAL_HEADER.size + len(name))
         if len(header) < _LOCAL_HEADER.size or header[:4] != b"PK\x03\x04":
             raise RefusedError(f"{member} has no header where the archive's directory says", "copy the file again")
         # The length of the extra field differs from the directory's copy: torch pads it to align the data.
-        _, _, _, method, *_, name_length, extra_length = _LOCAL_HEADER.unpack_from(header)
-        if name_length != len(name) or header[_LOCAL_HEADER.size :] != name or method != zipfile.ZIP_STORED:
+        method, name_length, extra_length = _METHOD.unpack_from(header)
+        if name_length != len(name) or header[_LOCAL_HEADER.size :] != name or method != _STORED:
             raise RefusedError(
                 f"{member} is called or stored otherwise by its own header", f"copy it again, or {_RESAVE}"
             )
-        start = info.header_offset + _LOCAL_HEADER.size + name_length + extra_length
-        if start + info.file_size > self.end or info.compress_size != info.file_size:
+        start = offset + _LOCAL_HEADER.size + name_length + extra_length
+        if start + size > self.end or packed != size:
             raise RefusedError(f"{member} ends behind the end of the archive", "copy the file again")
-        self.ranges.append((info.header_offset, start + info.file_size, member))
+        self.ranges.append((offset, start + size, member))
         return start
 
 

@@ -126,6 +126,8 @@ class _Doors:
 
     def persistent_load(self, pid: Any, /) -> Any:
         """The storage that ``('storage', class, key, location, numel[, view])`` names."""
+        if type(pid) is tuple and len(pid) == 5 and type(pid[0]) is type(pid[2]) is str and pid[0] == "storage":
+            return self._storage(pid[1], pid[2], pid[4], None)  # as every torch since 0.4 writes it
         if type(pid) is not tuple or not 0 < len(pid) <= 6:
             raise RefusedError("a persistent id of this file is not one of torch.save's")
         parts: list[Any] = list(pid)
@@ -165,7 +167,9 @@ class _Doors:
     ) -> TensorInfo | Unreadable:
         # rest: requires_grad, backward hooks, metadata
         flipped = _flipped(rest[2]) if len(rest) > 2 else None
-        return flipped or self._rebuild_tensor(storage, offset, size, stride)
+        if type(storage) is not Storage or flipped:
+            return flipped or self._rebuild_tensor(storage, offset, size, stride)
+        return self._make(storage, offset, size, stride, storage.dtype)
 
     def _rebuild_v3(
         self, storage: object, offset: object, size: object, stride: object, *rest: object

@@ -27,7 +27,7 @@ TIED, TWIN = "{tied}", "{twin}"
 """As whole patterns under ``tie``: every tensor that the target class ties, and what it is tied to."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Rule:
     """One instance of a rule: these sources, through these operations, become these targets."""
 
@@ -37,6 +37,24 @@ class Rule:
     ops: tuple[Op, ...]
     where: str
     reason: str = ""
+
+    def __init__(
+        self,
+        kind: str,
+        sources: tuple[str, ...],
+        targets: tuple[str, ...],
+        ops: tuple[Op, ...],
+        where: str,
+        reason: str = "",
+    ) -> None:
+        # quicker than a frozen dataclass's own way; see TensorInfo
+        made = self.__dict__
+        made["kind"] = kind
+        made["sources"] = sources
+        made["targets"] = targets
+        made["ops"] = ops
+        made["where"] = where
+        made["reason"] = reason
 
 
 @dataclass(frozen=True)
@@ -103,6 +121,7 @@ class _Expander:
         self.drops: dict[str, tuple[str, str]] = {}
         self.joins: dict[str, Join] = {}
         self.problems: list[Problem] = []
+        self._places: dict[Loc, str] = {}
         self.ranges: dict[str, int] = {}
         for name, size in mapping.file.ranges.items():
             self.ranges[name] = self._size(size, ("ranges", name))
@@ -118,8 +137,11 @@ class _Expander:
 
     def section(self, section: Section, loc: Loc) -> None:
         for k, pattern in enumerate(section.keep):
-            for name in self.target.shapes if pattern == TARGET else [pattern]:
-                self._plain("keep", name, name, (*loc, "keep", k))
+            if pattern == TARGET:
+                where = self._where((*loc, "keep", k))
+                self.rules += [Rule("keep", (name,), (name,), (), where) for name in self.target.shapes]
+            else:
+                self._plain("keep", pattern, pattern, (*loc, "keep", k))
         for source, target in section.rename.items():
             self._plain("rename", source, target, (*loc, "rename", source))
         for k, transform in enumerate(section.transform):
@@ -139,9 +161,10 @@ class _Expander:
         if captures != self._captures([target], loc):
             self._problem(loc, f"{source} and {target} have not the same captures")
             return
-        for values in self._assignments(captures):
-            pair = self._fill_in(source, values, loc), self._fill_in(target, values, loc)
-            self.rules.append(Rule(kind, (pair[0],), (pair[1],), (), self.mapping.where(loc)))
+        sources = self._run(source, captures, loc)
+        targets = sources if source == target else self._run(target, captures, loc)
+        where = self._where(loc)
+        self.rules += [Rule(kind, (a,), (b,), (), where) for a, b in zip(sources, targets, strict=True)]
 
     def _transform(self, rule: Transform, loc: Loc) -> None:
         for each in rule.each or ("",):
@@ -165,10 +188,11 @@ class _Expander:
         except expr.ExprError as error:
             self._problem(loc, str(error))
             return
-        for values in self._assignments(before - eaten):
-            made_sources = self._all(sources, values, eaten, loc)
-            made_targets = self._all(targets, values, made, loc)
-            self.rules.append(Rule("transform", made_sources, made_targets, ops, self.mapping.where(loc)))
+        where = self._where(loc)
+        for one, other in zip(
+            self._all(sources, before - eaten, eaten, loc), self._all(targets, after - made, made, loc), strict=True
+        ):
+            self.rules.append(Rule("transform", one, other, ops, where))
 
     def _tie(self, source: str, tie: str | Tie, loc: Loc) -> None:
         to, otherwise = (tie, "") if isinstance(tie, str) else (tie.to, tie.otherwise)
@@ -179,17 +203,17 @@ class _Expander:
             return
         for values in self._assignments(captures):
             names = (self._fill_in(pattern, values, loc) for pattern in (source, to, otherwise))
-            self.ties.append(Ties(*names, where=self.mapping.where(loc)))
+            self.ties.append(Ties(*names, where=self._where(loc)))
 
     def _fill(self, pattern: str, loc: Loc) -> None:
-        where = self.mapping.where(loc)
+        where = self._where(loc)
         for name in self._names(pattern, loc):
             if name in self.fills:
                 self.problems.append(Problem(f"{name} is made twice", f"{self.fills[name]} and {where}"))
             self.fills[name] = where
 
     def _drop(self, pattern: str, reason: str, loc: Loc) -> None:
-        where = self.mapping.where(loc)
+        where = self._where(loc)
         for name in self._names(pattern, loc):
             if name in self.drops:
                 self.problems.append(Problem(f"{name} is claimed twice", f"{self.drops[name][1]} and {where}"))
@@ -200,14 +224,12 @@ class _Expander:
             for k, pattern in enumerate(section.shards.get(how, ())):
                 at = (*loc, how, k)
                 axis = 1 if how == "cat1" else 0
-                self._join(
-                    self._names(pattern, at), Join(how[:3] if how[:3] == "cat" else how, self.mapping.where(at), axis)
-                )
+                self._join(self._names(pattern, at), Join(how[:3] if how[:3] == "cat" else how, self._where(at), axis))
         for k, blocks in enumerate(section.blocks):
             at = (*loc, "blocks", k)
             sizes = tuple(self._size(n, at) for n in blocks.sizes)
             for pattern in blocks.names:
-                self._join(self._names(pattern, at), Join("blocks", self.mapping.where(at), blocks.axis, sizes))
+                self._join(self._names(pattern, at), Join("blocks", self._where(at), blocks.axis, sizes))
 
     def _join(self, names: Iterable[str], join: Join) -> None:
         for name in names:
@@ -232,8 +254,14 @@ class _Expander:
         for values in itertools.product(*(range(self.ranges[c]) for c in ordered)):
             yield dict(zip(ordered, values, strict=True))
 
-    def _all(self, patterns: list[str], values: dict[str, int], over: set[str], loc: Loc) -> tuple[str, ...]:
-        """Names of every pattern in turn; a pattern with a consumed capture stands for its whole run."""
+    def _all(self, patterns: list[str], captures: set[str], over: set[str], loc: Loc) -> Iterable[tuple[str, ...]]:
+        """For each assignment the names of every pattern in turn; a pattern with a consumed capture stands for its
+        whole run."""
+        if not over:
+            return zip(*(self._run(pattern, captures, loc) for pattern in patterns), strict=True)
+        return [self._with_runs(patterns, values, over, loc) for values in self._assignments(captures)]
+
+    def _with_runs(self, patterns: list[str], values: dict[str, int], over: set[str], loc: Loc) -> tuple[str, ...]:
         names: list[str] = []
         for pattern in patterns:
             runs = self._captures([pattern], loc) & over
@@ -241,7 +269,14 @@ class _Expander:
         return tuple(names)
 
     def _names(self, pattern: str, loc: Loc) -> list[str]:
-        captures = self._captures([pattern], loc)
+        return self._run(pattern, self._captures([pattern], loc), loc)
+
+    def _run(self, pattern: str, captures: set[str], loc: Loc) -> list[str]:
+        """One name per assignment. A run over the layers is most of a mapping, and is written out at once."""
+        fields = _FIELD.findall(pattern)
+        if len(captures) == 1 and captures == set(fields):
+            text = _FIELD.sub("%d", pattern.replace("%", "%%"))
+            return [text % ((k,) * len(fields)) for k in range(self.ranges[fields[0]])]
         return [self._fill_in(pattern, values, loc) for values in self._assignments(captures)]
 
     def _fill_in(self, pattern: str, values: Map[str, int], loc: Loc) -> str:
@@ -260,7 +295,12 @@ class _Expander:
             return 0
 
     def _problem(self, loc: Loc, what: str) -> None:
-        self.problems.append(Problem(what, self.mapping.where(loc)))
+        self.problems.append(Problem(what, self._where(loc)))
+
+    def _where(self, loc: Loc) -> str:
+        if loc not in self._places:
+            self._places[loc] = self.mapping.where(loc)
+        return self._places[loc]
 
 
 def _listed(names: str | tuple[str, ...]) -> list[str]:

@@ -36,7 +36,7 @@ MAX_DIMS = 64
 """Dimensions that a tensor may have; torch itself stops at about as many."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class TensorInfo:
     """Where one tensor lies, known without reading it.
 
@@ -54,6 +54,31 @@ class TensorInfo:
     storage: str
     rank: int = 0
     raw: str = field(default="", compare=False)
+
+    def __init__(
+        self,
+        name: str,
+        shape: Shape,
+        dtype: str,
+        file: str,
+        offset: int,
+        stride: Shape,
+        storage: str,
+        rank: int = 0,
+        raw: str = "",
+    ) -> None:
+        # A frozen dataclass's own way, through object.__setattr__, takes three times as long, and there are two records
+        # for each tensor. One by one, because then all records share one table of keys.
+        made = self.__dict__
+        made["name"] = name
+        made["shape"] = shape
+        made["dtype"] = dtype
+        made["file"] = file
+        made["offset"] = offset
+        made["stride"] = stride
+        made["storage"] = storage
+        made["rank"] = rank
+        made["raw"] = raw
 
     @property
     def numel(self) -> int:
