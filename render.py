@@ -147,6 +147,8 @@ def facts(pairs: Iterable[tuple[str, str | Iterable[str]]]) -> Table:
 
 def say(sentence: str) -> None:
     """A line on stderr that is not progress: it stays, and --quiet does not silence it."""
+    from rich.text import Text
+
     err().print(Text(sentence))
 
 

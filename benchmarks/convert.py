@@ -32,7 +32,7 @@ from typing import Any
 from convert_measure import RunFailedError, available_memory, give_back, machine, measured, settle
 from convert_scenarios import SCENARIOS, Scenario
 from convert_tables import block, versions, write_page
-from convert_ways import WAYS, Job, Way, mdl, memory_needed, missing, without
+from convert_ways import WAYS, Job, Way, mdl, memory_needed, missing
 from curves import memory_curves
 
 SLACK = 10**9
@@ -53,7 +53,7 @@ def measure(scenario: Scenario, gigabytes: float, args: argparse.Namespace, tell
         folder = Path(scratch)
         source = scenario.make(folder / "source", gigabytes)
         give_back()
-        result |= {"nbytes": source.nbytes, "remarks": {way.name: said for way in ways if (said := remarks(way))}}
+        result |= {"nbytes": source.nbytes, "remarks": {way.name: way.remark for way in ways if way.remark}}
         mdl_args = (*scenario.mdl_args, *shlex.split(args.mdl_args))
         job = Job(source, folder / "out", folder / "layout", scenario.dtype, mdl_args, scenario.rewrites, pythons)
         if any(way.of_layout for way in ways):
@@ -76,10 +76,6 @@ def blank(scenario: Scenario, gigabytes: float, args: argparse.Namespace) -> Res
         "versions": versions(),
         "runs": [],
     }
-
-
-def remarks(way: Way) -> str:
-    return "; ".join(filter(None, (way.remark, without(way))))
 
 
 def no_room(gigabytes: float, ways: list[Way], work: Path) -> str:

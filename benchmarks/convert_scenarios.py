@@ -10,7 +10,8 @@ import torch
 from convert_inputs import Input, llama, nanogpt
 
 UNTIED = ("--set", "tied=false")
-USUAL = ("cp", "mdl", "mmap", "load", "hub", "transformers")
+USUAL = ("cp", "mdl", "mdl-one", "mmap", "load", "hub", "transformers")
+FEW = ("cp", "mdl", "mdl-one", "mmap", "load")
 
 
 @dataclass(frozen=True)
@@ -49,16 +50,17 @@ SCENARIOS = {
             "llama-fsync",
             f"{LLAMA}, until the disk has it",
             llama,
-            ways=("cp-fsync", "mdl-fsync", "mmap-fsync"),
+            ways=("cp-fsync", "mdl-fsync", "mdl-one-fsync", "mmap-fsync"),
             base="cp-fsync",
         ),
-        Scenario("llama-workers", f"{LLAMA}, threads", llama, ways=("cp", "mdl", "mdl-workers")),
         Scenario("llama-small", LLAMA, llama, (2.0,), (*USUAL, "litgpt", "mergekit")),
-        Scenario("ranks", f"{LLAMA}, two rank files joined", two_ranks, rewrites=True),
-        Scenario("nanogpt", "nanoGPT, float32, matrices transposed", nanogpt, mdl_args=(), rewrites=True),
-        Scenario("bf16-fp16", f"{LLAMA} to float16", llama, dtype="float16", mdl_args=FLUSH, rewrites=True),
-        Scenario("fp32-bf16", "Meta Llama, float32 to bfloat16", single, dtype="bfloat16", rewrites=True),
-        Scenario("sizes", f"{LLAMA}, by size", llama, (2.0, 6.0, 12.0, 20.0)),
-        Scenario("large", LLAMA, llama, (30.0,), ("cp", "mdl"), only_when_named=True),
+        Scenario("ranks", f"{LLAMA}, two rank files joined", two_ranks, ways=FEW, rewrites=True),
+        Scenario("nanogpt", "nanoGPT, float32, matrices transposed", nanogpt, ways=FEW, mdl_args=(), rewrites=True),
+        Scenario("bf16-fp16", f"{LLAMA} to float16", llama, ways=FEW, dtype="float16", mdl_args=FLUSH, rewrites=True),
+        Scenario("fp32-bf16", "Meta Llama, float32 to bfloat16", single, ways=FEW, dtype="bfloat16", rewrites=True),
+        Scenario("sizes", f"{LLAMA}, by size", llama, (2.0, 6.0, 12.0, 20.0), ("cp", "mdl", "mmap", "load")),
+        Scenario(
+            "large", LLAMA, llama, (30.0,), ("cp-fsync", "mdl-fsync", "mdl-one-fsync"), "cp-fsync", only_when_named=True
+        ),
     )
 }

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 
 from convert_inputs import Input
@@ -41,7 +40,6 @@ class Way:
     memory: float = 0.1
     makes_folder: bool = True
     of_layout: bool = False
-    options: tuple[str, ...] = ()
     remark: str = ""
 
 
@@ -67,25 +65,13 @@ def program() -> str:
 
 
 def mdl(*options: str) -> Callable[[Job], list[str]]:
-    """The command line, as a user types it; options that this mdl lacks are left out (``lacking`` tells)."""
+    """The command line, as a user types it."""
 
     def command(job: Job) -> list[str]:
-        known = [option for option in options if option.split("=")[0] not in lacking(options)]
         dtype = ["--dtype", job.dtype] if job.dtype else []
-        return [program(), "--quiet", "convert", str(job.source.path), str(job.out), *known, *dtype, *job.mdl_args]
+        return [program(), "--quiet", "convert", str(job.source.path), str(job.out), *options, *dtype, *job.mdl_args]
 
     return command
-
-
-@cache
-def mdl_help() -> str:
-    return subprocess.run([program(), "convert", "--help"], capture_output=True, text=True, check=True).stdout
-
-
-def lacking(options: Sequence[str]) -> tuple[str, ...]:
-    """Which of the options this mdl does not have."""
-    names = (option.split("=")[0] for option in options)
-    return tuple(name for name in names if name not in mdl_help())
 
 
 def peer(name: str, *options: str, of_layout: bool = False) -> Callable[[Job], list[str]]:
@@ -107,14 +93,10 @@ WAYS = {
     for way in (
         Way("cp", "`cp`", copy, memory=0, makes_folder=False),
         Way("cp-fsync", "`cp` + fsync", copy_and_sync, memory=0, makes_folder=False),
-        Way("mdl", "`mdl convert --no-fsync`", mdl("--no-fsync"), options=("--no-fsync",)),
+        Way("mdl", "`mdl convert --no-fsync`", mdl("--no-fsync")),
+        Way("mdl-one", "`mdl convert --no-fsync --workers 1`", mdl("--no-fsync", "--workers=1")),
         Way("mdl-fsync", "`mdl convert`", mdl()),
-        Way(
-            "mdl-workers",
-            "`mdl convert --no-fsync --workers 2`",
-            mdl("--no-fsync", "--workers=2"),
-            options=("--no-fsync", "--workers"),
-        ),
+        Way("mdl-one-fsync", "`mdl convert --workers 1`", mdl("--workers=1")),
         Way("mmap", "`torch.load(mmap=True)` + `save_file`", peer("mmap"), "torch", 0.3),
         Way("mmap-fsync", "`torch.load(mmap=True)` + `save_file` + fsync", peer("mmap", "--fsync"), "torch", 0.3),
         Way("load", "`torch.load` + `save_file`", peer("load"), "torch", 1.2),
@@ -136,8 +118,6 @@ WAYS = {
 
 def missing(way: Way, pythons: Mapping[str, str]) -> str:
     """Why a way can't run here, or nothing. It is imported once, so that the first round has its files in the cache."""
-    if way.name == "mdl-workers" and lacking(("--workers",)):
-        return "this mdl has no `--workers`"
     if not way.module:
         return ""
     python = pythons.get(way.name, sys.executable)
@@ -146,9 +126,3 @@ def missing(way: Way, pythons: Mapping[str, str]) -> str:
         return ""
     last = (done.stderr.strip().splitlines() or ["it can't be imported"])[-1]
     return f"not installed: {last}"
-
-
-def without(way: Way) -> str:
-    """What to say beside a way whose options this mdl lacks."""
-    absent = lacking(way.options) if way.options else ()
-    return f"this mdl has no `{'`, `'.join(absent)}`, so it ran without" if absent else ""

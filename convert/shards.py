@@ -18,6 +18,7 @@ _NAMES = {
     "float8_e4m3fn": "F8_E4M3",
     "float8_e5m2": "F8_E5M2",
 }
+PAGE = 4096
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
@@ -47,13 +48,14 @@ class Shard:
         return self.entries[-1].stop if self.entries else 0
 
     def header(self) -> bytes:
-        """The file's first bytes: length, then JSON padded with spaces to a multiple of 8."""
+        """The file's first bytes: length, then JSON padded with spaces, so that the data begins at a page of memory and
+        most tensors do too: maps, and reads past the cache, like that."""
         table: dict[str, object] = {"__metadata__": {"format": "pt"}}
         for e in self.entries:
             offsets = [e.start, e.stop]
             table[e.name] = {"dtype": _NAMES[e.dtype], "shape": list(e.shape), "data_offsets": offsets}
         text = json.dumps(table, separators=(",", ":")).encode()
-        text += b" " * (-(len(text) + 8) % 4096)
+        text += b" " * (-(len(text) + 8) % PAGE)
         return len(text).to_bytes(8, "little") + text
 
 

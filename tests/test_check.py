@@ -155,7 +155,7 @@ SABOTAGE: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     "stray_settings": (add("adapter_config.json"), [f"adapter_config.json: {STRAY}"]),
     "stray_template": (add("chat_template.jinja"), [f"chat_template.jinja: {STRAY}"]),
     "stray_index": (add("other.safetensors.index.json"), [f"other.safetensors.index.json: {STRAY}"]),
-    "cut": (truncate, [f"{FIRST}: by its header this file ends at byte 6,280, but it has 6,279"]),
+    "cut": (truncate, [f"{FIRST}: by its header this file ends at byte 9,728, but it has 9,727"]),
     "rewritten": (
         rewrite,
         [

@@ -167,7 +167,7 @@ COMMANDS = {
     "plan": {"checkpoint", "--arch", "--set", "--weights", "--dtype", "--reverse", "--json"},
     "convert": {
         "checkpoint", "out", "--arch", "--set", "--weights", "--dtype", "--tokenizer", "--max-shard-size", "--force",
-        "--allow-nonfinite", "--allow-flush", "--json",
+        "--allow-nonfinite", "--allow-flush", "--workers", "--fsync", "--part", "--ray", "--benchmark", "--json",
     },
     "verify": {
         "layout", "--against", "--arch", "--reference", "--reference-python", "--reference-timeout", "--golden",

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from mdl.convert import sources, ties
+from mdl.convert import stored
 from mdl.convert.inventory import take_inventory
 from mdl.convert.open import open_checkpoint
 from mdl.convert.prepare import Prepared, prepare
@@ -65,9 +65,9 @@ def sparse(folder: Path, ranks: int) -> Path:
 @pytest.mark.parametrize("ranks", [1, 4])
 def test_planning_reads_little_of_a_large_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: int) -> None:
     def mapped(*_: object) -> None:
-        raise AssertionError("planning maps tensors")
+        raise AssertionError("planning reads tensors")
 
-    monkeypatch.setattr(sources.Files, "tensor", mapped)
+    monkeypatch.setattr(stored.Files, "tensor", mapped)
     folder = sparse(tmp_path / "raw", ranks)
     prepare(folder)  # modules and mappings are read once
 
@@ -251,9 +251,8 @@ def test_a_hole_equals_zeros_and_nothing_else(tmp_path: Path) -> None:
 @pytest.mark.parametrize("by_columns", [True, False])
 @pytest.mark.parametrize("equal", [True, False])
 def test_a_head_stored_again_is_compared_however_the_ranks_cut_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_columns: bool, equal: bool
+    tmp_path: Path, by_columns: bool, equal: bool
 ) -> None:
-    monkeypatch.setattr(ties, "_MAPPED", 256)
     state = make.llama_state()
     state["output.weight"] = state["tok_embeddings.weight"].clone()
     if not equal:

@@ -219,7 +219,7 @@ def test_ctrl_c_keeps_what_is_finished(source: Path, place: Path) -> None:
     child.send_signal(signal.SIGINT)
     said = child.communicate(timeout=60)[1]
 
-    assert child.returncode == 130
+    assert child.returncode == 130, said
     assert "weight files are whole and stay in out.mdl-partial" in said
     assert "Traceback" not in said
     assert names(place) == ["out.mdl-partial"]
