@@ -9,6 +9,9 @@ from enum import Enum
 MAX_TEXT = 4000
 """Characters of one part of a problem; of a longer text its ends are shown."""
 
+COPY_AGAIN = "copy or download the file again, and compare its size with the original"
+"""What to do about a file that is damaged."""
+
 
 class Kind(Enum):
     """The closed set of failures. The value is the process's exit code."""

@@ -3,7 +3,7 @@
     python benchmarks/startup.py [--size-gb 6] [--rounds 5]
 
 Makes a sparse Meta-Llama checkpoint of the given size (nothing but holes is written), then runs each way in turn and
-prints the median of user + system time of the whole process.
+prints the median of user + system time of the whole process; then the time until `mdl convert` writes.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 TORCH = "import sys, torch; torch.load(sys.argv[1], mmap=True, weights_only=True, map_location='cpu')"
@@ -53,6 +54,21 @@ def cpu_seconds(command: list[str]) -> float:
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
+def first_byte(command: list[str], out: Path) -> float:
+    """Seconds on the clock until a conversion has written the first byte of a weight file; it is ended then."""
+    begin = time.perf_counter()
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    work = out.with_name(out.name + ".mdl-partial")
+    while not any(path.stat().st_size for path in work.glob(".model*")):
+        if child.poll() is not None:
+            raise RuntimeError("the conversion ended before it was seen to write")
+        time.sleep(0.001)
+    seconds = time.perf_counter() - begin
+    child.terminate()
+    child.wait()
+    return seconds
+
+
 def main() -> None:
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cli.add_argument("--size-gb", type=float, default=6)
@@ -69,10 +85,15 @@ def main() -> None:
             f"torch.load(mmap=True), {size:.1f} GB": [sys.executable, "-c", TORCH, path],
         }
         rounds = [{name: cpu_seconds(command) for name, command in ways.items()} for _ in range(args.rounds)]
+        out = Path(scratch) / "out"
+        convert = [mdl, "convert", path, str(out), "--set", "tied=false"]
+        waits = [first_byte(convert, out) for _ in range(args.rounds)]
     print(f"{'way':36}{'CPU s, median':>16}{'min':>8}{'max':>8}")
     for name in ways:
         times = [r[name] for r in rounds]
         print(f"{name:36}{statistics.median(times):16.2f}{min(times):8.2f}{max(times):8.2f}")
+    print(f"\n{'':36}{'s, median':>16}{'min':>8}{'max':>8}")
+    print(f"{'mdl convert, to its first byte':36}{statistics.median(waits):16.2f}{min(waits):8.2f}{max(waits):8.2f}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from ..errors import input_error
+from ..errors import COPY_AGAIN, input_error
 from .inert import RefusedError
 from .unpickle import MAX_PICKLE, unpickle
 from .vet import end_of_pickle
@@ -18,7 +18,6 @@ MAGIC_BYTES = MAGIC.to_bytes(10, "little")
 """How the magic number looks in a pickle: found within the first bytes of every such file."""
 _PROTOCOL = 1001
 _AS_TENSORS = "it holds arrays as numpy objects: convert them with torch.from_numpy, and save the file again"
-_AGAIN = "copy or download the file again, and compare its size with the original"
 
 
 def read_legacy(path: Path) -> Any:
@@ -29,7 +28,7 @@ def read_legacy(path: Path) -> Any:
     """
     file = os.path.abspath(path)  # noqa: PTH100 - Path.resolve would follow symlinks and lose the name of the file
     if not path.stat().st_size:
-        raise input_error("this file is empty", file, _AGAIN)
+        raise input_error("this file is empty", file, COPY_AGAIN)
     with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
         pickles, begin = _pickles(mapped, file)
         _check_head(pickles[:3], file)
@@ -83,18 +82,20 @@ def _starts(
     """Byte position of each storage: per key, in the list's order, an int64 element count and then the bytes."""
     named = isinstance(keys, list) and all(type(key) in (str, int) for key in keys)
     if not isinstance(keys, list) or not named or {str(key) for key in keys} != set(sizes) or len(keys) != len(sizes):
-        raise input_error("the list of storages does not match the tensors of this file", file, _AGAIN)
+        raise input_error("the list of storages does not match the tensors of this file", file, COPY_AGAIN)
     total = len(mapped)
     starts: dict[str, int] = {}
     for key in map(str, keys):
         nbytes, itemsize = sizes[key]
         head = mapped[position : position + 8]
         if len(head) < 8 or position + 8 + nbytes > total:
-            raise input_error(f"this file is cut short: storage {key} ends behind its {total:,} bytes", file, _AGAIN)
+            raise input_error(
+                f"this file is cut short: storage {key} ends behind its {total:,} bytes", file, COPY_AGAIN
+            )
         (count,) = struct.unpack("<q", head)
         if count * itemsize != nbytes:
             raise input_error(
-                f"storage {key} says {count:,} elements, its tensors say {nbytes // itemsize:,}", file, _AGAIN
+                f"storage {key} says {count:,} elements, its tensors say {nbytes // itemsize:,}", file, COPY_AGAIN
             )
         starts[key] = position + 8
         position += 8 + nbytes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Iterable
@@ -205,8 +206,9 @@ def describe_step(step: Step) -> dict[str, Any]:
     }
 
 
+@functools.cache
 def describe_op(op: Op) -> dict[str, Any]:
-    """An operation as ``{"op": name, **arguments}``."""
+    """An operation as ``{"op": name, **arguments}``. Layers share theirs: the answer is not to be changed."""
     return {"op": op.name, **{f.name: _described(getattr(op, f.name)) for f in dataclasses.fields(op)}}
 
 

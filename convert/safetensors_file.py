@@ -10,7 +10,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, cast
 
-from ..errors import Kind, MdlError, Problem, input_error
+from ..errors import COPY_AGAIN, Kind, MdlError, Problem, input_error
 from ..mappings.tensors import ITEMSIZE, MAX_DIMS, TensorInfo, dense
 from .sniff import MAX_HEADER
 from .strict_json import read_json
@@ -35,7 +35,6 @@ DTYPES = {
 }
 """The format's element types and torch's names of them."""
 _MAX_INDEX = 64 << 20
-_AGAIN = "copy or download the file again, and compare its size with the original"
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
@@ -51,9 +50,9 @@ def read_safetensors(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else total
         if total - 8 < length <= MAX_HEADER:
             what = f"this safetensors file ends inside its header: that has {length:,} bytes, the whole file {total:,}"
-            raise input_error(what, file, _AGAIN)
+            raise input_error(what, file, COPY_AGAIN)
         if not 2 <= length <= min(MAX_HEADER, total - 8):
-            raise input_error("the length of this safetensors header is out of bounds", file, _AGAIN)
+            raise input_error("the length of this safetensors header is out of bounds", file, COPY_AGAIN)
         entries, doubled = _parse(stream.read(length), file)
     problems = [Problem(f"the name {name} occurs twice in the header", file) for name in doubled]
     metadata = entries.pop("__metadata__", {})
@@ -81,9 +80,9 @@ def _parse(header: bytes, file: str) -> tuple[dict[str, Any], list[str]]:
     try:
         entries = json.loads(header.decode("utf-8"), object_pairs_hook=table)
     except (ValueError, RecursionError) as error:
-        raise input_error(f"this safetensors header is not JSON ({error})", file, _AGAIN) from None
+        raise input_error(f"this safetensors header is not JSON ({error})", file, COPY_AGAIN) from None
     if not isinstance(entries, dict):
-        raise input_error("this safetensors header is not a table", file, _AGAIN)
+        raise input_error("this safetensors header is not a table", file, COPY_AGAIN)
     return cast("dict[str, Any]", entries), doubled
 
 
@@ -124,11 +123,11 @@ def _check_layout(tensors: list[TensorInfo], base: int, total: int, file: str, p
     for tensor in tensors:
         if tensor.offset != position:
             kind = "a gap before" if tensor.offset > position else "another tensor in the bytes of"
-            problems.append(Problem(f"the header leaves {kind} {tensor.name}", file, _AGAIN))
+            problems.append(Problem(f"the header leaves {kind} {tensor.name}", file, COPY_AGAIN))
         position = tensor.offset + tensor.nbytes
     if position != total:
         problems.append(
-            Problem(f"by its header this file ends at byte {position:,}, but it has {total:,}", file, _AGAIN)
+            Problem(f"by its header this file ends at byte {position:,}, but it has {total:,}", file, COPY_AGAIN)
         )
 
 
@@ -140,10 +139,10 @@ def read_shards(index: Path) -> tuple[dict[str, str], list[Path]]:
     try:
         content = read_json(index, limit=_MAX_INDEX)
     except ValueError as error:
-        raise input_error(f"this index can't be read ({error})", str(index), _AGAIN) from None
+        raise input_error(f"this index can't be read ({error})", str(index), COPY_AGAIN) from None
     entries: Any = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(entries, dict) or not entries or not all(isinstance(name, str) for name in entries.values()):
-        raise input_error("this index has no weight_map of tensor names to file names", str(index), _AGAIN)
+        raise input_error("this index has no weight_map of tensor names to file names", str(index), COPY_AGAIN)
     weight_map = cast("dict[str, str]", entries)
     shards = sorted(set(weight_map.values()))
     # A hub's cache keeps the files of a folder elsewhere, but the index in the same place as the shards.

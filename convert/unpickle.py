@@ -8,7 +8,7 @@ from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from ..errors import input_error
+from ..errors import COPY_AGAIN, input_error
 from ..mappings.tensors import ITEMSIZE, MAX_DIMS, Shape, TensorInfo
 from .inert import Call, Ordered, RefusedError, StubType, Unreadable
 from .pending import pending_keys
@@ -29,7 +29,6 @@ FACTOR = 16
 _EXPLAINED = 16 << 20
 _NO_SIZE = "a tensor's size, stride or offset is not a whole number ≥ 0 that fits 63 bits"
 _WORD = 1 << 63
-_AGAIN = "copy or download the file again, and compare its size with the original"
 
 
 class Storage(NamedTuple):
@@ -65,7 +64,7 @@ def unpickle(data: bytes, file: str, locate: Locate, *, walked: bool = False) ->
         raise input_error(problem.what + _place(data, file, locate, problem), file, problem.do) from None
     except Exception as error:  # a damaged pickle can end in any exception that its instructions can raise
         what = f"the pickled part of this file is damaged ({type(error).__name__}: {error})"
-        raise input_error(what, file, _AGAIN) from error
+        raise input_error(what, file, COPY_AGAIN) from error
 
 
 def _place(data: bytes, file: str, locate: Locate, problem: RefusedError) -> str:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from ..errors import COPY_AGAIN
 from .inert import RefusedError
 
 MAX_HASHED = 1000
@@ -23,7 +24,6 @@ MAX_INT = 1024
 """Bytes of an integer; the largest in real files are 128-bit states of random number generators."""
 MAX_LINE = 4096
 """Bytes of a line of the text instructions: numbers and names of classes."""
-_AGAIN = "copy or download the file again, and compare its size with the original"
 _HEAVY = MAX_HASHED + 1
 
 _INT = rb"(?:K.|M..|J....)"
@@ -66,7 +66,7 @@ def end_of_pickle(data: Any, file_end: int, start: int = 0) -> int:
         return _Walk(data, file_end).run(start)
     except (IndexError, KeyError, ValueError) as error:
         what = f"the pickled part of this file is damaged ({type(error).__name__} at its instructions)"
-        raise RefusedError(what, _AGAIN) from None
+        raise RefusedError(what, COPY_AGAIN) from None
 
 
 class _Walk:
@@ -165,7 +165,7 @@ class _Walk:
 
 
 def _damaged(detail: str) -> RefusedError:
-    return RefusedError(f"the pickled part of this file is damaged: {detail}", _AGAIN)
+    return RefusedError(f"the pickled part of this file is damaged: {detail}", COPY_AGAIN)
 
 
 def _text(walk: _Walk, op: int, at: int) -> int:
