@@ -218,8 +218,9 @@ def show_converted(c: Converted | Contributed) -> None:
     ]
     if c.disk_rate:
         ratio = c.copied / max(c.seconds, 1e-9) / c.disk_rate
+        short = " (too short a run to tell)" if c.seconds < 1 else ""
         lines.insert(
-            1, ("disk", f"a plain copy here runs at {render.size(c.disk_rate)}/s: this was {ratio:.2f} of that")
+            1, ("disk", f"a plain copy here runs at {render.size(c.disk_rate)}/s: this was {ratio:.2f} of that{short}")
         )
     if strange := _values(c):
         lines.insert(-2, ("values", strange))
@@ -233,17 +234,21 @@ def _files(names: tuple[str, ...]) -> list[str]:
     return [*many, *(name for name in names if name not in weights)]
 
 
+def _weight_files(count: int) -> str:
+    return "1 weight file" if count == 1 else f"{count} weight files"
+
+
 def _resumed(c: Converted) -> list[str]:
     count = sum(name.endswith(".safetensors") for name in c.files)
-    said = f"{len(c.resumed)} of {count} weight files were finished by an earlier run or another part"
+    said = f"finished by an earlier run or another part: {len(c.resumed)} of {_weight_files(count)}"
     return [said] if c.resumed else []
 
 
 def _show_contributed(c: Contributed) -> None:
-    what = f"{len(c.files)} weight files, {render.size(c.nbytes)} in {c.seconds:.1f} s"
+    what = f"{_weight_files(len(c.files))}, {render.size(c.nbytes)} in {c.seconds:.1f} s"
     lines: list[tuple[str, str | Iterable[str]]] = [("part", f"{c.part} of {c.parts}: {what}")]
     if c.missing:
-        lines.append(("missing", f"{len(c.missing)} weight files, such as {c.missing[0]}"))
+        lines.append(("missing", f"{_weight_files(len(c.missing))}, such as {c.missing[0]}"))
         if not c.files:
             lines.append(("note", "more parts than weight files: a smaller --max-shard-size makes more files"))
         lines.append(("next", "the other parts; whichever is the last makes the layout"))
