@@ -26,8 +26,10 @@ class Calls:
         self._flags = DONT_CACHE if bypass else 0
         self._advise = False
 
-    def read(self, descriptor: int, out: memoryview, at: int) -> int:
-        """Read into ``out``; how many bytes, 0 at the end of the file."""
+    def read(self, descriptor: int, out: memoryview, at: int, *, again: bool = False) -> int:
+        """Read into ``out``; how many bytes, 0 at the end of the file. What will be read ``again`` stays in the cache."""
+        if again or not (self._flags or self._advise):
+            return os.preadv(descriptor, [out], at)
         got = self._call(lambda flags: os.preadv(descriptor, [out], at, flags))
         if self._advise:
             os.posix_fadvise(descriptor, at, got, os.POSIX_FADV_DONTNEED)

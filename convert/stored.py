@@ -22,14 +22,14 @@ from ..mappings.tensors import ITEMSIZE, Shape, TensorInfo
 from ..mappings.turning import copy_turned
 from .file_cache import Calls
 
-_CALL = 6 << 10
-"""Bytes that are copied in the time that one more system call takes: what decides between many reads and a wide one."""
-
+_CALL = 64 << 10
+"""Bytes that are copied from the file cache in the time that one more system call takes (5 µs): what decides between
+many reads and a wide one."""
 
 _scratch = Scratch()
 
 PIECE = 1 << 20
-"""Bytes gathered before they are turned: they stay in the cache, and the memory for them stays small."""
+"""Bytes read before they are turned, with what lies between them: they stay in the cache, and take little memory."""
 
 
 class Files:
@@ -84,13 +84,13 @@ class Readable:
     size: int
     calls: Calls
 
-    def read_into(self, out: Array, offset: int) -> None:
-        """Fill a contiguous array with the bytes from ``offset``. Raises MdlError (INPUT) where the file ends early or
-        the disk can't read it."""
+    def read_into(self, out: Array, offset: int, *, again: bool = False) -> None:
+        """Fill a contiguous array with the bytes from ``offset``, some of which may be read ``again``. Raises MdlError
+        (INPUT) where the file ends early or the disk can't read it."""
         left = memoryview(out.reshape(-1).view(np.uint8).data)
         while left:
             try:
-                got = self.calls.read(self.descriptor, left, offset)
+                got = self.calls.read(self.descriptor, left, offset, again=again)
             except OSError as error:
                 raise input_error(f"can't be read at byte {offset}: {error.strerror}", self.path) from error
             if not got:
@@ -159,7 +159,7 @@ class Stored(Node):
         count = math.prod(self.shape[:outer])
         if reach <= run * count + _CALL * (count - 1) or 0 in self.strides:
             held = _scratch.take("gathered", reach, "uint8")
-            self.file.read_into(held, self.offset)
+            self.file.read_into(held, self.offset, again=reach > run * count)
             return np.ndarray(self.shape, self.dtype, held.data, 0, self.strides)
         made = _scratch.take("gathered", count * run, "uint8").reshape(count, run)
         places = itertools.product(
@@ -185,7 +185,7 @@ def _copy_in_pieces(natural: Stored, out: Array, order: list[int]) -> None:
     back = sorted(range(len(order)), key=order.__getitem__)
     target = out.transpose(order)
     axis = next((k for k, n in enumerate(natural.shape) if n > 1), 0)
-    rows = max(1, PIECE * natural.shape[axis] // out.nbytes)
+    rows = max(1, PIECE // max(natural.strides[axis], out.nbytes // natural.shape[axis]))
     for start in range(0, natural.shape[axis], rows):
         stop = min(start + rows, natural.shape[axis])
         piece = natural.slice(axis, start, stop)

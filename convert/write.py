@@ -27,7 +27,7 @@ from .values_seen import Seen
 BLOCK = 1 << 20
 """Bytes handled at a time. Larger blocks leave the CPU's cache and gain nothing."""
 
-TURNED = 16 << 20
+TURNED = 32 << 20
 """Bytes of a matrix that is turned, handled at a time by all threads together."""
 
 CALL = 256 << 10
