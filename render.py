@@ -145,11 +145,15 @@ def facts(pairs: Iterable[tuple[str, str | Iterable[str]]]) -> Table:
     return made
 
 
+_live: Console | None = None
+"""Where progress is being drawn at this moment: what is printed elsewhere would be glued to it."""
+
+
 def say(sentence: str) -> None:
     """A line on stderr that is not progress: it stays, and --quiet does not silence it."""
     from rich.text import Text
 
-    err().print(Text(sentence))
+    (_live or err()).print(Text(sentence))
 
 
 @contextmanager
@@ -161,9 +165,14 @@ def byte_progress(title: str, total: int, *, quiet: bool) -> Generator[Callable[
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     columns = (TextColumn(title), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    global _live  # noqa: PLW0603 - there is one terminal
     with Progress(*columns, console=err(), transient=True) as progress:
         task = progress.add_task(title, total=total)
-        yield lambda n: progress.advance(task, n)
+        _live = progress.console
+        try:
+            yield lambda n: progress.advance(task, n)
+        finally:
+            _live = None
 
 
 @contextmanager

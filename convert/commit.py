@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
+import math
 import os
 import shutil
+import stat
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,52 +25,58 @@ Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Scratch:
-    """Where to work: ``path`` becomes the layout, in ``work`` lies what is known of it.
+class Workplace:
+    """Where to work: ``layout`` becomes the layout, in ``work``, around it, lies what is known of its files.
 
     ``resumed`` is whether an earlier run's finished files may lie there, ``notes`` what is to be said about the place.
     """
 
     work: Path
-    path: Path
+    layout: Path
     resumed: bool = False
     notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a layout shall be, and on what terms: ``need`` is the bytes it takes, ``patience`` the seconds to wait for
-    another writer, ``sync`` whether the disk must have it before it is there."""
+class Terms:
+    """On what terms a layout shall be somewhere: ``need`` is the bytes it takes, ``sync`` whether the disk must have it
+    before it is there. The ``last`` of several parts waits for the others' locks."""
 
-    out: Path
     force: bool
     need: int
     sync: bool = True
-    patience: float = 0
+    last: bool = False
+
+
+class AlreadyMadeError(Exception):
+    """Another part was the last, and has made the layout."""
 
 
 @contextlib.contextmanager
-def committed(place: Place, agreement: Agreement, say: Say) -> Generator[Scratch]:
-    """A scratch folder beside ``out`` that becomes ``out`` by one rename, or vanishes if anything goes wrong.
+def committed(out: Path, terms: Terms, agreement: Agreement, say: Say) -> Generator[Workplace]:
+    """A folder beside ``out`` that becomes ``out`` by one rename.
 
-    Weight files that were finished under the same agreement stay there for the next run if this one is killed or
-    interrupted, or if the machine fails it. Raises MdlError: USAGE if ``out`` exists and is not to be replaced; MACHINE
-    if the disk has not ``need`` bytes or can't be written to, if another run writes ``out``, or if one reads the layout
-    that would be replaced.
+    If anything ends the run, weight files that are finished stay there for the next one under the same agreement;
+    without any, and where the input is refused, nothing stays. Raises MdlError: USAGE if ``out`` exists and is not to
+    be replaced; MACHINE if the disk has not the bytes or can't be written to, if another run writes ``out``, or if one
+    reads the layout that would be replaced.
     """
-    out = place.out.absolute()  # "." has no name to put another beside
+    out = real_place(out)
     made: list[Path] = []
     done = False
     try:
         if not _left_over(out):  # else a layout comes back first, or litter goes, and that takes the lock
-            check_out(out, place.force)
+            check_out(out, terms.force)
         made = _make_parents(out.parent)
-        with claimed(out, place.patience) as claim:
+        with claimed(out, math.inf if terms.last else 0) as claim:
+            if terms.last and agreement.is_made(out):
+                clear(out)
+                raise AlreadyMadeError
             _tidy(out, claim, agreement)
-            check_out(out, place.force)
-            check_room(out, place.need - _kept_bytes(work_path(out), agreement))
+            check_out(out, terms.force)
+            check_room(out, terms.need - _kept_bytes(work_path(out), agreement))
             with replacing(out):
-                yield from _commit(out, claim, agreement, place.sync, say)
+                yield from _commit(out, claim, agreement, terms.sync, say)
         done = True
     except OSError as error:
         raise os_problem(error, out) from error
@@ -78,45 +87,90 @@ def committed(place: Place, agreement: Agreement, say: Say) -> Generator[Scratch
             _remove_parents(made)
 
 
-def _commit(out: Path, claim: Claim, agreement: Agreement, sync: bool, say: Say) -> Generator[Scratch]:
+def real_place(out: Path) -> Path:
+    """Where ``out`` is, a link followed: "." has no name to put another beside, and a link can't be replaced by a
+    folder. Raises MdlError (USAGE) for a mount point, which nothing can be moved to."""
+    place = out.resolve() if out.is_symlink() else out.absolute()
+    if place.is_dir() and os.path.ismount(place):
+        raise usage_error("is a mount point, so no folder can be moved there", str(out), "choose a folder below it")
+    return place
+
+
+def _commit(out: Path, claim: Claim, agreement: Agreement, sync: bool, say: Say) -> Generator[Workplace]:
     work = work_path(out)
     resumed = work.exists()
     try:
         if not resumed:
-            work.mkdir()
-            agreement.write(work)
+            begin_work(work, agreement)
         layout = layout_in(work)
-        layout.mkdir(exist_ok=True)
-        yield Scratch(work, layout, resumed, (claim.note,) if claim.note else ())
+        yield Workplace(work, layout, resumed, (claim.note,) if claim.note else ())
         if sync:
-            _sync(layout)
+            flush(layout)
         _swap(layout, out)
         if sync:
-            _sync(out.parent)
+            flush(out.parent)
     except BaseException as error:
-        kept = finished(work, agreement) if _worth_keeping(error) else []
-        if kept:
+        kept = [] if _is_final(error) else finished(work, agreement)
+        if not kept:
+            shutil.rmtree(work, ignore_errors=True)
+        else:
             say(
                 f"{len(kept)} of {len(agreement.shards)} weight files are whole and stay in {work.name}: the same "
                 "command goes on from there; to give up, remove it"
             )
-            raise
-        shutil.rmtree(work, ignore_errors=True)
         raise
-    shutil.rmtree(work, ignore_errors=True)  # the layout is out of it and in its place
+    clear(out)  # the layout is out of it and in its place
 
 
-def _worth_keeping(error: BaseException) -> bool:
-    """Whether the same command may go further next time: a signal, or a disk that was full or went away."""
-    if isinstance(error, MdlError):
-        return error.kind is Kind.MACHINE
-    return isinstance(error, OSError | KeyboardInterrupt | SystemExit)
+def begin_work(work: Path, agreement: Agreement) -> None:
+    """Make the folder to work in. Nobody else may look into it: what lies there is taken at its word."""
+    work.mkdir(mode=0o700)
+    layout_in(work).mkdir()
+    agreement.write(work)
+
+
+def check_work(work: Path) -> None:
+    """Raise MdlError (MACHINE) if the folder to work in is a link or somebody else's: nothing of it may be used, and
+    it is not ours to remove."""
+    if os.path.lexists(work) and not _is_own_folder(work):
+        what = "this is where mdl works, but it is a link or somebody else's"
+        raise machine_error(what, str(work), "look at it, and remove it; or choose another name")
+
+
+def is_private(work: Path) -> bool:
+    """Whether nobody else could have put anything into the folder to work in."""
+    return _is_own_folder(work) and not os.lstat(work).st_mode & 0o077 and _is_own_folder(layout_in(work))
+
+
+def _is_own_folder(path: Path) -> bool:
+    try:
+        found = os.lstat(path)
+    except FileNotFoundError:
+        return False
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
+
+
+def clear(out: Path) -> None:
+    """Remove what lies beside a layout that is whole. Only for who has claimed it."""
+    shutil.rmtree(work_path(out), ignore_errors=True)
+    for path in out.parent.glob(f".{glob.escape(work_path(out).name)}.*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_final(error: BaseException) -> bool:
+    """Whether the same command would come to the same end: the input itself is refused."""
+    return isinstance(error, OpError) or (isinstance(error, MdlError) and error.kind is Kind.INPUT)
 
 
 def finished(work: Path, agreement: Agreement) -> list[Shard]:
     """The weight files that an earlier run left whole, by their receipts."""
     layout = layout_in(work)
-    return [one for one in agreement.shards if (layout / one.file).is_file() and receipt(work, one) is not None]
+    there = [one for one in agreement.shards if _is_plain(layout / one.file)]
+    return [one for one in there if receipt(work, one) is not None]
+
+
+def _is_plain(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink()
 
 
 def _kept_bytes(work: Path, agreement: Agreement) -> int:
@@ -171,9 +225,11 @@ def _tidy(out: Path, claim: Claim, agreement: Agreement) -> None:
         old.rename(out)
     if old.exists():
         shutil.rmtree(old)
+    check_work(work)
     if not work.exists():
+        clear(out)
         return
-    if layout_in(work).exists() and agreement.stands_in(work):
+    if is_private(work) and agreement.stands_in(work):
         _keep_weights(work, {shard.file for shard in agreement.shards})
     else:
         shutil.rmtree(work)
@@ -227,8 +283,9 @@ def _do(error: OSError) -> str:
     return "free space there, or write to another disk" if full else ""
 
 
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def flush(path: Path) -> None:
+    """Wait until the disk has a file or a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

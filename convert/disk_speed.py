@@ -19,6 +19,7 @@ def copy_rate(source: Path, beside: Path, *, sync: bool) -> float:
     with source.open("rb") as file:
         size = min(os.fstat(file.fileno()).st_size, _MOST)
         out = os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        place.unlink()  # it goes with its descriptor, however this ends
         try:
             begin = time.perf_counter()
             _copy(file.fileno(), out, size)
@@ -27,13 +28,15 @@ def copy_rate(source: Path, beside: Path, *, sync: bool) -> float:
             return size / (time.perf_counter() - begin)
         finally:
             os.close(out)
-            place.unlink()
 
 
 def _copy(source: int, out: int, size: int) -> None:
     done = 0
     while done < size:
         try:
-            done += os.copy_file_range(source, out, size - done) or size
+            copied = os.copy_file_range(source, out, size - done, done)
         except (OSError, AttributeError):  # between two file systems, or another system than Linux
-            done += os.write(out, os.pread(source, min(1 << 20, size - done), done)) or size
+            copied = os.write(out, os.pread(source, min(1 << 20, size - done), done))
+        if not copied:
+            return
+        done += copied

@@ -27,7 +27,7 @@ class Calls:
         self._advise = False
 
     def read(self, descriptor: int, out: memoryview, at: int, *, again: bool = False) -> int:
-        """Read into ``out``; how many bytes, 0 at the end of the file. What will be read ``again`` stays in the cache."""
+        """Read into ``out``; how many bytes, 0 at the end of the file. What is read ``again`` later stays cached."""
         if again or not (self._flags or self._advise):
             return os.preadv(descriptor, [out], at)
         got = self._call(lambda flags: os.preadv(descriptor, [out], at, flags))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
-import os
-from collections.abc import Mapping
+import shutil
+import tempfile
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -13,9 +15,9 @@ from typing import Any, cast
 from ..errors import input_error
 from .agreement import Agreement
 from .check import INDEX
-from .commit import Scratch
+from .commit import Workplace, flush
 from .config import write_configs
-from .manifest import NAME, Manifest, make_manifest
+from .manifest import NAME, Manifest, digest_of, make_manifest
 from .open import Checkpoint
 from .prepare import Options, Prepared
 from .receipts import Written
@@ -37,6 +39,15 @@ class Request:
 
 
 @dataclass(frozen=True)
+class Beside:
+    """The tokenizer's files, made in a folder of their own before a byte of the weights is copied."""
+
+    folder: Path
+    info: TokenizerInfo
+    digest: str
+
+
+@dataclass(frozen=True)
 class Layout:
     """What a finished folder holds."""
 
@@ -48,16 +59,18 @@ def finish(
     request: Request,
     agreement: Agreement,
     written: Mapping[str, list[Written]],
-    info: TokenizerInfo,
-    scratch: Scratch,
+    beside: Beside,
+    place: Workplace,
 ) -> Layout:
     """Write what lies beside the weights. ``written`` tells of every weight file, by its name.
 
     Raises MdlError (INPUT) for values that may not be written.
     """
-    folder, prepared = scratch.path, request.prepared
+    folder, prepared, info = place.layout, request.prepared, beside.info
     pairs = pair_up(agreement.shards, written)
     values = judge(((entry, one.values) for _, entry, one in pairs), request.allow)
+    for name in info.files:
+        shutil.copyfile(beside.folder / name, folder / name)
     names = [*write_configs(folder, prepared.config, info, _generation(prepared)), *info.files]
     if len(agreement.shards) > 1:
         (folder / INDEX).write_text(index_json(agreement.shards), encoding="utf-8")
@@ -69,8 +82,8 @@ def finish(
         options=dataclasses.asdict(request.options),
         tokenizer=dataclasses.asdict(info),
         values=values,
-        notes=(*request.notes, *scratch.notes),
-        agreement=agreement.digest,
+        notes=(*request.notes, *place.notes),
+        agreement=agreement.whole,
     )
     (folder / NAME).write_text(manifest.to_json(), encoding="utf-8")
     if request.sync:
@@ -103,15 +116,19 @@ def choose_tokenizer(checkpoint: Checkpoint, given: str | None) -> tuple[str, tu
     return only, (f"tokenizer: {Path(only).name}, found beside the checkpoint",)
 
 
-def write_own_tokenizer(request: Request, folder: Path) -> TokenizerInfo:
-    """The tokenizer comes first: what is wrong with it is told before an hour of copying."""
+@contextlib.contextmanager
+def tokenizer_made(request: Request) -> Generator[Beside]:
+    """The tokenizer comes first: what is wrong with it is told before an hour of copying, and by every part."""
     context = request.prepared.dims.get("context")
-    return write_tokenizer(
-        request.tokenizer,
-        folder,
-        model_vocab=request.prepared.dims.integer("vocab"),
-        context=context if isinstance(context, int) else None,
-    )
+    with tempfile.TemporaryDirectory(prefix="mdl-") as scratch:
+        folder = Path(scratch)
+        info = write_tokenizer(
+            request.tokenizer,
+            folder,
+            model_vocab=request.prepared.dims.integer("vocab"),
+            context=context if isinstance(context, int) else None,
+        )
+        yield Beside(folder, info, digest_of({name: _sha256(folder / name) for name in info.files}))
 
 
 def _generation(prepared: Prepared) -> dict[str, Any] | None:
@@ -123,8 +140,7 @@ def _generation(prepared: Prepared) -> dict[str, Any] | None:
 def _flush(names: list[str], folder: Path) -> None:
     """To the disk before the rename, or a power cut leaves a layout with empty files. The weights are there already."""
     for name in names:
-        with (folder / name).open("rb") as file:
-            os.fsync(file.fileno())
+        flush(folder / name)
 
 
 def _sha256(path: Path) -> str:

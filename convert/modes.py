@@ -83,7 +83,7 @@ def convert_in(
 def _disk_rate(prepared: Prepared, out: Path, *, sync: bool) -> float:
     """Bytes per second of a plain copy from where the checkpoint lies to where the layout will."""
     prepared.plan.refuse()
-    above = next(one for one in out.absolute().parents if one.is_dir())
+    above = next((one for one in out.absolute().parents if one.is_dir()), Path("/"))
     try:
         return copy_rate(Path(prepared.inventory.files[0]), above / out.name, sync=sync)
     except OSError as error:

@@ -17,12 +17,23 @@ from pathlib import Path
 
 from ..errors import MdlError, machine_error, usage_error
 from .agreement import Agreement, agree
-from .commit import check_out, check_room, finished, os_problem, work_path
-from .finish import Request, pair_up
+from .commit import (
+    AlreadyMadeError,
+    begin_work,
+    check_out,
+    check_room,
+    check_work,
+    clear,
+    finished,
+    is_private,
+    os_problem,
+    real_place,
+    work_path,
+)
+from .finish import Request, pair_up, tokenizer_made
 from .locks import claimed, shared
-from .manifest import NAME, read_manifest
 from .prepare import Options, Prepared
-from .receipts import Written, holds, layout_in, receipt
+from .receipts import Written, holds, receipt
 from .run import SLACK, WORKERS, Converted, convert, requested, threads
 from .shards import Shard, assign
 from .values_judged import STRICT, Allow, judge
@@ -65,7 +76,7 @@ def parse_part(text: str) -> Part:
     """A part from text such as ``3/8``. Raises MdlError (USAGE)."""
     number, _, count = text.partition("/")
     do = "write --part 3/8 for the third of eight; a SLURM array counts from 1 with --array=1-8"
-    if not (number.isdecimal() and count.isdecimal()):
+    if not (number.isdecimal() and count.isdecimal() and len(text) <= 12):
         raise usage_error(f"--part {text}: expected NUMBER/COUNT", do=do)
     part = Part(int(number), int(count))
     if not 1 <= part.number <= part.count:
@@ -92,92 +103,84 @@ def convert_part(
     Raises MdlError: USAGE if ``out`` exists and holds something else, MACHINE if something else is being written there.
     """
     begin = time.perf_counter()
-    out = out.absolute()
+    out = real_place(out)
     request = requested(prepared, out, options=options, tokenizer=tokenizer, allow=allow, sync=sync)
-    agreement = agree(prepared, assign(prepared.plan, max_shard_size))
+    with tokenizer_made(request) as beside:
+        agreement = agree(prepared, assign(prepared.plan, max_shard_size), beside.digest)
     mine = part.share(agreement.shards)
-    if is_made(out, agreement):
-        return _state(out, part, [], agreement, begin)
-    check_out(out, force)
     try:
-        _write(out, mine, agreement, request, workers, progress)
+        if agreement.is_made(out):
+            return _late(out, part, agreement, begin)
+        check_out(out, force)
+        copied = _write(out, mine, agreement, request, workers, progress)
     except OSError as error:
         raise os_problem(error, out) from error
-    state = _state(out, part, mine, agreement, begin)
-    if is_made(out, agreement):
-        with contextlib.suppress(MdlError), claimed(out):
-            pass  # the lock file goes, if nobody else is here
-        return state
+    state = _state(out, part, mine, agreement, copied, begin)
     if state.missing:
         return state
     more = {"tokenizer": tokenizer, "max_shard_size": max_shard_size, "force": force, "allow": allow, "sync": sync}
     try:
         made = convert(prepared, out, options=options, last=True, **more)  # type: ignore[arg-type]  # as they came
-    except MdlError:
-        if is_made(out, agreement):
-            return state
-        raise
+    except AlreadyMadeError:
+        return state
     others = tuple(file for file in made.resumed if file not in state.files)
-    return replace(made, copied=state.nbytes, seconds=time.perf_counter() - begin, resumed=others)
+    return replace(made, copied=copied, seconds=time.perf_counter() - begin, resumed=others)
 
 
-def _state(out: Path, part: Part, mine: list[Shard], agreement: Agreement, begin: float) -> Contributed:
+def _late(out: Path, part: Part, agreement: Agreement, begin: float) -> Contributed:
+    """The layout is there already. What a killed run left beside it goes, if nobody else is here."""
+    with contextlib.suppress(MdlError), claimed(out):
+        clear(out)
+    return _state(out, part, [], agreement, 0, begin)
+
+
+def _state(out: Path, part: Part, mine: list[Shard], agreement: Agreement, copied: int, begin: float) -> Contributed:
     here = {shard.file for shard in finished(work_path(out), agreement)}
     missing = tuple(shard.file for shard in agreement.shards if shard.file not in here)
-    if missing and is_made(out, agreement):  # asked last: another part may have made it in between
+    if missing and agreement.is_made(out):  # asked last: another part may have made it in between
         missing = ()
-    names, nbytes = tuple(shard.file for shard in mine), sum(shard.nbytes for shard in mine)
-    return Contributed(str(out), part.number, part.count, names, nbytes, time.perf_counter() - begin, missing)
+    names = tuple(shard.file for shard in mine)
+    return Contributed(str(out), part.number, part.count, names, copied, time.perf_counter() - begin, missing)
 
 
 def _write(
     out: Path, mine: list[Shard], agreement: Agreement, request: Request, workers: int, progress: Progress
-) -> None:
-    """Write this part's files, but for those that are there already and hold what their receipts say."""
+) -> int:
+    """Write this part's files, but for those that are there and hold what their receipts say; how many bytes."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with shared(out):
-        if is_made(out, agreement):  # this part ran twice, and the layout was made meanwhile
-            return
+        if agreement.is_made(out):  # this part ran twice, and the layout was made meanwhile
+            return 0
         work = work_path(out)
         _join(work, agreement)
-        kept = {one.file: written for one in mine if (written := _kept(work, one)) is not None}
-        for shard in mine:
-            progress(shard.nbytes if shard.file in kept else 0)
+        kept = {one.file: written for one in mine if (written := _intact(work, one)) is not None}
+        progress(sum(shard.nbytes for shard in mine if shard.file in kept))
         missing = [shard for shard in mine if shard.file not in kept]
-        check_room(out, sum(shard.nbytes for shard in missing) + SLACK)
+        copied = sum(shard.nbytes for shard in missing)
+        check_room(out, copied + SLACK)
         written = {**kept, **threads(request.prepared, workers, sync=request.sync)(missing, work, progress)}
         judge(((entry, one.values) for _, entry, one in pair_up(tuple(mine), written)), request.allow)
+        return copied
 
 
 def _join(work: Path, agreement: Agreement) -> None:
     """Make the folder, or see that what is being written there is the same. Several may try at the same time."""
     begun = work.with_name(f".{work.name}.{os.getpid()}-{os.urandom(4).hex()}")
-    layout_in(begun).mkdir(parents=True)
     try:
-        agreement.write(begun)
+        begin_work(begun, agreement)
         begun.rename(work)  # refused where there is one that is not empty
     except OSError:
         if not work.is_dir():
             raise
     finally:
         shutil.rmtree(begun, ignore_errors=True)
-    if not agreement.stands_in(work):
+    check_work(work)
+    if not (is_private(work) and agreement.stands_in(work, whole=True)):
         what = "something else is being written here, or was: another checkpoint, another mdl, or with other options"
         do = f"give every part the same checkpoint and options; if nothing is running, remove {work.name}"
         raise machine_error(what, str(work), do)
-    layout_in(work).mkdir(exist_ok=True)
 
 
-def _kept(work: Path, shard: Shard) -> list[Written] | None:
+def _intact(work: Path, shard: Shard) -> list[Written] | None:
     written = receipt(work, shard)
     return written if written is not None and holds(work, shard, written) else None
-
-
-def is_made(out: Path, agreement: Agreement) -> bool:
-    """Whether the layout is there already, made under this very agreement."""
-    if not (out / NAME).is_file():
-        return False
-    try:
-        return read_manifest(out).agreement == agreement.digest
-    except MdlError:
-        return False

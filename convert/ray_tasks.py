@@ -8,6 +8,8 @@ goes on only if it comes to the same plan.
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,11 +146,14 @@ class _Cluster:
         self._ray = ray
         self._ours = not ray.is_initialized()
         if self._ours:
+            handler = signal.getsignal(signal.SIGTERM)
             try:
                 ray.init(address=os.environ.get("RAY_ADDRESS", "local"), log_to_driver=False, logging_level="error")
             except (ConnectionError, RuntimeError, ValueError) as error:
                 do = "check RAY_ADDRESS, or unset it to use this machine alone"
                 raise machine_error(f"no Ray cluster: {_first_line(error)}", "", do) from error
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, handler)  # Ray takes it; ours ends in order
 
     def leave(self) -> None:
         """Disconnect."""

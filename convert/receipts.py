@@ -52,16 +52,19 @@ def receipt(work: Path, shard: Shard) -> list[Written] | None:
     try:
         text = (work / (shard.file + SUFFIX)).read_text(encoding="utf-8")
         found = [_revived(one) for one in numbers_back(strict_loads(text))["tensors"]]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
     return found if [one.name for one in found] == [entry.name for entry in shard.entries] else None
 
 
 def _revived(data: Mapping[str, Any]) -> Written:
-    values = dict(data["values"])
-    first = values["first"]
-    values["first"] = None if first is None else tuple(first)
-    return Written(data["name"], data["xxh3"], Values(**values))
+    found: dict[str, Any] = dict(data["values"])
+    found["first"] = found["first"] and tuple(found["first"])
+    values = Values(**found)
+    counts = (values.count, values.nan, values.inf, values.overflowed, values.flushed)
+    if not all(type(count) is int and count >= 0 for count in counts):
+        raise ValueError("not counts")
+    return Written(str(data["name"]), str(data["xxh3"]), values)
 
 
 def holds(work: Path, shard: Shard, written: Iterable[Written]) -> bool:

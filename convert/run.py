@@ -9,9 +9,9 @@ from pathlib import Path
 
 from ..errors import usage_error
 from .agreement import Agreement, agree
-from .commit import Place, Say, Scratch, committed, finished
+from .commit import Say, Terms, Workplace, committed, finished, flush
 from .file_cache import too_large
-from .finish import Request, choose_tokenizer, finish, write_own_tokenizer
+from .finish import Request, choose_tokenizer, finish, tokenizer_made
 from .manifest import Manifest
 from .prepare import Options, Prepared
 from .receipts import Written, holds, receipt
@@ -75,19 +75,20 @@ def convert(
     """
     begin = time.perf_counter()
     request = requested(prepared, out, options=options, tokenizer=tokenizer, allow=allow, sync=sync)
-    agreement = agree(prepared, assign(prepared.plan, max_shard_size))
     writer = writer or threads(prepared, workers, sync=sync)
-    place = Place(out, force=force, need=prepared.plan.nbytes + SLACK, sync=sync, patience=60 if last else 0)
-    with committed(place, agreement, say) as scratch:
-        info = write_own_tokenizer(request, scratch.path)
-        kept = _kept(scratch, agreement, progress, trusted=last)
-        missing = [shard for shard in agreement.shards if shard.file not in kept]
-        written = {**kept, **writer(missing, scratch.work, progress)}
-        layout = finish(request, agreement, written, info, scratch)
+    shards = assign(prepared.plan, max_shard_size)
+    terms = Terms(force=force, need=prepared.plan.nbytes + SLACK, sync=sync, last=last)
+    with tokenizer_made(request) as beside:
+        agreement = agree(prepared, shards, beside.digest)
+        with committed(out, terms, agreement, say) as place:
+            kept = _kept(place, agreement, progress, trusted=last, sync=sync)
+            missing = [shard for shard in shards if shard.file not in kept]
+            written = {**kept, **writer(missing, place.work, progress)}
+            layout = finish(request, agreement, written, beside, place)
     seconds = time.perf_counter() - begin
     copied = sum(shard.nbytes for shard in missing)
     total = prepared.plan.nbytes
-    return Converted(str(out), layout.manifest, info, layout.files, total, copied, seconds, tuple(kept))
+    return Converted(str(out), layout.manifest, beside.info, layout.files, total, copied, seconds, tuple(kept))
 
 
 def threads(prepared: Prepared, workers: int, *, sync: bool) -> Writer:
@@ -118,12 +119,16 @@ def _keep_source(files: tuple[str, ...], out: Path) -> None:
         raise usage_error("holds the checkpoint itself, which would be lost", str(out), "choose another name")
 
 
-def _kept(scratch: Scratch, agreement: Agreement, progress: Progress, *, trusted: bool) -> dict[str, list[Written]]:
+def _kept(
+    place: Workplace, agreement: Agreement, progress: Progress, *, trusted: bool, sync: bool
+) -> dict[str, list[Written]]:
     """The weight files that an earlier run finished and whose bytes still have their hashes."""
     kept: dict[str, list[Written]] = {}
-    for shard in finished(scratch.work, agreement) if scratch.resumed else ():
-        written = receipt(scratch.work, shard)
-        if written is not None and (trusted or holds(scratch.work, shard, written)):
+    for shard in finished(place.work, agreement) if place.resumed else ():
+        written = receipt(place.work, shard)
+        if written is not None and (trusted or holds(place.work, shard, written)):
+            if sync:  # it may have been written by a run that did not wait for the disk
+                flush(place.layout / shard.file)
             kept[shard.file] = written
             progress(shard.nbytes)
     return kept

@@ -6,6 +6,7 @@ as this process's memory, and a file that is cut while it is read would end the 
 
 from __future__ import annotations
 
+import errno
 import itertools
 import math
 import os
@@ -15,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import input_error
-from ..mappings.lazy import Array, Lazy, Node, raw_dtype
+from ..errors import input_error, machine_error
+from ..mappings.lazy import Array, Lazy, raw_dtype
+from ..mappings.nodes import Node
 from ..mappings.scratch import Scratch
 from ..mappings.tensors import ITEMSIZE, Shape, TensorInfo
 from ..mappings.turning import copy_turned
@@ -62,9 +64,23 @@ class Files:
     def _readable(self, path: str) -> Readable:
         with self._lock:
             if path not in self._open:
-                descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+                descriptor = open_readable(path)
                 self._open[path] = Readable(path, descriptor, os.fstat(descriptor).st_size, self._calls)
             return self._open[path]
+
+
+def open_readable(path: str) -> int:
+    """Open a file. A checkpoint may have more files than a process may open unless it asks for more."""
+    try:
+        return os.open(path, os.O_RDONLY)
+    except OSError as error:
+        if error.errno != errno.EMFILE:
+            raise
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(max(4 * soft, 4096), hard) if hard > 0 else 4 * soft, hard))
+    return os.open(path, os.O_RDONLY)
 
 
 def check_end(info: TensorInfo, size: int) -> None:
@@ -85,14 +101,14 @@ class Readable:
     calls: Calls
 
     def read_into(self, out: Array, offset: int, *, again: bool = False) -> None:
-        """Fill a contiguous array with the bytes from ``offset``, some of which may be read ``again``. Raises MdlError
-        (INPUT) where the file ends early or the disk can't read it."""
+        """Fill a contiguous array with the bytes from ``offset``, some of which may be read ``again``. Raises MdlError:
+        INPUT where the file ends early, MACHINE where the disk can't read it."""
         left = memoryview(out.reshape(-1).view(np.uint8).data)
         while left:
             try:
                 got = self.calls.read(self.descriptor, left, offset, again=again)
             except OSError as error:
-                raise input_error(f"can't be read at byte {offset}: {error.strerror}", self.path) from error
+                raise machine_error(f"can't be read at byte {offset}: {error.strerror}", self.path) from error
             if not got:
                 what = f"became shorter while it was read: it ends before byte {offset + len(left)}"
                 raise input_error(what, self.path, "wait until whatever writes it has finished, or copy it again")

@@ -27,7 +27,7 @@ from .values_seen import Seen
 BLOCK = 1 << 20
 """Bytes handled at a time. Larger blocks leave the CPU's cache and gain nothing."""
 
-TURNED = 32 << 20
+TURNED = 16 << 20
 """Bytes of a matrix that is turned, handled at a time by all threads together."""
 
 CALL = 256 << 10
@@ -78,14 +78,24 @@ def write_shards(
 
 
 def _in_threads(queue: _Queue, workers: int) -> None:
-    with ThreadPoolExecutor(workers, "mdl-write") as pool:
-        try:
-            running = [pool.submit(queue.run) for _ in range(workers)]
-            wait(running)
-        finally:
-            queue.stopped = True  # the signal that ends this thread ends the others after their block
+    pool = ThreadPoolExecutor(workers, "mdl-write")
+    try:
+        wait([pool.submit(queue.run) for _ in range(workers)])
+    finally:
+        queue.stopped = True  # the signal that ends this thread ends the others after their block
+        _ended(pool)
     if queue.failed is not None:
         raise queue.failed
+
+
+def _ended(pool: ThreadPoolExecutor) -> None:
+    """Wait for the threads, whatever comes: what they write into is closed afterwards."""
+    while True:
+        try:
+            pool.shutdown()
+        except KeyboardInterrupt:
+            continue
+        return
 
 
 @dataclass

@@ -10,97 +10,28 @@ interpreted, with ml_dtypes, only where arithmetic needs them.
 
 from __future__ import annotations
 
+import itertools
 import math
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
+from .nodes import Node, Strided, Zeros
 from .rounding import Array, Note, Rounding, raw_dtype, value_dtype
 from .scratch import Scratch
 from .tensors import ITEMSIZE, Shape
-from .turning import copy_turned
 
 
-class Node:
-    """Part of a description. Every node can be cut, split, turned and read; none of the first three reads data."""
+class _Depth(threading.local):
+    """How many computations this thread is in, each waiting for its operands."""
 
-    shape: Shape
-
-    def split(self, axis: int, sizes: Shape) -> Node:
-        """Replace one dimension by several whose product it is."""
-        raise NotImplementedError
-
-    def permute(self, order: Shape) -> Node:
-        """Reorder the dimensions."""
-        raise NotImplementedError
-
-    def slice(self, axis: int, start: int, stop: int) -> Node:
-        """Keep [start, stop) along one dimension."""
-        raise NotImplementedError
-
-    def read(self) -> Array:
-        """The values, in raw form."""
-        raise NotImplementedError
-
-    def read_into(self, out: Array) -> None:
-        """Put the values into a contiguous array of this shape."""
-        copy_turned(self.read(), out)
-
-    @property
-    def turned(self) -> int:
-        """Bytes of a value whose neighbours lie apart where they are stored, so that reading pays in large pieces only;
-        0 where they don't."""
-        return 0
-
-    def watched(self, note: Note) -> Node:
-        """The same description, whose roundings are told to ``note`` when they are read."""
-        return self
+    value = 0
 
 
-@dataclass(frozen=True)
-class Strided(Node):
-    """A strided view of memory, usually of a mapped file."""
-
-    array: Array
-
-    @property
-    def shape(self) -> Shape:  # type: ignore[override]  # read-only here, a plain attribute in the base
-        return self.array.shape
-
-    def split(self, axis: int, sizes: Shape) -> Node:
-        shape = (*self.array.shape[:axis], *sizes, *self.array.shape[axis + 1 :])
-        return Strided(self.array.reshape(shape))  # splitting one dimension never copies
-
-    def permute(self, order: Shape) -> Node:
-        return Strided(self.array.transpose(order))
-
-    def slice(self, axis: int, start: int, stop: int) -> Node:
-        return Strided(self.array[(slice(None),) * axis + (slice(start, stop),)])
-
-    def read(self) -> Array:
-        return self.array
-
-
-@dataclass(frozen=True)
-class Zeros(Node):
-    """Zeros that occupy no memory until read."""
-
-    shape: Shape
-    dtype: np.dtype[Any]
-
-    def split(self, axis: int, sizes: Shape) -> Node:
-        return Zeros((*self.shape[:axis], *sizes, *self.shape[axis + 1 :]), self.dtype)
-
-    def permute(self, order: Shape) -> Node:
-        return Zeros(tuple(self.shape[k] for k in order), self.dtype)
-
-    def slice(self, axis: int, start: int, stop: int) -> Node:
-        return Zeros((*self.shape[:axis], stop - start, *self.shape[axis + 1 :]), self.dtype)
-
-    def read(self) -> Array:
-        return np.zeros(self.shape, self.dtype)
+_depth = _Depth()
+_operands = Scratch()
 
 
 @dataclass(frozen=True)
@@ -165,10 +96,12 @@ class Joined(Node):
 
 @dataclass(frozen=True)
 class Computed(Node):
-    """Element-wise arithmetic over arrays of one shape, then perhaps a rounding; structure passes to the operands."""
+    """Element-wise arithmetic over arrays of one shape and ``dtype``, then perhaps a rounding; structure passes to the
+    operands."""
 
     function: Callable[[list[Array]], Array]
     parts: tuple[Node, ...]
+    dtype: str
     rounding: Rounding | None = None
 
     @property
@@ -189,11 +122,22 @@ class Computed(Node):
         return self.rounding(made) if self.rounding else made
 
     def read_into(self, out: Array) -> None:
-        made = self.function([p.read() for p in self.parts])
+        _depth.value += 1
+        try:
+            made = self.function([self._operand(k, out) for k in range(len(self.parts))])
+        finally:
+            _depth.value -= 1
         if self.rounding:
             self.rounding(made, out)
         else:
             out[...] = made
+
+    def _operand(self, k: int, out: Array) -> Array:
+        """An operand's values, in memory that nobody else uses at this depth."""
+        dtype = raw_dtype(self.dtype)
+        values = _operands.take(f"{_depth.value}.{k}", out.size, dtype).reshape(out.shape)
+        self.parts[k].read_into(values)
+        return values
 
     @property
     def turned(self) -> int:
@@ -201,7 +145,7 @@ class Computed(Node):
 
     def watched(self, note: Note) -> Node:
         parts = tuple(p.watched(note) for p in self.parts)
-        return Computed(self.function, parts, self.rounding and replace(self.rounding, note=note))
+        return Computed(self.function, parts, self.dtype, self.rounding and replace(self.rounding, note=note))
 
 
 @dataclass(frozen=True)
@@ -238,6 +182,8 @@ class Lazy:
 
     def unflatten(self, axis: int, sizes: Shape) -> Lazy:
         """Split a logical dimension into several; reads data only if a hidden boundary does not line up."""
+        if 0 in self.shape:
+            return Lazy.zeros((*self.shape[:axis], *sizes, *self.shape[axis + 1 :]), self.dtype)
         node, first = self.node, self._first(axis)
         pieces = self._sizes(axis)
         counts: list[int] = []
@@ -277,18 +223,23 @@ class Lazy:
 
     def slice(self, axis: int, start: int, stop: int) -> Lazy:
         """Keep [start, stop) along a logical dimension."""
-        node, at = self.node, self._first(axis)
-        sizes = self._sizes(axis)
+        if start >= stop:
+            return Lazy.zeros((*self.shape[:axis], 0, *self.shape[axis + 1 :]), self.dtype)
+        node, at, sizes = self.node, self._first(axis), self._sizes(axis)
+        low, high = start, stop  # within what is left of the dimension
         while len(sizes) > 1:
             inner = math.prod(sizes[1:])
-            row = start // inner if inner else 0
-            if inner and start % inner == 0 and stop % inner == 0:
-                return self._with(node.slice(at, start // inner, stop // inner))
-            if not inner or (stop - 1) // inner != row:
-                return self._copied().slice(axis, start, stop)
+            if low % inner == 0 and high % inner == 0:
+                return self._with(node.slice(at, low // inner, high // inner))
+            row = low // inner
+            if (high - 1) // inner != row:  # a head's end, its middle, another's beginning: whole rows in between
+                inside = (x for x in (-(-low // inner) * inner, high // inner * inner) if low < x < high)
+                cuts = [start + x - low for x in sorted({low, high, *inside})]
+                parts = [self.slice(axis, one, other) for one, other in itertools.pairwise(cuts)]
+                return parts[0].concat(parts[1:], axis)
             node = node.slice(at, row, row + 1)
-            start, stop, at, sizes = start - row * inner, stop - row * inner, at + 1, sizes[1:]
-        return self._with(node.slice(at, start, stop)) if sizes else self
+            low, high, at, sizes = low - row * inner, high - row * inner, at + 1, sizes[1:]
+        return self._with(node.slice(at, low, high)) if sizes else self
 
     def concat(self, others: list[Lazy], axis: int) -> Lazy:
         """Join along a logical dimension."""
@@ -298,9 +249,12 @@ class Lazy:
         self, others: list[Lazy], function: Callable[[list[Array]], Array], rounding: Rounding | None = None
     ) -> Lazy:
         """Element-wise arithmetic with other arrays of the same shape; ``function`` sees and returns raw values."""
-        nodes = (Joined(0, (x,)) if x.shape else x.node for x in (self, *others))
         dtype = rounding.target if rounding else self.dtype
-        return Lazy(Computed(function, tuple(nodes), rounding), (1,) * len(self.shape), dtype)
+        if all(x.groups == self.groups and x.node.shape == self.node.shape for x in others):
+            nodes = (self.node, *(x.node for x in others))
+            return Lazy(Computed(function, nodes, self.dtype, rounding), self.groups, dtype)
+        joined = tuple(Joined(0, (x,)) for x in (self, *others))
+        return Lazy(Computed(function, joined, self.dtype, rounding), (1,) * len(self.shape), dtype)
 
     def cast(self, dtype: str) -> Lazy:
         """Round to another element type."""

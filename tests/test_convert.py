@@ -255,7 +255,8 @@ def test_a_failure_in_the_middle_leaves_what_was_there(
     with pytest.raises(Stopped):
         converted(tied, out, force=force)
 
-    assert names(tmp_path) == (["out", "tied.pt"] if force else ["tied.pt"])
+    left = ["out.mdl-partial"] if where.startswith("finish") else []  # the weights were whole: they need not be again
+    assert names(tmp_path) == [*(["out"] if force else []), *left, "tied.pt"]
     assert ({path.name: path.read_bytes() for path in out.iterdir()} if force else None) == before
 
 
