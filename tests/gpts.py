@@ -87,6 +87,25 @@ def llms_from_scratch(seed: int = 5, *, qkv_bias: bool = False) -> State:
     return state | draw.norm("final_norm", "scale", "shift") | draw.linear("out_head", VOCAB, HIDDEN, bias=False)
 
 
+def lecture(seed: int = 6, *, head_bias: bool = False) -> State:
+    """The state dict of ng-video-lecture's gpt.py at 5220142, in its order; its own head has a bias."""
+    draw = Draw(seed)
+    state = {
+        "token_embedding_table.weight": draw(VOCAB, HIDDEN) / 8,
+        "position_embedding_table.weight": draw(CONTEXT, HIDDEN),
+    }
+    for i in range(LAYERS):
+        b = f"blocks.{i}."
+        for h in range(HEADS):
+            state |= {f"{b}sa.heads.{h}.tril": torch.tril(torch.ones(CONTEXT, CONTEXT))}
+            for part in ("key", "query", "value"):
+                state |= draw.linear(f"{b}sa.heads.{h}.{part}", HIDDEN // HEADS, HIDDEN, bias=False)
+        state |= draw.linear(b + "sa.proj", HIDDEN, HIDDEN)
+        state |= draw.linear(b + "ffwd.net.0", 4 * HIDDEN, HIDDEN) | draw.linear(b + "ffwd.net.2", HIDDEN, 4 * HIDDEN)
+        state |= draw.norm(b + "ln1") | draw.norm(b + "ln2")
+    return state | draw.norm("ln_f") | draw.linear("lm_head", VOCAB, HIDDEN, bias=head_bias)
+
+
 @dataclasses.dataclass
 class GPTConfig:
     """The object that build-nanogpt pickles beside its weights."""
@@ -115,7 +134,7 @@ def saved(path: Path, state: Any) -> Path:
 IDS = torch.randint(VOCAB, (40,), generator=torch.Generator().manual_seed(0))
 
 
-def forward(state: State, *, heads: int = HEADS, exact: bool = False) -> Tensor:
+def forward(state: State, *, heads: int = HEADS, act: str = "tanh") -> Tensor:
     """Logits [T, V] for :data:`IDS`, in float64: ``state`` is GPT-2's, with matrices as [in, out]."""
     w = {name: tensor.double() for name, tensor in state.items()}
     x = w["transformer.wte.weight"][IDS] + w["transformer.wpe.weight"][: len(IDS)]
@@ -126,7 +145,7 @@ def forward(state: State, *, heads: int = HEADS, exact: bool = False) -> Tensor:
                  for n in range(0, HIDDEN, HIDDEN // heads)]  # fmt: skip
         x = x + _linear(w, h + "attn.c_proj", torch.cat(mixed, dim=1))
         up = _linear(w, h + "mlp.c_fc", _norm(w, h + "ln_2", x))
-        x = x + _linear(w, h + "mlp.c_proj", _gelu(up, exact))
+        x = x + _linear(w, h + "mlp.c_proj", _activation(up, act))
     return _norm(w, "transformer.ln_f", x) @ w.get("lm_head.weight", w["transformer.wte.weight"]).T
 
 
@@ -147,8 +166,10 @@ def _head(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
-def _gelu(x: Tensor, exact: bool) -> Tensor:
-    if exact:
+def _activation(x: Tensor, act: str) -> Tensor:
+    if act == "relu":
+        return x * (x > 0)
+    if act == "exact":
         return x * (1 + torch.erf(x / math.sqrt(2))) / 2
     return x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2
 
@@ -161,6 +182,12 @@ BOOK_NAMES = {
     "norm1": "ln_1", "att.out_proj": "attn.c_proj", "norm2": "ln_2",
     "ff.layers.0": "mlp.c_fc", "ff.layers.2": "mlp.c_proj", "tok_emb": "transformer.wte",
     "pos_emb": "transformer.wpe", "final_norm": "transformer.ln_f", "out_head": "lm_head",
+}  # fmt: skip
+
+LECTURE_NAMES = {
+    "ln1": "ln_1", "sa.proj": "attn.c_proj", "ln2": "ln_2", "ffwd.net.0": "mlp.c_fc", "ffwd.net.2": "mlp.c_proj",
+    "token_embedding_table": "transformer.wte", "position_embedding_table": "transformer.wpe",
+    "ln_f": "transformer.ln_f", "lm_head": "lm_head",
 }  # fmt: skip
 
 
@@ -184,6 +211,18 @@ def gpt2_of_book(state: State) -> State:
     made = _renamed(plain, "trf_blocks.", BOOK_NAMES, ("W_query", "W_key", "W_value"), "att.")
     zeros = {f"transformer.h.{i}.attn.c_attn.bias": torch.zeros(3 * HIDDEN) for i in range(LAYERS)}
     return zeros | made
+
+
+def gpt2_of_lecture(state: State) -> State:
+    """The same for the lecture's gpt.py: heads one after another, queries first; biases of zeros."""
+    plain = {name: tensor for name, tensor in state.items() if ".heads." not in name}
+    made = _renamed(plain, "blocks.", LECTURE_NAMES, (), "")
+    for i in range(LAYERS):
+        heads = [state[f"blocks.{i}.sa.heads.{h}.{part}.weight"] for part in ("query", "key", "value")
+                 for h in range(HEADS)]  # fmt: skip
+        made[f"transformer.h.{i}.attn.c_attn.weight"] = torch.cat(heads).T
+        made[f"transformer.h.{i}.attn.c_attn.bias"] = torch.zeros(3 * HIDDEN)
+    return made
 
 
 def _renamed(state: State, block: str, names: dict[str, str], qkv: tuple[str, ...], attention: str) -> State:

@@ -53,6 +53,7 @@ OWN: dict[str, tuple[str, Callable[[Path], Path]]] = {
     "mingpt, compiled": ("mingpt", lambda p: gpts.saved(p / "x.pt", {"model": prefixed(gpts.mingpt())})),
     "mingpt_old": ("mingpt_old", lambda p: gpts.saved(p / "x.pt", gpts.mingpt_old())),
     "llms_from_scratch": ("llms_from_scratch", lambda p: gpts.saved(p / "x.pt", gpts.llms_from_scratch())),
+    "ng_video_lecture": ("ng_video_lecture", lambda p: gpts.saved(p / "x.pt", gpts.lecture(head_bias=True))),
     "llama2c": ("llama2c", lambda p: make.llama2c(p / "x.pt")),
     "llama_meta": ("llama_meta", lambda p: meta(p / "release")),
     "huggingface": ("huggingface", lambda p: gpt2(p / "folder")),

@@ -17,7 +17,8 @@ from ...errors import input_error
 from ..base import Value
 from .parts import Embedding, take
 
-_APPROXIMATE = {"gelu": "none", "gelu_new": "tanh"}
+GELUS = ("gelu", "gelu_new")
+"""The exact form (erf) and the tanh form."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Sizes:
     tied: bool
 
 
-def sizes_of(dims: Mapping[str, Value], family: str) -> Sizes:
+def sizes_of(dims: Mapping[str, Value], family: str, activations: tuple[str, ...] = GELUS) -> Sizes:
     """The dims as a record; a family without the dim ``bias`` has its biases always.
 
     Raises MdlError (INPUT) when a dim is missing, has the wrong type, or describes a model that ``family`` can't be.
@@ -56,9 +57,9 @@ def sizes_of(dims: Mapping[str, Value], family: str) -> Sizes:
         norm_eps=take(dims, "norm_eps", float),
         tied=take(dims, "tied", bool),
     )
-    if sizes.activation not in _APPROXIMATE:
+    if sizes.activation not in activations:
         what = f"{family} has no activation {sizes.activation!r}"
-        raise input_error(what, "dims: activation", f"it must be {' or '.join(_APPROXIMATE)}")
+        raise input_error(what, "dims: activation", f"it must be {' or '.join(activations)}")
     if sizes.heads < 1 or sizes.hidden % sizes.heads:
         raise input_error(
             f"{sizes.hidden} channels can't be split into {sizes.heads} equal heads",
@@ -69,8 +70,10 @@ def sizes_of(dims: Mapping[str, Value], family: str) -> Sizes:
 
 
 def activation(sizes: Sizes) -> nn.Module:
-    """GELU in the exact form (erf) or, for ``gelu_new``, in the tanh form of Hendrycks & Gimpel (2016), eq. 2."""
-    return nn.GELU(approximate=_APPROXIMATE[sizes.activation])
+    """ReLU, or GELU: exact (erf) or, for ``gelu_new``, the tanh approximation of Hendrycks & Gimpel (2016)."""
+    if sizes.activation == "relu":
+        return nn.ReLU()
+    return nn.GELU(approximate="tanh" if sizes.activation == "gelu_new" else "none")
 
 
 def positions(table: Embedding | nn.Parameter, length: int) -> Tensor:

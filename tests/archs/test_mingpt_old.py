@@ -39,11 +39,11 @@ def test_a_head_that_equals_the_embedding_is_written_once(tmp_path: Path) -> Non
 
     assert prepared.config["tie_word_embeddings"] is True
     assert "lm_head.weight" not in make.saved(tmp_path / "out")
-    assert nmse(eager(tmp_path / "model.pt", GIVEN), gpts.forward(make.saved(tmp_path / "out"), exact=True)) < 1e-24
+    assert nmse(eager(tmp_path / "model.pt", GIVEN), gpts.forward(make.saved(tmp_path / "out"), act="exact")) < 1e-24
 
 
 def test_it_computes_what_the_formulas_say(checkpoint: Path) -> None:
-    wanted = gpts.forward(gpts.gpt2_of_old(gpts.mingpt_old()), exact=True)
+    wanted = gpts.forward(gpts.gpt2_of_old(gpts.mingpt_old()), act="exact")
 
     assert nmse(eager(checkpoint, GIVEN), wanted) < 1e-24
     assert nmse(eager(checkpoint, {**GIVEN, "activation": "gelu_new"}), wanted) > 1e-9
