@@ -49,7 +49,5 @@ def nmse(measured: Tensor, wanted: Tensor) -> float:
 def is_green(out: Path, engine: Engine) -> None:
     """``mdl verify`` proves the layout, and every check of it was made."""
     report = verify(out, engine=engine)
-    for check in report.checks:
-        print(out.parent.name, check.name, check.ok, check.figures)  # noqa: T201 - shown with -s, or if it fails
     assert report.ok, [check for check in report.checks if check.ok is not True]
     assert {check.name for check in report.checks if check.ok} >= {"layout", "coverage", "prefill", "decode"}
