@@ -48,7 +48,7 @@ def test_inspect_says_what_and_why(mdl: Any, tied: Path) -> None:
     done = mdl("inspect", tied)
 
     assert done.code == 0
-    assert "nanogpt: nanoGPT (karpathy/nanoGPT) → GPT2LMHeadModel" in done.out
+    assert "nanogpt: nanoGPT (karpathy/nanoGPT, build-nanogpt) → GPT2LMHeadModel" in done.out
     assert "[3C, C] as nn.Linear stores it" in done.out
     assert "model_args.n_head" in done.out
     assert done.err == ""

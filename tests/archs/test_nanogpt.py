@@ -6,11 +6,16 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from mdl.convert.prepare import Options, prepare
 from mdl.convert.run import convert
+from mdl.errors import MdlError
+from mdl.validate.client import Engine
 
 from .. import checkpoints as make
+from .. import gpts
+from ..gpts_checks import back, eager, is_green, layout, nmse
 
 CONFIG = {
     "architectures": ["GPT2LMHeadModel"],
@@ -82,3 +87,40 @@ def test_masks_of_old_checkpoints_are_dropped_with_a_reason(old_without_bias_key
 
 def test_an_untied_head_is_said_in_the_config(untied: Path) -> None:
     assert prepare(untied).config["tie_word_embeddings"] is False
+
+
+# --- build-nanogpt: the same names and mapping, with the model's GPTConfig object in the place of model_args --------
+
+
+def test_build_nanogpt_says_its_sizes_in_an_object(tmp_path: Path) -> None:
+    prepared = layout(gpts.build_nanogpt(tmp_path / "model_00010.pt"), tmp_path / "out")
+
+    assert prepared.arch.name == "nanogpt"
+    assert (prepared.dims["heads"], prepared.dims.entries["heads"].because) == (2, "config.n_head")
+    assert (prepared.config["activation_function"], prepared.config["tie_word_embeddings"]) == ("gelu_new", True)
+    state = gpts.mingpt(tied=True, masks=False)
+    make.same(make.saved(tmp_path / "out"), gpts.gpt2_of_mingpt(state))
+    make.same(back(tmp_path / "out")["model"], state)
+
+
+def test_build_nanogpt_computes_what_the_formulas_say(tmp_path: Path) -> None:
+    path = gpts.build_nanogpt(tmp_path / "model_00010.pt")
+    wanted = gpts.forward(gpts.gpt2_of_mingpt(gpts.mingpt(tied=True, masks=False)))
+
+    assert nmse(eager(path), wanted) < 1e-24
+    assert nmse(eager(path, {"activation": "gelu"}), wanted) > 1e-9
+    assert nmse(eager(path, {"n_head": "4"}), wanted) > 1e-3
+
+
+def test_settings_of_a_training_script_are_no_gptconfig(tmp_path: Path) -> None:
+    settings = {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "learning_rate": 6e-4}
+    torch.save({"model": make.nanogpt_state(), "config": settings}, tmp_path / "x.pt")
+
+    with pytest.raises(MdlError, match="heads is neither in the checkpoint"):
+        prepare(tmp_path / "x.pt")
+
+
+@pytest.mark.engine
+def test_vllm_computes_build_nanogpt(tmp_path: Path, engine: Engine) -> None:
+    layout(gpts.build_nanogpt(tmp_path / "model_00010.pt"), tmp_path / "out")
+    is_green(tmp_path / "out", engine)

@@ -1,0 +1,53 @@
+"""What the tests of the small GPT families do with a checkpoint: convert, bring back, run eagerly, verify."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mdl.convert.export import export
+from mdl.convert.prepare import Options, Prepared, prepare
+from mdl.convert.run import convert
+from mdl.validate.client import Engine
+from mdl.validate.reference import builtin_reference
+from mdl.validate.verify import verify
+
+from . import gpts
+
+
+def layout(checkpoint: Path, out: Path, given: dict[str, str] | None = None) -> Prepared:
+    """Convert without a tokenizer."""
+    options = Options(given=given or {})
+    prepared = prepare(checkpoint, options)
+    convert(prepared, out, options=options, tokenizer="none")
+    return prepared
+
+
+def back(out: Path) -> Any:
+    """What ``mdl export`` makes of a layout, loaded by torch; nothing but mask buffers may be lost."""
+    done = export(out, out.with_suffix(".pt"))
+    assert all("mask buffer" in problem.what for problem in done.lost), done.lost
+    return torch.load(out.with_suffix(".pt"), weights_only=True)
+
+
+def eager(checkpoint: Path, given: dict[str, str] | None = None) -> Tensor:
+    """Logits [T, V] of the family's eager module for :data:`gpts.IDS`, in float64."""
+    prepared = prepare(checkpoint, Options(given=given or {}))
+    prepared.plan.refuse()
+    reference = builtin_reference(prepared.arch, prepared.dims, prepared.plan)
+    return reference.logits(gpts.IDS.tolist(), "float64")
+
+
+def nmse(measured: Tensor, wanted: Tensor) -> float:
+    """Squared error over squared signal."""
+    return float((measured.double() - wanted).square().sum() / wanted.square().sum())
+
+
+def is_green(out: Path, engine: Engine) -> None:
+    """``mdl verify`` proves the layout, and every check of it was made."""
+    report = verify(out, engine=engine)
+    assert report.ok, [check for check in report.checks if check.ok is not True]
+    assert {check.name for check in report.checks if check.ok} >= {"layout", "coverage", "prefill", "decode"}

@@ -1,0 +1,71 @@
+"""Every family's checkpoints are taken for that family's and for no other's, in every form they come in."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from mdl.archs.registry import all_archs, evidence
+from mdl.convert.inventory import take_inventory
+from mdl.convert.open import open_checkpoint
+
+from . import checkpoints as make
+from . import gpts
+
+
+def masked(state: make.State) -> make.State:
+    """nanoGPT's state dict with the mask buffers that it had under torch 1."""
+    return state | {f"transformer.h.{i}.attn.bias": torch.ones(1, 1, 12, 12) for i in range(2)}
+
+
+def gpt2(folder: Path) -> Path:
+    """A layout of Hugging Face's GPT-2."""
+    config = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_embd": 16, "n_layer": 2, "n_head": 2}
+    gpts.saved(folder / "pytorch_model.bin", make.gpt2_of(make.nanogpt_state(tied=False)))
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def prefixed(state: make.State) -> make.State:
+    """The names that torch.compile makes."""
+    return {f"_orig_mod.{name}": tensor for name, tensor in state.items()}
+
+
+def meta(folder: Path) -> Path:
+    """A Meta release of two ranks."""
+    state = make.llama_state()
+    return make.meta(folder, state, make.params(state), ranks=2)
+
+
+OWN: dict[str, tuple[str, Callable[[Path], Path]]] = {
+    "nanogpt": ("nanogpt", lambda p: make.nanogpt(p / "x.pt")),
+    "nanogpt, bare": ("nanogpt", lambda p: gpts.saved(p / "x.pt", make.nanogpt_state())),
+    "nanogpt, bare, masks": ("nanogpt", lambda p: gpts.saved(p / "x.pt", masked(make.nanogpt_state()))),
+    "nanogpt, bare, no biases": ("nanogpt", lambda p: gpts.saved(p / "x.pt", make.nanogpt_state(bias=False))),
+    "nanogpt, masks, untied": ("nanogpt", lambda p: make.nanogpt(p / "x.pt", masked(make.nanogpt_state(tied=False)))),
+    "build-nanogpt": ("nanogpt", lambda p: gpts.build_nanogpt(p / "x.pt")),
+    "build-nanogpt, masks": ("nanogpt", lambda p: gpts.build_nanogpt(p / "x.pt", gpts.mingpt())),
+    "mingpt": ("mingpt", lambda p: gpts.saved(p / "x.pt", gpts.mingpt())),
+    "mingpt, compiled": ("mingpt", lambda p: gpts.saved(p / "x.pt", {"model": prefixed(gpts.mingpt())})),
+    "mingpt_old": ("mingpt_old", lambda p: gpts.saved(p / "x.pt", gpts.mingpt_old())),
+    "llms_from_scratch": ("llms_from_scratch", lambda p: gpts.saved(p / "x.pt", gpts.llms_from_scratch())),
+    "ng_video_lecture": ("ng_video_lecture", lambda p: gpts.saved(p / "x.pt", gpts.lecture(head_bias=True))),
+    "llama2c": ("llama2c", lambda p: make.llama2c(p / "x.pt")),
+    "llama_meta": ("llama_meta", lambda p: meta(p / "release")),
+    "huggingface": ("huggingface", lambda p: gpt2(p / "folder")),
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_checkpoint_is_its_own_familys_alone(name: str, tmp_path: Path) -> None:
+    family, write = OWN[name]
+    inventory = take_inventory(open_checkpoint(write(tmp_path)))
+    assert [arch.name for arch in all_archs().values() if evidence(arch, inventory)] == [family]
+
+
+def test_every_family_is_among_them() -> None:
+    assert {family for family, _ in OWN.values()} == set(all_archs())
