@@ -1,4 +1,4 @@
-"""Llama's forward pass on the names of Meta's own checkpoints, which llama2.c shares.
+"""Llama's forward pass on the names of Meta's own checkpoints, which llama2.c and Mistral's code share.
 
 RMSNorm before each half of a block, rotary positions on neighbouring pairs of channels, grouped key/value heads,
 SwiGLU. Sources of the formulas: meta-llama/llama, llama3 and llama-models (model.py), karpathy/llama2.c (model.py).
@@ -8,7 +8,7 @@ Module paths and ``state_dict()`` keys are those of the checkpoint.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -54,6 +54,8 @@ class Sizes:
     norm_eps: float
     tied: bool
     rotary: Rotary
+    window: int = 0
+    """How many positions one sees, itself included; 0 for all before it."""
 
 
 def build(dims: Mapping[str, Value]) -> nn.Module:
@@ -62,6 +64,11 @@ def build(dims: Mapping[str, Value]) -> nn.Module:
     Its forward maps token ids [B, T] to logits [B, T, V] at all positions. Raises MdlError (INPUT) when a dim is
     missing, has the wrong type, or describes a model that this family can't be.
     """
+    return assemble(sizes_of(dims))
+
+
+def sizes_of(dims: Mapping[str, Value]) -> Sizes:
+    """What the model is built from, read from the dims and checked. Raises MdlError (INPUT)."""
     head_dim = take(dims, "head_dim", int)
     sizes = Sizes(
         layers=take(dims, "layers", int),
@@ -77,8 +84,13 @@ def build(dims: Mapping[str, Value]) -> nn.Module:
         rotary=Rotary(head_dim, take(dims, "rope_theta", float), _scaling(dims)),
     )
     _check(sizes)
+    return sizes
+
+
+def assemble(sizes: Sizes, block: Callable[[Sizes], nn.Module] | None = None) -> nn.Module:
+    """The model of these blocks, :class:`Block` if none is given, on the meta device."""
     with torch.device("meta"):  # no memory for weights that are replaced anyway
-        return Transformer(sizes).eval()
+        return Transformer(sizes, block or Block).eval()
 
 
 def _scaling(dims: Mapping[str, Value]) -> Scaling | None:
@@ -150,12 +162,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Transformer(nn.Module):
     """The whole model. ``output`` holds a weight of its own only where the checkpoint's does."""
 
-    def __init__(self, sizes: Sizes) -> None:
+    def __init__(self, sizes: Sizes, block: Callable[[Sizes], nn.Module]) -> None:
         super().__init__()
         self.context = sizes.context
         self.rotary = sizes.rotary
         self.tok_embeddings = Embedding(sizes.vocab, sizes.hidden)
-        self.layers = nn.ModuleList(Block(sizes) for _ in range(sizes.layers))
+        self.layers = nn.ModuleList(block(sizes) for _ in range(sizes.layers))
         self.norm = RMSNorm(sizes.hidden, sizes.norm_eps)
         self.output = TiedHead() if sizes.tied else Linear(sizes.hidden, sizes.vocab, bias=False)
 
@@ -190,27 +202,32 @@ class RMSNorm(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each on the normalised stream, each added to it."""
+    """Attention and MLP, each on the normalised stream, each added to it.
 
-    def __init__(self, sizes: Sizes) -> None:
+    ``mlp`` maps hidden states [B, T, C] to the same shape, under the name that the checkpoint has for it.
+    """
+
+    def __init__(self, sizes: Sizes, mlp: nn.Module | None = None, name: str = "feed_forward") -> None:
         super().__init__()
         self.attention = Attention(sizes)
-        self.feed_forward = FeedForward(sizes.hidden, sizes.ffn)
+        self.mlp_name = name
+        self.add_module(name, mlp or FeedForward(sizes.hidden, sizes.ffn))
         self.attention_norm = RMSNorm(sizes.hidden, sizes.norm_eps)
         self.ffn_norm = RMSNorm(sizes.hidden, sizes.norm_eps)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Hidden states [B, T, C] and the rotary table [T, D/2] to hidden states."""
         x = x + self.attention(self.attention_norm(x), cos, sin)
-        return x + self.feed_forward(self.ffn_norm(x))
+        return x + self.get_submodule(self.mlp_name)(self.ffn_norm(x))
 
 
 class Attention(nn.Module):
-    """Causal self-attention; query head h reads key/value head h // (H / K)."""
+    """Causal self-attention, in a window where there is one; query head h reads key/value head h // (H / K)."""
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
         self.head_dim = sizes.head_dim
+        self.window = sizes.window
         self.group = sizes.heads // sizes.kv_heads
         self.wq = Linear(sizes.hidden, sizes.heads * sizes.head_dim, bias=False)
         self.wk = Linear(sizes.hidden, sizes.kv_heads * sizes.head_dim, bias=False)
@@ -223,10 +240,16 @@ class Attention(nn.Module):
         q, k = rotate(q, cos, sin).transpose(1, 2), rotate(k, cos, sin).transpose(1, 2)
         k, v = (t.repeat_interleave(self.group, dim=1) for t in (k, v.transpose(1, 2)))  # [B, H, T, D]
         scores = q @ k.transpose(-2, -1) / math.sqrt(self.head_dim)
-        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
-        scores = scores.masked_fill_(future, -math.inf).to(torch.promote_types(x.dtype, torch.float32))
+        scores = scores.masked_fill_(self._unseen(x.shape[1], x.device), -math.inf).to(
+            torch.promote_types(x.dtype, torch.float32)
+        )
         mixed = scores.softmax(dim=-1).to(x.dtype) @ v
         return self.wo(mixed.transpose(1, 2).flatten(-2))
+
+    def _unseen(self, length: int, device: torch.device) -> Tensor:
+        """Which keys j a query i does not see, [T, T]: those with j > i, and with j <= i - window."""
+        every = torch.ones(length, length, dtype=torch.bool, device=device)
+        return every.triu(1) | every.tril(-self.window) if self.window else every.triu(1)
 
 
 class FeedForward(nn.Module):
