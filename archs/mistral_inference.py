@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from .base import Arch, Dims, Inventory, Measure, lookup
@@ -56,6 +57,13 @@ def where(*keys: str) -> tuple[str, ...]:
     return tuple(f"params.{key}" for key in keys)
 
 
+_HEADS = {
+    "heads": where("n_heads", "num_attention_heads"),
+    "head_dim": where("head_dim"),
+    "kv_heads": where("n_kv_heads", "num_key_value_heads"),
+}
+
+
 def common_sizes(m: Measure) -> None:
     """What every model in Mistral's layout has; the first release of Mixtral spells the keys as Hugging Face does."""
     inv = m.inventory
@@ -65,33 +73,35 @@ def common_sizes(m: Measure) -> None:
     m.set("layers", file=where("n_layers", "num_hidden_layers"), shape=blocks)
     m.set("hidden", file=where("dim", "hidden_size"), shape=(width[0], "norm.weight"))
     m.set("vocab", file=where("vocab_size"), shape=(vocab[0], "rows of tok_embeddings"))
-    _head_sizes(m)
+    head_sizes(m, "layers.0.attention.wq.weight", "layers.0.attention.wk.weight", _HEADS)
     m.set("norm_eps", kind=float, file=where("norm_eps", "rms_norm_eps"), ask="it leaves no trace in the shapes")
     m.set("rope_theta", kind=float, file=where("rope_theta"), ask=_THETA)
     m.set("rope_scaling", kind=str, default=("none", "mistral-inference has none"), choices=("none",))
     m.set("context", file=where("max_seq_len", "max_position_embeddings"), ask=_CONTEXT)
 
 
-def _head_sizes(m: Measure) -> None:
-    """head_dim is free here, so that only the number of heads and the rows of wq give it."""
-    wq, wk = (m.inventory.shape(f"layers.0.attention.{k}.weight") for k in ("wq", "wk"))
-    heads = m.set("heads", file=where("n_heads", "num_attention_heads"), ask="head_dim is free, so no shape tells")
-    m.unsettled("head_dim")
-    m.unsettled("kv_heads", "n_kv_heads", "num_key_value_heads")
-    if not isinstance(heads, int) or not wq or not wk:
+def head_sizes(m: Measure, q: str, k: str, files: Mapping[str, tuple[str, ...]]) -> None:
+    """heads, head_dim, kv_heads of a model whose head_dim is free: only heads and the rows of q tell it.
+
+    ``q`` and ``k`` name the projections of the first block; ``files`` the places that may hold each value.
+    """
+    rows, kv_rows = ((m.inventory.shape(name) or (None,))[0] for name in (q, k))
+    heads = m.set("heads", file=files.get("heads", ()), ask="head_dim is free, so no shape tells")
+    for name in ("head_dim", "kv_heads"):
+        m.unsettled(name, *(place.rpartition(".")[2] for place in files.get(name, ())))
+    if not isinstance(heads, int) or rows is None or kv_rows is None:
         return
-    head, rest = divmod(wq[0], heads) if heads > 0 else (0, 1)
+    head, rest = divmod(rows, heads) if heads > 0 else (0, 1)
     if rest or not head:
-        m.problem(f"{heads} heads do not fit wq with {wq[0]} rows", do="pass --set n_heads=N")
+        m.problem(f"{heads} heads do not fit {q} with {rows} rows", do="pass --set heads=N with the right number")
         return
-    m.set("head_dim", file=where("head_dim"), shape=(head, f"{wq[0]} rows of wq / {heads} heads"))
-    kv, rest = divmod(wk[0], head)
+    m.set("head_dim", file=files.get("head_dim", ()), shape=(head, f"{rows} rows of {q} / {heads} heads"))
+    kv, rest = divmod(kv_rows, head)
     if rest or not kv or heads % kv:
-        what = f"{heads} heads of {head} channels do not fit wk with {wk[0]} rows"
-        m.problem(what, do="pass --set n_heads=N with the right number")
+        what = f"{heads} heads of {head} channels do not fit {k} with {kv_rows} rows"
+        m.problem(what, do="pass --set heads=N with the right number")
         return
-    because = f"{wk[0]} rows of wk / head_dim {head}"
-    m.set("kv_heads", file=where("n_kv_heads", "num_key_value_heads"), shape=(kv, because))
+    m.set("kv_heads", file=files.get("kv_heads", ()), shape=(kv, f"{kv_rows} rows of {k} / head_dim {head}"))
 
 
 def _window(m: Measure, params: dict[str, Any]) -> None:

@@ -6,13 +6,17 @@
 from __future__ import annotations
 
 import importlib
+import importlib.abc
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -51,12 +55,19 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, mask: _Mask) -> Tensor:
     return functional.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2)
 
 
-def _stand_in(name: str, **members: Any) -> None:
-    """A module of this name, and its parents, unless the real one is installed."""
-    parts = name.split(".")
-    for end in range(1, len(parts) + 1):
-        sys.modules.setdefault(".".join(parts[:end]), ModuleType(".".join(parts[:end])))
-    vars(sys.modules[name]).update(members)
+@contextmanager
+def _xformers() -> Iterator[None]:
+    """A stand-in for xformers, which needs a GPU; taken away again, for other libraries ask whether it is there."""
+    masks = ("AttentionBias", "BlockDiagonalCausalMask", "BlockDiagonalCausalWithOffsetPaddedKeysMask")
+    held = {name: ModuleType(name) for name in ("xformers", "xformers.ops", "xformers.ops.fmha")}
+    vars(held["xformers.ops.fmha"])["memory_efficient_attention"] = _attention
+    held["xformers.ops.fmha.attn_bias"] = ModuleType("xformers.ops.fmha.attn_bias")
+    vars(held["xformers.ops.fmha.attn_bias"]).update(dict.fromkeys((*masks, "BlockDiagonalMask"), _Mask))
+    with mock.patch.dict(sys.modules, held):
+        before = set(sys.modules)
+        yield
+        kept = {name: module for name, module in sys.modules.items() if name not in before}
+    sys.modules.update(kept)  # mock.patch.dict takes away what was imported meanwhile, too
 
 
 @dataclass(frozen=True)
@@ -85,11 +96,9 @@ class Mistral:
 
 def mistral(folder: Path, params: Mapping[str, Any], theta: float | None = None) -> Mistral:
     """Write a checkpoint with mistral-inference's classes, reads it by its own loader; skips without it."""
-    masks = ("AttentionBias", "BlockDiagonalCausalMask", "BlockDiagonalCausalWithOffsetPaddedKeysMask")
-    _stand_in("xformers.ops.fmha.attn_bias", **dict.fromkeys((*masks, "BlockDiagonalMask"), _Mask))
-    _stand_in("xformers.ops.fmha", memory_efficient_attention=_attention)
     needs = "needs mistral-inference and simple-parsing: pip install --no-deps mistral-inference simple-parsing"
-    code = pytest.importorskip("mistral_inference.transformer", reason=needs, exc_type=ImportError)
+    with _xformers():
+        code = pytest.importorskip("mistral_inference.transformer", reason=needs, exc_type=ImportError)
     args = importlib.import_module("mistral_inference.args").TransformerArgs.from_dict({**params, "rope_theta": theta})
     model = code.Transformer(args)
     model.load_state_dict(filled({name: tuple(t.shape) for name, t in model.state_dict().items()}))
@@ -98,3 +107,49 @@ def mistral(folder: Path, params: Mapping[str, Any], theta: float | None = None)
     (folder / "params.json").write_text(json.dumps(args.to_dict()))
     read = code.Transformer.from_folder(folder, device="cpu")
     return Mistral(read, importlib.import_module("mistral_inference.cache").BufferCache)
+
+
+class _Absent:
+    """Stands for a class of a package that is not needed here."""
+
+
+class _AbsentModule(ModuleType):
+    """A package that only training needs: its functions decorate nothing, its classes are empty."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return (lambda *_, **__: lambda f: f) if name[0].islower() else type(name, (_Absent,), {})
+
+
+class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds an empty module for every name below the packages that torchtune imports for training only."""
+
+    names = frozenset({"torchao", "datasets", "omegaconf"})
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        return ModuleSpec(fullname, self, is_package=True) if fullname.split(".")[0] in self.names else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return _AbsentModule(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Nothing runs."""
+
+
+def torchtune(builder: str) -> Any:
+    """A component builder such as ``llama3_1:llama3_1``. Skips where torchtune is missing.
+
+    The stand-ins are taken away again: other libraries ask whether those packages are there.
+    """
+    finder = _Finder()
+    sys.meta_path.append(finder)
+    try:
+        module, _, function = builder.partition(":")
+        needs = "needs torchtune: pip install --no-deps torchtune"
+        code = pytest.importorskip(f"torchtune.models.{module}", reason=needs, exc_type=ImportError)
+        return getattr(importlib.import_module(f"{code.__name__}._component_builders"), function)
+    finally:
+        sys.meta_path.remove(finder)
+        for name in [n for n, m in sys.modules.items() if isinstance(m, _AbsentModule)]:
+            del sys.modules[name]

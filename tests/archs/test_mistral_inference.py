@@ -86,8 +86,11 @@ def test_both_names_of_the_window(key: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("params", "says"),
     [
-        ({"head_dim": 16}, "head_dim is 32 by the tensors (128 rows of wq / 4 heads) but 16 by params.head_dim"),
-        ({"n_heads": 3}, "3 heads do not fit wq with 128 rows"),
+        (
+            {"head_dim": 16},
+            "(128 rows of layers.0.attention.wq.weight / 4 heads) but 16 by params.head_dim",
+        ),
+        ({"n_heads": 3}, "3 heads do not fit layers.0.attention.wq.weight with 128 rows"),
         ({"n_kv_heads": 4}, "kv_heads is 2 by the tensors"),
         ({"sliding_window": [16, None]}, "layers with different windows"),
         ({"moe": mistral.MOE}, "--arch mixtral"),
