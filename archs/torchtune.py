@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+
 from .base import Arch, Inventory, Measure, boolean
 from .llama_meta import hf_config
 from .mistral_inference import head_sizes
