@@ -119,6 +119,7 @@ def check_upstream(case: Case, folder: Path) -> None:
     with torch.no_grad():
         theirs = model(IDS[None])[0]
 
+    assert shapes == {key: tuple(t.shape) for key, t in state(case).items()}  # ours is the layout that they write
     assert nmse(eager_logits(made, tensors), theirs) < LIMIT
     assert nmse(eager_logits(made, tensors, rope_theta=20_000.0), theirs) > 1e-8
     assert nmse(eager_logits(made, tensors, norm_eps=1e-3), theirs) > 1e-8

@@ -127,6 +127,7 @@ def test_our_forward_is_that_of_mistral_inference(window: int | None, params: di
 
     ours = eager_logits(prepared, tensors)
 
+    assert {name: tuple(t.shape) for name, t in tensors.items()} == mistral.shapes({**mistral.SIZES, **params})
     assert nmse(ours, theirs.prefill(IDS)) < LIMIT
     assert nmse(ours, theirs.decode(IDS)) < LIMIT  # the window is the length of their rotating buffer
     for sabotage in ({"rope_theta": 10000.0}, {"sliding_window": 15 if window else 40}, {"norm_eps": 1e-3}):

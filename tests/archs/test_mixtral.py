@@ -113,6 +113,7 @@ def test_our_forward_is_that_of_mistral_inference(tmp_path: Path) -> None:
 
     ours = eager_logits(prepared, tensors)
 
+    assert {n: t.shape for n, t in tensors.items()} == {n: t.shape for n, t in mistral.state(moe=mistral.MOE).items()}
     assert nmse(ours, theirs.prefill(IDS)) < LIMIT
     assert nmse(ours, theirs.decode(IDS)) < LIMIT
     for sabotage in ({"rope_theta": 10000.0}, {"experts_per_token": 1}, {"experts_per_token": 3}):
