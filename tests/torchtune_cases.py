@@ -65,9 +65,15 @@ def shifted(tensors: make.State, case: Case, dtype: torch.dtype = torch.float32)
     }
 
 
-def prepared(case: Case, path: Path, **given: str) -> Prepared:
+def options(case: Case, **given: str) -> Options:
+    """What the user says of a case."""
     said = {"heads": "4", "context": "128", **case.given, **given}
-    made = prepare(path, Options(arch=case.arch if case.tied else None, given=said))
+    return Options(arch=case.arch if case.tied else None, given=said)
+
+
+def prepared(case: Case, path: Path, **given: str) -> Prepared:
+    """Recognised and planned, without problems."""
+    made = prepare(path, options(case, **given))
     made.plan.refuse()
     return made
 
@@ -94,7 +100,7 @@ def check_round_trip(case: Case, folder: Path) -> None:
     made = prepared(case, folder / "torchtune_model_0.pt")
 
     assert (made.arch.name, made.config["tie_word_embeddings"]) == (case.arch, case.tied)
-    convert(made, folder / "out", options=Options(), tokenizer="none")
+    convert(made, folder / "out", options=options(case), tokenizer="none")
     written = make.saved(folder / "out")
     for x, heads in {"q": 4, "k": 2, "v": 0}.items():
         raw = tensors[f"layers.1.attn.{x}_proj.weight"]
@@ -133,7 +139,7 @@ def check_vllm(case: Case, folder: Path, engine: Engine) -> None:
     """vLLM against our forward, by mdl verify."""
     torch.save(state(case), folder / "torchtune_model_0.pt")
     made = prepared(case, folder / "torchtune_model_0.pt")
-    convert(made, folder / "out", options=Options(), tokenizer="none")
+    convert(made, folder / "out", options=options(case), tokenizer="none")
 
     report = verify(folder / "out", engine=engine)
 

@@ -123,7 +123,8 @@ def test_our_forward_is_that_of_mistral_inference(tmp_path: Path) -> None:
 @pytest.mark.engine
 def test_vllm_computes_the_same(tmp_path: Path, engine: Engine) -> None:
     raw = mistral.stacked(tmp_path / "raw")
-    convert(prepare(raw, Options(given=STACKED)), tmp_path / "out", options=Options(), tokenizer="none")
+    options = Options(given=STACKED)
+    convert(prepare(raw, options), tmp_path / "out", options=options, tokenizer="none")
 
     report = verify(tmp_path / "out", engine=engine)
 
