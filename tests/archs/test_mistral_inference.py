@@ -157,6 +157,11 @@ def test_vllm_computes_the_same(tmp_path: Path, engine: Engine) -> None:
     assert report.ok, report
     assert report.versions["model class"].endswith("MistralForCausalLM")
 
+    file = tmp_path / "out/config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "sliding_window": None}))
+    checks = {check.name: check.ok for check in verify(tmp_path / "out", engine=engine).checks}
+    assert (checks["layout"], checks["prefill"]) == (False, False)  # by its hash, and by its logits
+
 
 def test_dims_carry_their_provenance(tmp_path: Path) -> None:
     dims: Dims = prepare(mistral.release(tmp_path / "raw")).dims
