@@ -52,7 +52,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "llama_null_heads": {**LLAMA, "num_key_value_heads": None, "head_dim": None},
     "gpt2_by_default": {k: v for k, v in GPT2.items() if k not in ("n_inner", "tie_word_embeddings")},
-    **{name: {**LLAMA, "architectures": [f"{name}ForCausalLM"]} for name in ("Mistral", "Qwen2", "Qwen3", "Gemma2")},
+    **{
+        name: {**LLAMA, "architectures": [f"{name}ForCausalLM"]}
+        for name in ("Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2")
+    },
     **{
         f"{name}_by_default": {
             **{k: v for k, v in LLAMA.items() if k not in ("head_dim", "num_key_value_heads", "tie_word_embeddings")},
@@ -60,9 +63,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
             "num_attention_heads": 32,
             "hidden_size": 64,
         }
-        for name in ("Mistral", "Qwen2", "Qwen3", "Gemma2", "Mixtral")
+        for name in ("Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2", "Mixtral")
     },
     "Qwen3_biases": {**LLAMA, "architectures": ["Qwen3ForCausalLM"], "attention_bias": True},
+    "Gemma_biases": {**LLAMA, "architectures": ["GemmaForCausalLM"], "attention_bias": True},
     "Gemma2_biases": {**LLAMA, "architectures": ["Gemma2ForCausalLM"], "attention_bias": True},
     "Mixtral": {**LLAMA, "architectures": ["MixtralForCausalLM"], "num_local_experts": 3},
     "llama_one_key_head": {**LLAMA, "num_key_value_heads": 1, "attention_bias": True, "tie_word_embeddings": True},

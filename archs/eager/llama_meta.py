@@ -1,4 +1,4 @@
-"""Llama's forward pass on the names of Meta's own checkpoints, which llama2.c shares.
+"""Llama's forward pass on the names of Meta's own checkpoints, which llama2.c and Mistral's code share.
 
 RMSNorm before each half of a block, rotary positions on neighbouring pairs of channels, grouped key/value heads,
 SwiGLU. Sources of the formulas: meta-llama/llama, llama3 and llama-models (model.py), karpathy/llama2.c (model.py).
@@ -8,7 +8,7 @@ Module paths and ``state_dict()`` keys are those of the checkpoint.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,25 +18,7 @@ from torch.nn import functional
 from ...errors import input_error
 from ..base import Value
 from .parts import Embedding, Linear, TiedHead, take
-
-
-@dataclass(frozen=True)
-class Scaling:
-    """How Llama 3.1 and later stretch the slow rotations, so that a longer context stays within trained angles."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_context: int
-
-
-@dataclass(frozen=True)
-class Rotary:
-    """What the rotary table is computed from."""
-
-    head_dim: int
-    theta: float
-    scaling: Scaling | None
+from .rotary import Rotary, Scaling, rotary_table, rotate
 
 
 @dataclass(frozen=True)
@@ -54,6 +36,8 @@ class Sizes:
     norm_eps: float
     tied: bool
     rotary: Rotary
+    window: int = 0
+    """How many positions one sees, itself included; 0 for all before it."""
 
 
 def build(dims: Mapping[str, Value]) -> nn.Module:
@@ -62,6 +46,11 @@ def build(dims: Mapping[str, Value]) -> nn.Module:
     Its forward maps token ids [B, T] to logits [B, T, V] at all positions. Raises MdlError (INPUT) when a dim is
     missing, has the wrong type, or describes a model that this family can't be.
     """
+    return assemble(sizes_of(dims))
+
+
+def sizes_of(dims: Mapping[str, Value]) -> Sizes:
+    """What the model is built from, read from the dims and checked. Raises MdlError (INPUT)."""
     head_dim = take(dims, "head_dim", int)
     sizes = Sizes(
         layers=take(dims, "layers", int),
@@ -77,8 +66,13 @@ def build(dims: Mapping[str, Value]) -> nn.Module:
         rotary=Rotary(head_dim, take(dims, "rope_theta", float), _scaling(dims)),
     )
     _check(sizes)
+    return sizes
+
+
+def assemble(sizes: Sizes, block: Callable[[Sizes], nn.Module] | None = None) -> nn.Module:
+    """The model of these blocks, :class:`Block` if none is given, on the meta device."""
     with torch.device("meta"):  # no memory for weights that are replaced anyway
-        return Transformer(sizes).eval()
+        return Transformer(sizes, block or Block, RMSNorm(sizes.hidden, sizes.norm_eps)).eval()
 
 
 def _scaling(dims: Mapping[str, Value]) -> Scaling | None:
@@ -112,51 +106,16 @@ def _check(sizes: Sizes) -> None:
         )
 
 
-def rotary_table(rotary: Rotary, length: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [T, D/2] of the angle by which pair j is turned at position t: ``t · theta^(-2j/D)``.
-
-    float32 on the CPU whatever the model's dtype and device: the rounding of the table is part of the model.
-    With scaling, wavelengths beyond original_context / low_freq_factor are stretched by factor, those below
-    original_context / high_freq_factor are kept, those between are blended (llama-models, models/llama3/model.py).
-    """
-    pairs = torch.arange(0, rotary.head_dim, 2, dtype=torch.float32, device="cpu")
-    freqs = 1.0 / (rotary.theta ** (pairs / rotary.head_dim))
-    if rotary.scaling is not None:
-        freqs = _stretched(freqs, rotary.scaling)
-    angles = torch.outer(torch.arange(length, dtype=torch.float32, device="cpu"), freqs)
-    return angles.cos(), angles.sin()
-
-
-def _stretched(freqs: Tensor, scaling: Scaling) -> Tensor:
-    low, high, context = scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_context
-    waves = 2 * math.pi / freqs
-    kept = (context / waves - low) / (high - low)
-    blended = (1 - kept) * freqs / scaling.factor + kept * freqs
-    ends = torch.where(waves > context / low, freqs / scaling.factor, freqs)
-    return torch.where((waves >= context / high) & (waves <= context / low), blended, ends)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair of neighbouring channels (2j, 2j+1) of x [B, T, heads, D] by the table's angles [T, D/2].
-
-    Computed in float32 at least, then cast back to the dtype of x.
-    """
-    wide = torch.promote_types(x.dtype, torch.float32)
-    even, odd = x.to(wide).unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = cos.to(x.device, wide)[:, None, :], sin.to(x.device, wide)[:, None, :]
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
-
-
 class Transformer(nn.Module):
     """The whole model. ``output`` holds a weight of its own only where the checkpoint's does."""
 
-    def __init__(self, sizes: Sizes) -> None:
+    def __init__(self, sizes: Sizes, block: Callable[[Sizes], nn.Module], norm: nn.Module) -> None:
         super().__init__()
         self.context = sizes.context
         self.rotary = sizes.rotary
         self.tok_embeddings = Embedding(sizes.vocab, sizes.hidden)
-        self.layers = nn.ModuleList(Block(sizes) for _ in range(sizes.layers))
-        self.norm = RMSNorm(sizes.hidden, sizes.norm_eps)
+        self.layers = nn.ModuleList(block(sizes) for _ in range(sizes.layers))
+        self.norm = norm
         self.output = TiedHead() if sizes.tied else Linear(sizes.hidden, sizes.vocab, bias=False)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -167,11 +126,15 @@ class Transformer(nn.Module):
                 f"{length} tokens do not fit a context of {self.context}", "input ids", "use a shorter prompt"
             )
         cos, sin = rotary_table(self.rotary, length)
-        x = self.tok_embeddings(ids)
+        x = self.embedded(ids)
         for layer in self.layers:
             x = layer(x, cos, sin)
         x = self.norm(x)
         return self.output(x, self.tok_embeddings.weight) if isinstance(self.output, TiedHead) else self.output(x)
+
+    def embedded(self, ids: Tensor) -> Tensor:
+        """Token ids [B, T] to the hidden states [B, T, C] that the first block is given."""
+        return self.tok_embeddings(ids)
 
 
 class RMSNorm(nn.Module):
@@ -190,28 +153,32 @@ class RMSNorm(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each on the normalised stream, each added to it."""
+    """Attention and MLP, each on the normalised stream, each added to it.
 
-    def __init__(self, sizes: Sizes) -> None:
+    ``mlp`` maps hidden states [B, T, C] to the same shape, under the name that the checkpoint has for it.
+    """
+
+    def __init__(self, sizes: Sizes, mlp: nn.Module | None = None, name: str = "feed_forward") -> None:
         super().__init__()
         self.attention = Attention(sizes)
-        self.feed_forward = FeedForward(sizes.hidden, sizes.ffn)
+        self.mlp_name = name
+        self.add_module(name, mlp or FeedForward(sizes.hidden, sizes.ffn))
         self.attention_norm = RMSNorm(sizes.hidden, sizes.norm_eps)
         self.ffn_norm = RMSNorm(sizes.hidden, sizes.norm_eps)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Hidden states [B, T, C] and the rotary table [T, D/2] to hidden states."""
         x = x + self.attention(self.attention_norm(x), cos, sin)
-        return x + self.feed_forward(self.ffn_norm(x))
+        return x + self.get_submodule(self.mlp_name)(self.ffn_norm(x))
 
 
 class Attention(nn.Module):
-    """Causal self-attention; query head h reads key/value head h // (H / K)."""
+    """Causal self-attention, in a window where there is one; query head h reads key/value head h // (H / K)."""
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
         self.head_dim = sizes.head_dim
-        self.group = sizes.heads // sizes.kv_heads
+        self.window = sizes.window
         self.wq = Linear(sizes.hidden, sizes.heads * sizes.head_dim, bias=False)
         self.wk = Linear(sizes.hidden, sizes.kv_heads * sizes.head_dim, bias=False)
         self.wv = Linear(sizes.hidden, sizes.kv_heads * sizes.head_dim, bias=False)
@@ -220,24 +187,33 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Hidden states [B, T, C] and the rotary table [T, D/2] to hidden states."""
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
-        q, k = rotate(q, cos, sin).transpose(1, 2), rotate(k, cos, sin).transpose(1, 2)
-        k, v = (t.repeat_interleave(self.group, dim=1) for t in (k, v.transpose(1, 2)))  # [B, H, T, D]
-        scores = q @ k.transpose(-2, -1) / math.sqrt(self.head_dim)
-        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
-        scores = scores.masked_fill_(future, -math.inf).to(torch.promote_types(x.dtype, torch.float32))
-        mixed = scores.softmax(dim=-1).to(x.dtype) @ v
-        return self.wo(mixed.transpose(1, 2).flatten(-2))
+        return self.wo(attend(rotate(q, cos, sin), rotate(k, cos, sin), v, self.window))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, window: int = 0) -> Tensor:
+    """Causal softmax(q k^T / sqrt(D)) v of rotated q [B, T, H, D] and of k, v [B, T, K, D], as [B, T, H·D].
+
+    A query sees the last ``window`` positions, its own included; all before it where that is 0.
+    """
+    group = q.shape[2] // k.shape[2]
+    q, k, v = q.transpose(1, 2), *(t.transpose(1, 2).repeat_interleave(group, dim=1) for t in (k, v))  # [B, H, T, D]
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
+    every = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device)
+    unseen = every.triu(1) | every.tril(-window) if window else every.triu(1)
+    scores = scores.masked_fill_(unseen, -math.inf).to(torch.promote_types(q.dtype, torch.float32))
+    return (scores.softmax(dim=-1).to(q.dtype) @ v).transpose(1, 2).flatten(-2)
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: w1 is the gate, w3 the value, w2 the way back."""
+    """SwiGLU, or its like with another activation: w1 is the gate, w3 the value, w2 the way back."""
 
-    def __init__(self, hidden: int, ffn: int) -> None:
+    def __init__(self, hidden: int, ffn: int, activation: Callable[[Tensor], Tensor] = functional.silu) -> None:
         super().__init__()
+        self.activation = activation
         self.w1 = Linear(hidden, ffn, bias=False)
         self.w2 = Linear(ffn, hidden, bias=False)
         self.w3 = Linear(hidden, ffn, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Hidden states [B, T, C] to the same shape."""
-        return self.w2(functional.silu(self.w1(x)) * self.w3(x))
+        return self.w2(self.activation(self.w1(x)) * self.w3(x))

@@ -1,0 +1,77 @@
+"""Rotary positions: the table of angles, and the two ways in which channels are paired.
+
+Sources of the formulas: RoFormer (arXiv 2104.09864) and meta-llama/llama-models, models/llama3/model.py.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """How Llama 3.1 and later stretch the slow rotations, so that a longer context stays within trained angles."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_context: int
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """What the rotary table is computed from."""
+
+    head_dim: int
+    theta: float
+    scaling: Scaling | None
+
+
+def rotary_table(rotary: Rotary, length: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [T, D/2] of the angle by which pair j is turned at position t: ``t · theta^(-2j/D)``.
+
+    float32 on the CPU whatever the model's dtype and device: the rounding of the table is part of the model.
+    With scaling, wavelengths beyond original_context / low_freq_factor are stretched by factor, those below
+    original_context / high_freq_factor are kept, those between are blended (llama-models, models/llama3/model.py).
+    """
+    pairs = torch.arange(0, rotary.head_dim, 2, dtype=torch.float32, device="cpu")
+    freqs = 1.0 / (rotary.theta ** (pairs / rotary.head_dim))
+    if rotary.scaling is not None:
+        freqs = _stretched(freqs, rotary.scaling)
+    angles = torch.outer(torch.arange(length, dtype=torch.float32, device="cpu"), freqs)
+    return angles.cos(), angles.sin()
+
+
+def _stretched(freqs: Tensor, scaling: Scaling) -> Tensor:
+    low, high, context = scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_context
+    waves = 2 * math.pi / freqs
+    kept = (context / waves - low) / (high - low)
+    blended = (1 - kept) * freqs / scaling.factor + kept * freqs
+    ends = torch.where(waves > context / low, freqs / scaling.factor, freqs)
+    return torch.where((waves >= context / high) & (waves <= context / low), blended, ends)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair of neighbouring channels (2j, 2j+1) of x [B, T, heads, D] by the table's angles [T, D/2].
+
+    Computed in float32 at least, then cast back to the dtype of x.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    even, odd = x.to(wide).unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos.to(x.device, wide)[:, None, :], sin.to(x.device, wide)[:, None, :]
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
+
+
+def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn channels (j, j + D/2) of x [B, T, heads, D] by the table's angles [T, D/2], as GPT-NeoX pairs them.
+
+    Computed in float32 at least, then cast back to the dtype of x.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    low, high = x.to(wide).chunk(2, dim=-1)
+    cos, sin = cos.to(x.device, wide)[:, None, :], sin.to(x.device, wide)[:, None, :]
+    return torch.cat((low * cos - high * sin, low * sin + high * cos), dim=-1).to(x.dtype)
