@@ -16,11 +16,13 @@ from typing import Any
 import numpy as np
 
 from ..errors import input_error
-from ..mappings.lazy import Array, Lazy, Node, raw_dtype
+from ..mappings.lazy import Array, Lazy, raw_dtype
+from ..mappings.nodes import Node
 from ..mappings.scratch import Scratch
 from ..mappings.tensors import ITEMSIZE, Shape, TensorInfo
 from ..mappings.turning import copy_turned
 from .file_cache import Calls
+from .pieces import joined
 
 _CALL = 6 << 10
 """Bytes that are copied in the time that one more system call takes: what decides between many reads and a wide one."""
@@ -54,6 +56,8 @@ class Files:
         raw = raw_dtype(info.dtype)
         if info.numel == 0:
             return Lazy.of(np.zeros(info.shape, raw), info.dtype)
+        if info.pieces:
+            return joined(info, self.tensor)
         file = self._readable(info.file)
         check_end(info, file.size)
         strides = tuple(s * raw.itemsize for s in info.stride)

@@ -33,22 +33,30 @@ def read_torch_zip(path: Path, notes: list[str] | None = None) -> Any:
     """
     file = os.path.abspath(path)  # noqa: PTH100 - Path.resolve would follow symlinks and lose the name of the file
     with path.open("rb") as stream:
-        try:
-            archive = _Archive(file, stream.fileno(), *_directory(stream.fileno(), file))
-            pickled = archive.pickled()
-        except RefusedError as problem:
-            raise input_error(problem.what, file, problem.do) from None
-        tree = unpickle(pickled, file, archive.locate)
-        _refuse_overlaps(archive.ranges, file)
-        if notes is not None:
-            notes.extend(archive.unused())
-        return tree
+        return read_zip_at(stream.fileno(), file, notes=notes)
 
 
-def _directory(descriptor: int, file: str) -> tuple[str, dict[str, Member], int]:
+def read_zip_at(
+    descriptor: int, file: str, begin: int = 0, end: int | None = None, *, notes: list[str] | None = None
+) -> Any:
+    """The same for an open file of that absolute path, or for the bytes [begin, end) of it, outside of which nothing is
+    read. Positions count from the file's start."""
+    try:
+        archive = _Archive(file, descriptor, begin, *_directory(descriptor, file, begin, end))
+        pickled = archive.pickled()
+    except RefusedError as problem:
+        raise input_error(problem.what, file, problem.do) from None
+    tree = unpickle(pickled, file, archive.locate)
+    _refuse_overlaps(archive.ranges, file)
+    if notes is not None:
+        notes.extend(archive.unused())
+    return tree
+
+
+def _directory(descriptor: int, file: str, begin: int, stop: int | None) -> tuple[str, dict[str, Member], int]:
     """Root folder, members by full name, and where the members' bytes must end."""
     try:
-        found, end = read_directory(descriptor)
+        found, end = read_directory(descriptor, begin, stop)
     except (BadDirectoryError, OSError) as error:
         raise input_error(
             f"this zip archive can't be read ({error}); the file is probably cut short",
@@ -94,6 +102,7 @@ class _Archive:
 
     file: str
     descriptor: int
+    begin: int
     root: str
     members: dict[str, Member]
     end: int
@@ -163,7 +172,7 @@ class _Archive:
                 f"{member} is compressed or encrypted; torch.save stores its members as they are",
                 f"somebody packed this archive anew; {_RESAVE}",
             )
-        if not 0 <= offset < self.end:
+        if not self.begin <= offset < self.end:
             raise RefusedError(f"{member} lies outside the archive", "copy the file again")
         header = self._bytes(offset, _LOCAL_HEADER.size + len(name))
         if len(header) < _LOCAL_HEADER.size or header[:4] != b"PK\x03\x04":

@@ -10,97 +10,17 @@ interpreted, with ml_dtypes, only where arithmetic needs them.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
+from .nodes import Node, Strided, Zeros, cut
 from .rounding import Array, Note, Rounding, raw_dtype, value_dtype
 from .scratch import Scratch
 from .tensors import ITEMSIZE, Shape
-from .turning import copy_turned
-
-
-class Node:
-    """Part of a description. Every node can be cut, split, turned and read; none of the first three reads data."""
-
-    shape: Shape
-
-    def split(self, axis: int, sizes: Shape) -> Node:
-        """Replace one dimension by several whose product it is."""
-        raise NotImplementedError
-
-    def permute(self, order: Shape) -> Node:
-        """Reorder the dimensions."""
-        raise NotImplementedError
-
-    def slice(self, axis: int, start: int, stop: int) -> Node:
-        """Keep [start, stop) along one dimension."""
-        raise NotImplementedError
-
-    def read(self) -> Array:
-        """The values, in raw form."""
-        raise NotImplementedError
-
-    def read_into(self, out: Array) -> None:
-        """Put the values into a contiguous array of this shape."""
-        copy_turned(self.read(), out)
-
-    @property
-    def turned(self) -> int:
-        """Bytes of a value whose neighbours lie apart where they are stored, so that reading pays in large pieces only;
-        0 where they don't."""
-        return 0
-
-    def watched(self, note: Note) -> Node:
-        """The same description, whose roundings are told to ``note`` when they are read."""
-        return self
-
-
-@dataclass(frozen=True)
-class Strided(Node):
-    """A strided view of memory, usually of a mapped file."""
-
-    array: Array
-
-    @property
-    def shape(self) -> Shape:  # type: ignore[override]  # read-only here, a plain attribute in the base
-        return self.array.shape
-
-    def split(self, axis: int, sizes: Shape) -> Node:
-        shape = (*self.array.shape[:axis], *sizes, *self.array.shape[axis + 1 :])
-        return Strided(self.array.reshape(shape))  # splitting one dimension never copies
-
-    def permute(self, order: Shape) -> Node:
-        return Strided(self.array.transpose(order))
-
-    def slice(self, axis: int, start: int, stop: int) -> Node:
-        return Strided(self.array[(slice(None),) * axis + (slice(start, stop),)])
-
-    def read(self) -> Array:
-        return self.array
-
-
-@dataclass(frozen=True)
-class Zeros(Node):
-    """Zeros that occupy no memory until read."""
-
-    shape: Shape
-    dtype: np.dtype[Any]
-
-    def split(self, axis: int, sizes: Shape) -> Node:
-        return Zeros((*self.shape[:axis], *sizes, *self.shape[axis + 1 :]), self.dtype)
-
-    def permute(self, order: Shape) -> Node:
-        return Zeros(tuple(self.shape[k] for k in order), self.dtype)
-
-    def slice(self, axis: int, start: int, stop: int) -> Node:
-        return Zeros((*self.shape[:axis], stop - start, *self.shape[axis + 1 :]), self.dtype)
-
-    def read(self) -> Array:
-        return np.zeros(self.shape, self.dtype)
 
 
 @dataclass(frozen=True)
@@ -120,17 +40,22 @@ class Joined(Node):
         if axis != self.axis:
             moved = self.axis + (len(sizes) - 1 if axis < self.axis else 0)
             return Joined(moved, tuple(p.unflatten(axis, sizes) for p in self.parts))
-        inner = math.prod(sizes[1:])
-        if any(p.shape[axis] % inner for p in self.parts):  # a boundary inside a block: only values can be split
-            shape = (*self.shape[:axis], *sizes, *self.shape[axis + 1 :])
-            return Strided(np.ascontiguousarray(self.read()).reshape(shape))
-        parts = (p.unflatten(axis, (p.shape[axis] // inner, *sizes[1:])) for p in self.parts)
-        return Joined(axis, tuple(parts))
+        inner, parts = math.prod(sizes[1:]), self.parts
+        if any(p.shape[axis] % inner for p in parts):
+            ends = itertools.accumulate((p.shape[axis] for p in parts), initial=0)
+            edges = sorted({edge for end in ends for edge in (end // inner * inner, -(-end // inner) * inner)})
+            parts = tuple(self._part(*edge) for edge in itertools.pairwise(edges))
+        return Joined(axis, tuple(p.unflatten(axis, (p.shape[axis] // inner, *sizes[1:])) for p in parts))
+
+    def _part(self, start: int, stop: int) -> Lazy:
+        """What lies between two places of the axis; its values, where a boundary in between keeps it from a split."""
+        held = self.slice(self.axis, start, stop)
+        return held.parts[0] if len(held.parts) == 1 else Lazy.of(held.read(), held.parts[0].dtype)
 
     def permute(self, order: Shape) -> Node:
         return Joined(order.index(self.axis), tuple(p.transpose(*order) for p in self.parts))
 
-    def slice(self, axis: int, start: int, stop: int) -> Node:
+    def slice(self, axis: int, start: int, stop: int) -> Joined:
         if axis != self.axis:
             return Joined(self.axis, tuple(p.slice(axis, start, stop) for p in self.parts))
         kept: list[Lazy] = []
@@ -355,7 +280,7 @@ class Lazy:
         raw = raw_dtype(self.dtype)
         stored = self.node.turned
         limit = max(limit, turned * raw.itemsize // stored) if stored else limit
-        for node in _cut(self.node, limit, raw.itemsize):
+        for node in cut(self.node, limit, raw.itemsize):
             count = math.prod(node.shape)
             out: Array = (np.empty(count, raw) if room is None else room.take("block", count, raw)).reshape(node.shape)
             node.read_into(out)
@@ -384,16 +309,3 @@ class Lazy:
 
     def _copied(self) -> Lazy:
         return Lazy.of(np.ascontiguousarray(self.read()), self.dtype)
-
-
-def _cut(node: Node, limit: int, itemsize: int) -> Iterator[Node]:
-    """The node in pieces of at most ``limit`` bytes that follow each other in C order; none that is empty."""
-    size = math.prod(node.shape) * itemsize
-    axis = next((k for k, n in enumerate(node.shape) if n > 1), None)
-    if size <= limit or axis is None:
-        if size:
-            yield node
-        return
-    rows = max(1, limit // (size // node.shape[axis]))
-    for start in range(0, node.shape[axis], rows):
-        yield from _cut(node.slice(axis, start, min(start + rows, node.shape[axis])), limit, itemsize)

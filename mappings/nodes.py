@@ -1,0 +1,107 @@
+"""Descriptions of arrays: what every kind of them can do, and the two that need no other, views of memory and zeros."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .rounding import Array, Note
+from .tensors import Shape
+from .turning import copy_turned
+
+
+class Node:
+    """Part of a description. Every node can be cut, split, turned and read; none of the first three reads data."""
+
+    shape: Shape
+
+    def split(self, axis: int, sizes: Shape) -> Node:
+        """Replace one dimension by several whose product it is."""
+        raise NotImplementedError
+
+    def permute(self, order: Shape) -> Node:
+        """Reorder the dimensions."""
+        raise NotImplementedError
+
+    def slice(self, axis: int, start: int, stop: int) -> Node:
+        """Keep [start, stop) along one dimension."""
+        raise NotImplementedError
+
+    def read(self) -> Array:
+        """The values, in raw form."""
+        raise NotImplementedError
+
+    def read_into(self, out: Array) -> None:
+        """Put the values into a contiguous array of this shape."""
+        copy_turned(self.read(), out)
+
+    @property
+    def turned(self) -> int:
+        """Bytes of a value whose neighbours lie apart where they are stored, so that reading pays in large pieces only;
+        0 where they don't."""
+        return 0
+
+    def watched(self, note: Note) -> Node:
+        """The same description, whose roundings are told to ``note`` when they are read."""
+        return self
+
+
+@dataclass(frozen=True)
+class Strided(Node):
+    """A strided view of memory, usually of a mapped file."""
+
+    array: Array
+
+    @property
+    def shape(self) -> Shape:  # type: ignore[override]  # read-only here, a plain attribute in the base
+        return self.array.shape
+
+    def split(self, axis: int, sizes: Shape) -> Node:
+        shape = (*self.array.shape[:axis], *sizes, *self.array.shape[axis + 1 :])
+        return Strided(self.array.reshape(shape))  # splitting one dimension never copies
+
+    def permute(self, order: Shape) -> Node:
+        return Strided(self.array.transpose(order))
+
+    def slice(self, axis: int, start: int, stop: int) -> Node:
+        return Strided(self.array[(slice(None),) * axis + (slice(start, stop),)])
+
+    def read(self) -> Array:
+        return self.array
+
+
+@dataclass(frozen=True)
+class Zeros(Node):
+    """Zeros that occupy no memory until read."""
+
+    shape: Shape
+    dtype: np.dtype[Any]
+
+    def split(self, axis: int, sizes: Shape) -> Node:
+        return Zeros((*self.shape[:axis], *sizes, *self.shape[axis + 1 :]), self.dtype)
+
+    def permute(self, order: Shape) -> Node:
+        return Zeros(tuple(self.shape[k] for k in order), self.dtype)
+
+    def slice(self, axis: int, start: int, stop: int) -> Node:
+        return Zeros((*self.shape[:axis], stop - start, *self.shape[axis + 1 :]), self.dtype)
+
+    def read(self) -> Array:
+        return np.zeros(self.shape, self.dtype)
+
+
+def cut(node: Node, limit: int, itemsize: int) -> Iterator[Node]:
+    """The node in pieces of at most ``limit`` bytes that follow each other in C order; none that is empty."""
+    size = math.prod(node.shape) * itemsize
+    axis = next((k for k, n in enumerate(node.shape) if n > 1), None)
+    if size <= limit or axis is None:
+        if size:
+            yield node
+        return
+    rows = max(1, limit // (size // node.shape[axis]))
+    for start in range(0, node.shape[axis], rows):
+        yield from cut(node.slice(axis, start, min(start + rows, node.shape[axis])), limit, itemsize)
