@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -24,6 +25,7 @@ WRAPPER_PARTS = frozenset(
 ATTRIBUTES = frozenset({"model", "net", "lm", "backbone"})
 """Leading name parts that are the attribute of an outer module if all tensors share them."""
 
+_FLAT = re.compile(r"_?flat_param(_\d+)?")
 MAX_NESTED = 20
 """Tables inside one another that a state dict may have."""
 MAX_VISITED = 1_000_000
@@ -202,7 +204,7 @@ def _reason(value: Any) -> str:
         return value.reason
     if isinstance(value, NumpyArray):
         return f"numpy array {value.dtype.code} {list(value.shape)}"
-    return "an object that holds tensors"
+    return f"a {value.qualname}, which holds tensors" if isinstance(value, Stub) else "an object that holds tensors"
 
 
 def _is_outside(key: object, value: Any, wrapper: Path) -> bool:
@@ -299,6 +301,14 @@ def _check_whole(tensors: dict[str, list[TensorInfo]], ckpt: Checkpoint, finding
     partial = [name for name, found in tensors.items() if len(found) < len(ckpt.trees)]
     if partial:
         findings.notes.append(f"present in some rank files only: {_some(partial)}")
+    if flat := [name for name in tensors if _FLAT.fullmatch(name.rpartition(".")[2])]:
+        findings.problems.append(
+            Problem(
+                f"{_some(flat)}: flat parameters of FSDP; each holds many weights end to end, or a part of that",
+                ckpt.path,
+                "save it in the trainer with StateDictType.FULL_STATE_DICT, or with torch.distributed.checkpoint",
+            )
+        )
     empty = [name for name, found in tensors.items() if 0 in found[0].shape]
     if tensors and 2 * len(empty) > len(tensors):
         findings.problems.append(

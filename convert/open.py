@@ -11,6 +11,7 @@ from typing import Any
 from ..errors import Kind, MdlError, Problem, input_error
 from . import dcp
 from .beside import find_sidecars, find_tokenizers
+from .deepspeed import optimizer_states
 from .legacy import read_legacy
 from .pause import collector_paused
 from .plain import key_text
@@ -194,6 +195,7 @@ def _group_of_folder(path: Path, notes: list[str]) -> _Group:
     if distributed:
         files = [file for file in files if file not in pieces and file.name not in dcp.BESIDE]
     beside = [file.name for file in files if file.suffix in _STATE_SUFFIXES and _NOT_WEIGHTS.match(file.name)]
+    beside += optimizer_states([file.name for file in files], str(path))
     notes.extend(f"{name}: not touched (training state, by its name)" for name in beside)
     groups = _gather([file for file in files if file.name not in beside and not file.name.startswith(".")])
     groups += [_distributed(path)] if distributed else []

@@ -555,3 +555,33 @@ def test_weights_beside_their_ema_are_a_question(tmp_path: Path) -> None:
     choices = "--weights state_dict (1 tensors); --weights ema_state_dict (1 tensors)"
     assert choices in refusal(take_inventory, checkpoint)
     assert take_inventory(checkpoint, weights="ema_state_dict").wrapper == ("ema_state_dict",)
+
+
+def test_deepspeed_opens_where_weights_are_whole_and_says_how_to_gather_others(tmp_path: Path) -> None:
+    import torch
+
+    one, three, two = (tmp_path / name for name in ("zero1", "zero3", "parallel"))
+    for folder in (one, three, two):
+        folder.mkdir()
+    model = {"module": {"a.w": torch.ones(2), "b.w": torch.ones(3)}, "ds_config": {}, "global_steps": 3}
+    save(model, one / "mp_rank_00_model_states.pt")
+    save({"optimizer_state_dict": {}}, one / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt")
+    for rank in (0, 1):
+        save(model, two / f"mp_rank_0{rank}_model_states.pt")
+        save(model, three / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt")
+        save({}, three / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+
+    assert [Path(file).name for file in open_checkpoint(one).files] == ["mp_rank_00_model_states.pt"]
+    assert "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt: not touched" in open_checkpoint(one).notes[0]
+    assert "python zero_to_fp32.py . OUT" in refusal(open_checkpoint, three)
+    assert "2 processes shared" in refusal(open_checkpoint, two)
+
+
+@pytest.mark.parametrize("name", ["_fsdp_wrapped_module._flat_param", "h.0._fsdp_wrapped_module.flat_param_1"])
+def test_flat_parameters_of_fsdp_are_told(name: str, tmp_path: Path) -> None:
+    import torch
+
+    from mdl.convert.inventory import take_inventory
+
+    path = save({"model": {name: torch.ones(9), "norm.w": torch.ones(2)}}, tmp_path / "x.pt")
+    assert "FULL_STATE_DICT" in refusal(take_inventory, open_checkpoint(path))
