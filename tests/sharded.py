@@ -1,6 +1,6 @@
 """Writes checkpoints with torch.distributed.checkpoint from several gloo processes: DTensors, FSDP2, replicas.
 
-Run as ``python tests/sharded.py FOLDER PROCESSES FAMILY``: each way to shard gets a folder of its own in FOLDER.
+Run as ``python tests/sharded.py FOLDER PROCESSES``: each way to shard gets a folder of its own, FOLDER/FAMILY/WAY.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ if not __package__:  # run by hand, or by a process that was spawned
 import checkpoints as make
 
 STATES = {
-    # rows that 2 and 4 processes can't share evenly, and a position table with fewer rows than processes
-    "nanogpt": lambda: make.nanogpt_state(hidden=10, vocab=23, context=3, tied=False),
+    # rows that 2 and 4 processes can't share evenly, fewer positions than processes, a head that is tied by value
+    "nanogpt": lambda: make.nanogpt_state(hidden=10, vocab=23, context=3),
     # heads of 6 rows that 4 processes cut in the middle
     "llama": lambda: make.llama_state(hidden=18, heads=3, kv_heads=3, ffn=25, vocab=31, dtype=torch.bfloat16),
 }
@@ -62,9 +62,16 @@ def wrapped(state: make.State, mesh: DeviceMesh) -> dict[str, Any]:
     return model.state_dict()
 
 
-def write(rank: int, folder: str, processes: int, family: str) -> None:
+def write(rank: int, folder: str, processes: int) -> None:
     """One process of them."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=processes)
+    for family in STATES:
+        write_family(folder, processes, family)
+    dist.destroy_process_group()
+
+
+def write_family(folder: str, processes: int, family: str) -> None:
+    """One process's part in one family."""
     state = STATES[family]()
     line = init_device_mesh("cpu", (processes,))
     ways = {
@@ -82,9 +89,8 @@ def write(rank: int, folder: str, processes: int, family: str) -> None:
     for name, model in ways.items():
         moments = {"state": {0: {"exp_avg": next(iter(model.values())), "step": 3.0}}}
         saved = {"model": model, "optimizer": moments, **settings(family, state)}
-        dcp.save(saved, checkpoint_id=f"{folder}/{name}")
-    dist.destroy_process_group()
+        dcp.save(saved, checkpoint_id=f"{folder}/{family}/{name}")
 
 
 if __name__ == "__main__":
-    torch.multiprocessing.spawn(write, (sys.argv[1], int(sys.argv[2]), sys.argv[3]), int(sys.argv[2]))  # type: ignore[no-untyped-call]
+    torch.multiprocessing.spawn(write, (sys.argv[1], int(sys.argv[2])), int(sys.argv[2]))  # type: ignore[no-untyped-call]
