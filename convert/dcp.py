@@ -17,7 +17,7 @@ from ..mappings.tensors import ITEMSIZE, Piece, TensorInfo, dense
 from .dcp_metadata import MAX_PROBLEMS, Chunk, Entry, read_metadata
 from .inert import Unreadable
 from .plain import is_training
-from .torch_zip import read_torch_zip, read_zip_at
+from .torch_zip import Records, read_torch_zip
 
 NAME = ".metadata"
 SUFFIX = ".distcp"
@@ -73,6 +73,7 @@ class _Work:
     notes: list[str]
     tree: dict[Any, Any] = field(default_factory=dict[Any, Any])
     problems: list[Problem] = field(default_factory=list[Problem])
+    records: Records = field(default_factory=Records)
 
     def put(self, keys: tuple[str, ...], value: Any, name: str) -> None:
         """Hang a value into the tree."""
@@ -136,7 +137,7 @@ class _Work:
             self.notes.append(f"{entry.name}: left out, for {why}")
             return
         try:
-            value = read_zip_at(stream.fileno(), file, place.begin, place.end, notes=self.notes)
+            value = self.records.read(stream.fileno(), file, place.begin, place.end, self.notes)
         except MdlError as error:
             for problem in error.problems:
                 self._problem(f"{entry.name[:200]}: {problem.what}", file, problem.do)

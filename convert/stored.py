@@ -6,9 +6,11 @@ as this process's memory, and a file that is cut while it is read would end the 
 
 from __future__ import annotations
 
+import errno
 import itertools
 import math
 import os
+import resource
 import threading
 from dataclasses import dataclass, replace
 from typing import Any
@@ -66,9 +68,23 @@ class Files:
     def _readable(self, path: str) -> Readable:
         with self._lock:
             if path not in self._open:
-                descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+                descriptor = _opened(path)
                 self._open[path] = Readable(path, descriptor, os.fstat(descriptor).st_size, self._calls)
             return self._open[path]
+
+
+def _opened(path: str) -> int:
+    """A descriptor of the file. A checkpoint has one file for each of its ranks, which may be more than a process has
+    descriptors, until it asks for all that it may have."""
+    flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0)
+    try:
+        return os.open(path, flags)
+    except OSError as error:
+        if error.errno != errno.EMFILE:
+            raise
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        return os.open(path, flags)
 
 
 def check_end(info: TensorInfo, size: int) -> None:

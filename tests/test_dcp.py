@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 import warnings
@@ -248,3 +249,21 @@ def test_arrange() -> None:
         arrange((), [])
     with pytest.raises(PiecesError, match="overlap"):
         arrange((), [box_of((), ())] * 2)
+
+
+def test_records_with_equal_pickles_are_read_where_they_lie(tmp_path: Path) -> None:
+    """Also where a later one has no room for its storage, and where one process has more files than descriptors."""
+    state = {f"h.{k}.w": torch.full((3, 2), float(k)) for k in range(30)}
+    folder = saved({"model": state}, tmp_path / "x", single_file_per_rank=False)
+    assert len(list(folder.glob("*.distcp"))) == 30
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/proc/self/fd").iterdir())) + 9, limits[1]))
+    try:
+        same_values(inventory(folder), state)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    file = Path(inventory(folder).tensors["h.9.w"][0].file)
+    data = file.read_bytes()
+    at = data.rindex(b"archive/data/0") - 46 + 20  # of the directory's entry: the sizes
+    file.write_bytes(data[:at] + bytes([20, 0, 0, 0, 20, 0, 0, 0]) + data[at + 8 :])
+    assert "model.h.9.w: storage 0 has 20 bytes in the archive, but 24 by its description" in refusal(folder)
