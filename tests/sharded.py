@@ -67,6 +67,7 @@ def write(rank: int, folder: str, processes: int) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=processes)
     for family in STATES:
         write_family(folder, processes, family)
+    dist.barrier()
     dist.destroy_process_group()
 
 

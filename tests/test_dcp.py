@@ -29,6 +29,7 @@ from mdl.errors import Kind, MdlError
 
 from . import checkpoints as make
 
+FAMILIES = ("nanogpt", "llama")
 WAYS = [(2, way) for way in ("rows", "columns", "replicated", "fsdp2")]
 WAYS += [(4, way) for way in ("rows", "columns", "replicated", "fsdp2", "grid", "rows twice", "hybrid", "plain")]
 
@@ -90,7 +91,9 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Any:
                 capture_output=True, text=True, check=False, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"},
             )  # fmt: skip
             (folder / "said").write_text(done.stderr)
-            assert not done.returncode or not list(folder.glob("*/*")), done.stderr  # it worked, and then did not
+            # gloo can abort while its processes part; what counts is that each save came to its end, the list
+            ends = [(folder / f / way / ".metadata").exists() for f in FAMILIES for n, way in WAYS if n == processes]
+            assert all(ends) or not any(ends), done.stderr
         if not (written[processes] / family).exists():
             said = (written[processes] / "said").read_text()[-2000:]
             pytest.skip(f"gloo does not work here, so NO SHARDED FOLDER WAS TESTED: {said}")
@@ -100,7 +103,7 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.mark.parametrize(("processes", "way"), WAYS)
-@pytest.mark.parametrize("family", ["nanogpt", "llama"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_shards_are_what_torch_makes_of_them(
     family: str, processes: int, way: str, sharded: Any, tmp_path: Path
 ) -> None:
