@@ -26,6 +26,7 @@ from mdl.convert.run import convert
 from mdl.convert.sources import Maps
 from mdl.convert.stored import Files
 from mdl.errors import Kind, MdlError
+from mdl.mappings.lazy import Joined, Lazy
 
 from . import checkpoints as make
 
@@ -270,3 +271,14 @@ def test_records_with_equal_pickles_are_read_where_they_lie(tmp_path: Path) -> N
     at = data.rindex(b"archive/data/0") - 46 + 20  # of the directory's entry: the sizes
     file.write_bytes(data[:at] + bytes([20, 0, 0, 0, 20, 0, 0, 0]) + data[at + 8 :])
     assert "model.h.9.w: storage 0 has 20 bytes in the archive, but 24 by its description" in refusal(folder)
+
+
+def test_a_split_across_a_boundary_copies_the_block_with_the_boundary_alone() -> None:
+    whole = np.arange(48.0, dtype=np.float32).reshape(12, 4)
+    above, below = Lazy.of(whole[:6], "float32"), Lazy.of(whole[6:], "float32")
+    split = above.concat([below], 0).unflatten(0, (3, 4))
+    assert np.array_equal(split.read(), whole.reshape(3, 4, 4))
+    assert isinstance(split.node, Joined)
+    views = [np.shares_memory(part.read(), whole) for part in split.node.parts]
+    assert views == [True, False, True]
+    assert np.array_equal(split.transpose(1, 0, 2).slice(0, 1, 3).read(), whole.reshape(3, 4, 4).swapaxes(0, 1)[1:3])
