@@ -65,7 +65,7 @@ $(FUZZER): requirements/fuzz.txt $(READY)
 	@touch $@
 
 # Inputs are kept in build/fuzz, so that a later run goes on where this one stopped.
-TARGETS ?= unpickle torch_zip legacy safetensors mapping inventory
+TARGETS ?= unpickle torch_zip legacy safetensors dcp_metadata mapping inventory
 SECONDS ?= 60
 
 fuzz: $(FUZZER) ## fuzz every reader for a minute; make fuzz TARGETS=legacy SECONDS=3600 one of them for an hour

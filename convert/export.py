@@ -55,11 +55,12 @@ def export(
 ) -> Exported:
     """Write the original checkpoint. ``out`` is a .pt/.pth file, or a folder when there were several rank files.
 
-    The state dict comes back under its wrapper with the plain hyperparameters beside it; tensors that a rule
-    dropped, and hyperparameters that had no wrapper to lie beside, are listed in
-    ``lost``. Needs torch (its own format is best written by its own code). Raises MdlError: INPUT for a changed layout,
-    USAGE where ``out`` can't be made or holds what no export wrote, MACHINE for a disk that takes no more or another
-    run that writes there.
+    What was a folder of torch.distributed.checkpoint comes back as one file: into how many pieces it was cut says
+    nothing about the model. The state dict comes back under its wrapper with the plain hyperparameters beside it;
+    tensors that a rule dropped, and hyperparameters that had no wrapper to lie beside, are listed in ``lost``. Needs
+    torch (its own format is best written by its own code). Raises MdlError: INPUT for a changed layout, USAGE where
+    ``out`` can't be made or holds what no export wrote, MACHINE for a disk that takes no more or another run that
+    writes there.
     """
     if out.suffix in FOREIGN:
         do = f"name it {out.stem}.pt; the layout itself is safetensors already"

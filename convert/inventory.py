@@ -13,14 +13,11 @@ from ..mappings.tensors import Target, TensorInfo
 from .inert import NumpyArray, Stub, Unreadable
 from .open import Checkpoint
 from .pause import collector_paused
-from .plain import TooLargeError, counts_kept, is_tensor, key_text, plain, tensors_in
+from .plain import TooLargeError, counts_kept, is_tensor, is_training, key_text, plain, tensors_in
 
 WRAPPERS = ("model", "state_dict", "model_state_dict", "module", "net", "weights", "params")
 WRAPPERS_EMA = ("ema", "ema_model", "model_ema", "ema_state_dict")
 """Keys under which training scripts store a state dict."""
-_TRAINING = re.compile(
-    r"(optim|opt_state|lr_sched|sched|scaler|grad_scaler|rng|random_state|callbacks|loops|dataloader)"
-)
 WRAPPER_PARTS = frozenset(
     {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
 )
@@ -28,6 +25,7 @@ WRAPPER_PARTS = frozenset(
 ATTRIBUTES = frozenset({"model", "net", "lm", "backbone"})
 """Leading name parts that are the attribute of an outer module if all tensors share them."""
 
+_FLAT = re.compile(r"_?flat_param(_\d+)?")
 MAX_NESTED = 20
 """Tables inside one another that a state dict may have."""
 MAX_VISITED = 1_000_000
@@ -88,7 +86,8 @@ class _Findings:
 
 
 def _located(leaf: TensorInfo, name: str, rank: int, raw: str) -> TensorInfo:
-    return TensorInfo(name, leaf.shape, leaf.dtype, leaf.file, leaf.offset, leaf.stride, leaf.storage, rank, raw)
+    i = leaf
+    return TensorInfo(name, i.shape, i.dtype, i.file, i.offset, i.stride, i.storage, rank, raw, i.pieces)
 
 
 def _choose(ckpt: Checkpoint, weights: str | None) -> Path:
@@ -138,16 +137,10 @@ def _at(tree: Any, path: Path) -> Any:
     return tree
 
 
-def _is_training(key: object) -> bool:
-    """Whether a key names training state. A dotted key is a tensor's name, whatever its first part is called."""
-    text = key_text(key)
-    return "." not in text and _TRAINING.match(text) is not None
-
-
 def _has_weights(node: Any) -> bool:
     """Whether a table holds tensors of at least one dimension under names that are not training state."""
     return any(
-        is_tensor(value) and getattr(value, "shape", (1,)) != () and not _is_training(key)
+        is_tensor(value) and getattr(value, "shape", (1,)) != () and not is_training(key)
         for key, value in _table(node).items()
     )
 
@@ -169,9 +162,9 @@ def _everywhere(tree: Any) -> list[Path]:
     """State dicts under any key of the first two levels, training state aside: for advice."""
     found: list[Path] = [()] if _has_weights(tree) else []
     for key, value in _table(tree).items():
-        if isinstance(key, str) and not _is_training(key):
+        if isinstance(key, str) and not is_training(key):
             found += [(key,)] if _has_weights(value) else []
-            found += [(key, key_text(k)) for k, v in _table(value).items() if not _is_training(k) and _has_weights(v)]
+            found += [(key, key_text(k)) for k, v in _table(value).items() if not is_training(k) and _has_weights(v)]
     return found
 
 
@@ -211,14 +204,14 @@ def _reason(value: Any) -> str:
         return value.reason
     if isinstance(value, NumpyArray):
         return f"numpy array {value.dtype.code} {list(value.shape)}"
-    return "an object that holds tensors"
+    return f"a {value.qualname}, which holds tensors" if isinstance(value, Stub) else "an object that holds tensors"
 
 
 def _is_outside(key: object, value: Any, wrapper: Path) -> bool:
     """Whether an entry of the table that holds the weights is none of them: training state or, if bare, settings."""
     if type(key) is str and "." in key:
         return False
-    if _is_training(key):
+    if is_training(key):
         return not (wrapper and isinstance(value, TensorInfo))
     return not wrapper and "." not in key_text(key) and not is_tensor(value) and not tensors_in(value)
 
@@ -308,6 +301,14 @@ def _check_whole(tensors: dict[str, list[TensorInfo]], ckpt: Checkpoint, finding
     partial = [name for name, found in tensors.items() if len(found) < len(ckpt.trees)]
     if partial:
         findings.notes.append(f"present in some rank files only: {_some(partial)}")
+    if flat := [name for name in tensors if _FLAT.fullmatch(name.rpartition(".")[2])]:
+        findings.problems.append(
+            Problem(
+                f"{_some(flat)}: flat parameters of FSDP; each holds many weights end to end, or a part of that",
+                ckpt.path,
+                "save it in the trainer with StateDictType.FULL_STATE_DICT, or with torch.distributed.checkpoint",
+            )
+        )
     empty = [name for name, found in tensors.items() if 0 in found[0].shape]
     if tensors and 2 * len(empty) > len(tensors):
         findings.problems.append(
@@ -329,7 +330,7 @@ def _beside(tree: Any, wrapper: Path, findings: _Findings) -> None:
 
 
 def _note_or_keep(key: str, path: str, value: Any, findings: _Findings) -> None:
-    if _is_training(key):
+    if is_training(key):
         findings.notes.append(f"{path}: not touched (training state)")
     elif not is_tensor(value) and (count := tensors_in(value)):
         findings.notes.append(f"{path}: not touched ({count:,} tensors)")

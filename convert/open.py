@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import Kind, MdlError, Problem, input_error
+from . import dcp
 from .beside import find_sidecars, find_tokenizers
+from .deepspeed import optimizer_states
 from .legacy import read_legacy
 from .pause import collector_paused
 from .plain import key_text
@@ -21,7 +23,11 @@ _SUFFIXES = frozenset({".pt", ".pth", ".bin", ".ckpt", ".safetensors"})
 _RANK = re.compile(r"consolidated\.(\d+)\.(?:pth|pt)")
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.(safetensors|bin)")
 _MAX_RANKS = 1000
-_NOT_WEIGHTS = re.compile(r"(optim|scheduler|training_args|rng_state|random_state|scaler|grad_scaler)")
+_NOT_WEIGHTS = re.compile(
+    r"(optim|scheduler|training_args|rng_state|random_state|scaler|grad_scaler)"
+    r"|(sampler(_\d+)?|dl_state_dict(_\d+)?)\.bin|custom_checkpoint_\d+\.pkl"  # accelerate's, beside its random_states
+)
+_STATE_SUFFIXES = _SUFFIXES | {".pkl"}
 _INDEX = ".index.json"
 
 
@@ -74,7 +80,13 @@ def _open(path: Path) -> Checkpoint:
     group = _group_of_folder(path, notes) if path.is_dir() else _group_of_file(path, notes)
     formats: set[str] = set()
     metadata: dict[str, str] = {}
-    read = _read_all(group.files, formats, metadata, notes)
+    files = group.files
+    if files[0].name == dcp.NAME:
+        formats.add(dcp.FORMAT)
+        tree, files = dcp.read_dcp(files[0], notes)
+        read: list[Any] = [tree]
+    else:
+        read = _read_all(files, formats, metadata, notes)
     if len(formats) > 1:
         raise input_error(f"the files of {group.name} have different formats: {', '.join(sorted(formats))}", str(path))
     trees = tuple(read) if group.ranks or len(read) == 1 else (_join(group, read),)
@@ -84,7 +96,7 @@ def _open(path: Path) -> Checkpoint:
     return Checkpoint(
         path=_absolute(path),
         format=formats.pop(),
-        files=tuple(_absolute(file) for file in group.files),
+        files=tuple(_absolute(file) for file in files),
         trees=trees,
         sidecars=find_sidecars(folder, group.files[0].stem),
         tokenizers=find_tokenizers(folder),
@@ -153,7 +165,10 @@ def _group_of_file(path: Path, notes: list[str]) -> _Group:
     siblings = sorted(file for file in path.parent.iterdir() if file.is_file())
     shard = _SHARD.fullmatch(path.name)
     group = _Group(path.name, (path,))
-    if _RANK.fullmatch(path.name):
+    if path.name == dcp.NAME or path.suffix == dcp.SUFFIX:
+        group = _distributed(path.parent)
+        notes.append(f"{path.name} is one of the files of a {dcp.FORMAT} folder: all of them were read")
+    elif _RANK.fullmatch(path.name):
         group = _ranked([file for file in siblings if _RANK.fullmatch(file.name)])
     elif shard:
         indices = [file for file in siblings if file.name.endswith(_INDEX)]
@@ -175,15 +190,15 @@ def _same_set(files: list[Path], shard: re.Match[str]) -> list[Path]:
 
 def _group_of_folder(path: Path, notes: list[str]) -> _Group:
     files = sorted(file for file in path.iterdir() if file.is_file())
-    if any(file.name == ".metadata" or file.suffix == ".distcp" for file in files):
-        raise input_error(
-            "this folder is a torch.distributed.checkpoint, which is not supported yet",
-            str(path),
-            "turn it into one file: python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE.pt",
-        )
-    beside = [file.name for file in files if file.suffix in _SUFFIXES and _NOT_WEIGHTS.match(file.name)]
+    pieces = [file for file in files if file.suffix == dcp.SUFFIX]
+    distributed = pieces or any(file.name == dcp.NAME for file in files)
+    if distributed:
+        files = [file for file in files if file not in pieces and file.name not in dcp.BESIDE]
+    beside = [file.name for file in files if file.suffix in _STATE_SUFFIXES and _NOT_WEIGHTS.match(file.name)]
+    beside += optimizer_states([file.name for file in files], str(path))
     notes.extend(f"{name}: not touched (training state, by its name)" for name in beside)
     groups = _gather([file for file in files if file.name not in beside and not file.name.startswith(".")])
+    groups += [_distributed(path)] if distributed else []
     if len(groups) == 1:
         return groups[0]
     if groups:
@@ -195,6 +210,18 @@ def _group_of_folder(path: Path, notes: list[str]) -> _Group:
     below = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
     hint = f"; it has the folders {', '.join(below[:8])}" if below else ""
     raise input_error(f"this folder holds no checkpoint{hint}", str(path), "give the file or folder with the weights")
+
+
+def _distributed(folder: Path) -> _Group:
+    """A folder of torch.distributed.checkpoint, which is read by its list."""
+    if not (folder / dcp.NAME).is_file():
+        raise input_error(
+            f"this folder has {dcp.SUFFIX} files, but not {dcp.NAME}, which says what is where in them",
+            str(folder),
+            f"copy the folder again (names that begin with a dot are easily left out); without {dcp.NAME} the save"
+            " was never finished",
+        )
+    return _Group(dcp.NAME, (folder / dcp.NAME,))
 
 
 def _gather(files: list[Path]) -> list[_Group]:

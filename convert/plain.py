@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -112,6 +113,17 @@ def describe(value: Any) -> Any:
 def is_tensor(value: Any) -> bool:
     """Whether a leaf stands for a tensor, readable or not; a numpy array counts unless it is 0-d."""
     return isinstance(value, (TensorInfo, Unreadable)) or (isinstance(value, NumpyArray) and bool(value.shape))
+
+
+_TRAINING = re.compile(
+    r"(optim|opt_state|lr_sched|sched|scaler|grad_scaler|rng|random_state|callbacks|loops|dataloader)"
+)
+
+
+def is_training(key: object) -> bool:
+    """Whether a key names training state. A dotted key is a tensor's name, whatever its first part is called."""
+    text = key_text(key)
+    return "." not in text and _TRAINING.match(text) is not None
 
 
 _COUNTS: ContextVar[dict[int, int] | None] = ContextVar("_COUNTS", default=None)

@@ -23,6 +23,7 @@ from ..mappings.scratch import Scratch
 from ..mappings.tensors import ITEMSIZE, Shape, TensorInfo
 from ..mappings.turning import copy_turned
 from .file_cache import Calls
+from .pieces import joined
 
 _CALL = 64 << 10
 """Bytes that are copied from the file cache in the time that one more system call takes (5 µs): what decides between
@@ -56,6 +57,8 @@ class Files:
         raw = raw_dtype(info.dtype)
         if info.numel == 0:
             return Lazy.of(np.zeros(info.shape, raw), info.dtype)
+        if info.pieces:
+            return joined(info, self.tensor)
         file = self._readable(info.file)
         check_end(info, file.size)
         strides = tuple(s * raw.itemsize for s in info.stride)

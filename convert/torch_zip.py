@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import input_error
+from ..mappings.tensors import TensorInfo
 from .inert import RefusedError
 from .unpickle import MAX_PICKLE, unpickle
 from .zip_directory import BadDirectoryError, Member, read_directory
@@ -22,6 +23,7 @@ _METHOD = struct.Struct(
     "<8xH16xHH"
 )  # of that header: how the member is stored, the lengths of its name and extra field
 _WINDOW = 1 << 13
+_KEPT = 1 << 13  # of a pickle's bytes and of pickles, beyond which none is kept to be told again
 _SHOWN = 80
 _RESAVE = "load it with torch.load where it was made, and save it again with torch.save"
 
@@ -33,22 +35,66 @@ def read_torch_zip(path: Path, notes: list[str] | None = None) -> Any:
     """
     file = os.path.abspath(path)  # noqa: PTH100 - Path.resolve would follow symlinks and lose the name of the file
     with path.open("rb") as stream:
-        try:
-            archive = _Archive(file, stream.fileno(), *_directory(stream.fileno(), file))
-            pickled = archive.pickled()
-        except RefusedError as problem:
-            raise input_error(problem.what, file, problem.do) from None
-        tree = unpickle(pickled, file, archive.locate)
-        _refuse_overlaps(archive.ranges, file)
-        if notes is not None:
-            notes.extend(archive.unused())
+        return read_zip_at(stream.fileno(), file, notes=notes)
+
+
+def read_zip_at(
+    descriptor: int, file: str, begin: int = 0, end: int | None = None, *, notes: list[str] | None = None
+) -> Any:
+    """The same for an open file of that absolute path, or for the bytes [begin, end) of it, outside of which nothing is
+    read. Positions count from the file's start."""
+    archive, pickled = _open(descriptor, file, begin, end)
+    tree = unpickle(pickled, file, archive.locate)
+    archive.finish(notes)
+    return tree
+
+
+class Records:
+    """Reads archives of one tensor each, of which a file may hold thousands.
+
+    Where two pickles are equal, what they describe differs in the place of its storage only, so each is obeyed once.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[bytes, tuple[TensorInfo, tuple[str, int, int], int]] = {}
+
+    def read(self, descriptor: int, file: str, begin: int, end: int, notes: list[str]) -> Any:
+        """What :func:`read_zip_at` gives, except that a tensor's storage may be named after another archive's."""
+        archive, pickled = _open(descriptor, file, begin, end)
+        places: list[tuple[tuple[str, int, int], int]] = []
+
+        def locate(*storage: Any) -> int:
+            places.append((storage, archive.locate(*storage)))
+            return places[-1][1]
+
+        if pickled in self._known:
+            tensor, storage, start = self._known[pickled]
+            try:
+                offset = tensor.offset + archive.locate(*storage) - start
+            except RefusedError as problem:
+                raise input_error(problem.what, file, problem.do) from None
+            tree: Any = TensorInfo("", tensor.shape, tensor.dtype, file, offset, tensor.stride, tensor.storage)
+        else:
+            tree = unpickle(pickled, file, locate)
+            if isinstance(tree, TensorInfo) and len(places) == 1 and len(pickled) + len(self._known) < _KEPT:
+                self._known[pickled] = (tree, *places[0])
+        archive.finish(notes)
         return tree
 
 
-def _directory(descriptor: int, file: str) -> tuple[str, dict[str, Member], int]:
+def _open(descriptor: int, file: str, begin: int, end: int | None) -> tuple[_Archive, bytes]:
+    """An archive, and its pickle."""
+    try:
+        archive = _Archive(file, descriptor, begin, *_directory(descriptor, file, begin, end))
+        return archive, archive.pickled()
+    except RefusedError as problem:
+        raise input_error(problem.what, file, problem.do) from None
+
+
+def _directory(descriptor: int, file: str, begin: int, stop: int | None) -> tuple[str, dict[str, Member], int]:
     """Root folder, members by full name, and where the members' bytes must end."""
     try:
-        found, end = read_directory(descriptor)
+        found, end = read_directory(descriptor, begin, stop)
     except (BadDirectoryError, OSError) as error:
         raise input_error(
             f"this zip archive can't be read ({error}); the file is probably cut short",
@@ -94,6 +140,7 @@ class _Archive:
 
     file: str
     descriptor: int
+    begin: int
     root: str
     members: dict[str, Member]
     end: int
@@ -132,6 +179,12 @@ class _Archive:
             )
         return self._start(member, found)
 
+    def finish(self, notes: list[str] | None) -> None:
+        """Refuse records that overlap, and note those that nothing asked for."""
+        _refuse_overlaps(self.ranges, self.file)
+        if notes is not None:
+            notes.extend(self.unused())
+
     def unused(self) -> Iterator[str]:
         """A sentence about the records under data/ that were not asked for. torch.save writes none such."""
         asked = {member for _, _, member in self.ranges}
@@ -163,7 +216,7 @@ class _Archive:
                 f"{member} is compressed or encrypted; torch.save stores its members as they are",
                 f"somebody packed this archive anew; {_RESAVE}",
             )
-        if not 0 <= offset < self.end:
+        if not self.begin <= offset < self.end:
             raise RefusedError(f"{member} lies outside the archive", "copy the file again")
         header = self._bytes(offset, _LOCAL_HEADER.size + len(name))
         if len(header) < _LOCAL_HEADER.size or header[:4] != b"PK\x03\x04":

@@ -37,14 +37,14 @@ class Member(NamedTuple):
     offset: int
 
 
-def read_directory(descriptor: int) -> tuple[list[tuple[str, Member]], int]:
-    """All members in the directory's order, each with its name, and where the directory starts. Raises
-    BadDirectoryError."""
+def read_directory(descriptor: int, begin: int = 0, end: int | None = None) -> tuple[list[tuple[str, Member]], int]:
+    """All members in the directory's order, each with its name, and where the directory starts; positions count from
+    the file's start. The archive is the file, or the bytes [begin, end) of it. Raises BadDirectoryError."""
     total = os.fstat(descriptor).st_size
-    at, size, offset = _end_record(descriptor, total)
+    at, size, offset = _end_record(descriptor, begin, total if end is None else min(end, total))
     start = at - size
     shift = start - offset  # what stands before the archive: positions in it are counted from its own start
-    if start < 0:
+    if start < begin:
         raise BadDirectoryError("Bad offset for central directory")
     if size > MAX_DIRECTORY:
         raise BadDirectoryError(f"a directory of {size:,} bytes")
@@ -63,31 +63,31 @@ def _read(descriptor: int, start: int, size: int) -> bytes:
     return b"".join(parts)
 
 
-def _end_record(descriptor: int, total: int) -> tuple[int, int, int]:
+def _end_record(descriptor: int, begin: int, total: int) -> tuple[int, int, int]:
     """Where the directory must end, its size, and its position by the archive's own count."""
-    at, record = _find_end(descriptor, total)
+    at, record = _find_end(descriptor, begin, total)
     _, _, _, _, _, size, offset, _ = _END.unpack(record)
-    locator = _read(descriptor, at - _LOCATOR64.size, _LOCATOR64.size) if at >= _LOCATOR64.size else b""
+    locator = _read(descriptor, at - _LOCATOR64.size, _LOCATOR64.size) if at >= begin + _LOCATOR64.size else b""
     if locator[:4] != b"PK\x06\x07":
         return at, size, offset
     _, disk, _, disks = _LOCATOR64.unpack(locator)
     if disk != 0 or disks > 1:
         raise BadDirectoryError("zipfiles that span multiple disks are not supported")
     at64 = at - _LOCATOR64.size - _END64.size
-    record64 = _read(descriptor, at64, _END64.size) if at64 >= 0 else b""
+    record64 = _read(descriptor, at64, _END64.size) if at64 >= begin else b""
     if record64[:4] != b"PK\x06\x06":
         return at, size, offset
     *_, size, offset = _END64.unpack(record64)
     return at64, size, offset
 
 
-def _find_end(descriptor: int, total: int) -> tuple[int, bytes]:
+def _find_end(descriptor: int, begin: int, total: int) -> tuple[int, bytes]:
     """The record that ends every archive and its position: behind it may stand a comment of up to 64 KiB."""
     at = total - _END.size
-    record = _read(descriptor, at, _END.size) if at >= 0 else b""
+    record = _read(descriptor, at, _END.size) if at >= begin else b""
     if record[:4] == b"PK\x05\x06" and record[-2:] == b"\0\0":
         return at, record
-    before = max(at - (1 << 16), 0)
+    before = max(at - (1 << 16), begin)
     tail = _read(descriptor, before, total - before)
     found = tail.rfind(b"PK\x05\x06")
     record = tail[found : found + _END.size]

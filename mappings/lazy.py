@@ -51,17 +51,22 @@ class Joined(Node):
         if axis != self.axis:
             moved = self.axis + (len(sizes) - 1 if axis < self.axis else 0)
             return Joined(moved, tuple(p.unflatten(axis, sizes) for p in self.parts))
-        inner = math.prod(sizes[1:])
-        if any(p.shape[axis] % inner for p in self.parts):  # a boundary inside a block: only values can be split
-            shape = (*self.shape[:axis], *sizes, *self.shape[axis + 1 :])
-            return Strided(np.ascontiguousarray(self.read()).reshape(shape))
-        parts = (p.unflatten(axis, (p.shape[axis] // inner, *sizes[1:])) for p in self.parts)
-        return Joined(axis, tuple(parts))
+        inner, parts = math.prod(sizes[1:]), self.parts
+        if any(p.shape[axis] % inner for p in parts):
+            ends = itertools.accumulate((p.shape[axis] for p in parts), initial=0)
+            edges = sorted({edge for end in ends for edge in (end // inner * inner, -(-end // inner) * inner)})
+            parts = tuple(self._part(*edge) for edge in itertools.pairwise(edges))
+        return Joined(axis, tuple(p.unflatten(axis, (p.shape[axis] // inner, *sizes[1:])) for p in parts))
+
+    def _part(self, start: int, stop: int) -> Lazy:
+        """What lies between two places of the axis; its values, where a boundary in between keeps it from a split."""
+        held = self.slice(self.axis, start, stop)
+        return held.parts[0] if len(held.parts) == 1 else Lazy.of(held.read(), held.parts[0].dtype)
 
     def permute(self, order: Shape) -> Node:
         return Joined(order.index(self.axis), tuple(p.transpose(*order) for p in self.parts))
 
-    def slice(self, axis: int, start: int, stop: int) -> Node:
+    def slice(self, axis: int, start: int, stop: int) -> Joined:
         if axis != self.axis:
             return Joined(self.axis, tuple(p.slice(axis, start, stop) for p in self.parts))
         kept: list[Lazy] = []

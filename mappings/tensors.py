@@ -42,7 +42,8 @@ class TensorInfo:
 
     ``offset`` is the byte position in ``file`` of the element at index (0, 0, …); ``stride`` counts elements.
     ``storage`` is equal for tensors that share memory in the checkpoint (tied weights). ``raw`` is the path of
-    the tensor inside the file as its writer named it, wrapper and prefixes included.
+    the tensor inside the file as its writer named it, wrapper and prefixes included. A tensor that was saved in
+    ``pieces`` lies where they lie; ``file`` is then the one that lists them, and ``offset`` and ``stride`` say nothing.
     """
 
     name: str
@@ -54,6 +55,7 @@ class TensorInfo:
     storage: str
     rank: int = 0
     raw: str = field(default="", compare=False)
+    pieces: tuple[Piece, ...] = ()
 
     def __init__(
         self,
@@ -66,6 +68,7 @@ class TensorInfo:
         storage: str,
         rank: int = 0,
         raw: str = "",
+        pieces: tuple[Piece, ...] = (),
     ) -> None:
         # A frozen dataclass's own way, through object.__setattr__, takes three times as long, and there are two records
         # for each tensor. One by one, because then all records share one table of keys.
@@ -79,6 +82,7 @@ class TensorInfo:
         made["storage"] = storage
         made["rank"] = rank
         made["raw"] = raw
+        made["pieces"] = pieces
 
     @property
     def numel(self) -> int:
@@ -93,9 +97,21 @@ class TensorInfo:
     @property
     def contiguous(self) -> bool:
         """Whether the values lie in C order without gaps."""
-        return self.numel == 0 or all(
-            n == 1 or s == expected for n, s, expected in zip(self.shape, self.stride, dense(self.shape), strict=True)
+        return self.numel == 0 or (
+            not self.pieces
+            and all(
+                n == 1 or s == expected
+                for n, s, expected in zip(self.shape, self.stride, dense(self.shape), strict=True)
+            )
         )
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A block of a tensor that was saved on its own: the position in the tensor of its first element, and its place."""
+
+    at: Shape
+    info: TensorInfo
 
 
 def dense(shape: Shape) -> Shape:

@@ -25,7 +25,7 @@ from .fuzz import seeds, targets
 from .fuzz.inputs import fixed, held, mutated, pickles
 
 
-@pytest.mark.parametrize("name", ["torch_zip", "legacy", "safetensors", "inventory"])
+@pytest.mark.parametrize("name", ["torch_zip", "legacy", "safetensors", "dcp_metadata", "inventory"])
 def test_mutated_files(name: str, tmp_path: Path) -> None:
     accepted: list[bool] = []
 
@@ -38,7 +38,7 @@ def test_mutated_files(name: str, tmp_path: Path) -> None:
     assert 0 < accepted.count(True) < len(accepted)  # neither is all of it refused, nor is the damage without effect
 
 
-@pytest.mark.parametrize("name", ["torch_zip", "legacy", "safetensors", "mapping", "inventory"])
+@pytest.mark.parametrize("name", ["torch_zip", "legacy", "safetensors", "dcp_metadata", "mapping", "inventory"])
 def test_real_files_are_accepted_and_cut_ones_never_break_a_promise(name: str, tmp_path: Path) -> None:
     for data in seeds.seeds()[name]:
         assert name == "mapping" or held(name, data, tmp_path) is None or name == "inventory"

@@ -16,7 +16,15 @@ pytest.importorskip(
 )
 
 FUZZ = Path(__file__).parent / "fuzz"
-RUNS = {"unpickle": 6000, "torch_zip": 3000, "legacy": 3000, "safetensors": 6000, "mapping": 500, "inventory": 2000}
+RUNS = {
+    "unpickle": 6000,
+    "torch_zip": 3000,
+    "legacy": 3000,
+    "safetensors": 6000,
+    "dcp_metadata": 6000,
+    "mapping": 500,
+    "inventory": 2000,
+}
 PLANTED = """
 import sys
 sys.path.insert(0, sys.argv.pop(1))

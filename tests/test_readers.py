@@ -430,7 +430,7 @@ def test_other_refusals_of_paths(tmp_path: Path) -> None:
         archive.writestr("readme.txt", "hello")
     assert "not written by torch.save" in refusal(open_checkpoint, tmp_path / "x.pt")
     (tmp_path / ".metadata").write_bytes(b"\x80")
-    assert "not supported yet" in refusal(open_checkpoint, tmp_path)
+    assert "several checkpoints: x.pt, .metadata" in refusal(open_checkpoint, tmp_path)
 
 
 def test_a_folder_with_several_checkpoints_names_them(tmp_path: Path) -> None:
@@ -480,16 +480,108 @@ def test_the_meta_file_of_the_same_step(tmp_path: Path) -> None:
 
 def test_reading_imports_neither_torch_nor_numpy(tmp_path: Path) -> None:
     import torch
+    from torch.distributed import checkpoint as dcp
 
     save({"model": {"a.w": torch.zeros(2)}}, tmp_path / "zip.pt")
     save({"model": {"a.w": torch.zeros(2)}}, tmp_path / "old.pt", zipped=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save({"model": {"a.w": torch.zeros(2)}}, checkpoint_id=tmp_path / "dcp", no_dist=True)
     code = (
         "import sys; from pathlib import Path; from mdl.convert.open import open_checkpoint; "
         "from mdl.convert.inventory import take_inventory\n"
         "for p in sys.argv[1:]: assert set(take_inventory(open_checkpoint(Path(p))).tensors) == {'a.w'}\n"
         "assert not {'torch', 'numpy', 'transformers', 'vllm'} & set(sys.modules)"
     )
-    command = [sys.executable, "-c", code, str(tmp_path / "zip.pt"), str(tmp_path / "old.pt")]
+    command = [sys.executable, "-c", code, *(str(tmp_path / name) for name in ("zip.pt", "old.pt", "dcp"))]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
 
     assert done.returncode == 0, done.stderr
+
+
+def test_a_checkpoint_as_lightning_lays_it_out(tmp_path: Path) -> None:
+    """The keys are those of the dump_checkpoint of its trainer's checkpoint connector."""
+    import torch
+
+    from mdl.convert.inventory import take_inventory
+
+    weights = {"model._orig_mod.h.0.w": torch.ones(2, 3), "model._orig_mod.norm.w": torch.ones(3)}
+    callback = "ModelCheckpoint{'monitor': None, 'mode': 'min', 'every_n_train_steps': 0}"
+    tree = {
+        "epoch": 2,
+        "global_step": 30,
+        "pytorch-lightning_version": "2.5.1",
+        "state_dict": collections.OrderedDict(weights),
+        "loops": {"fit_loop": {"state_dict": {}, "epoch_progress": {"total": {"ready": 2}}}},
+        "callbacks": {callback: {"best_model_score": torch.tensor(1.5), "best_model_path": ""}},
+        "optimizer_states": [{"state": {0: {"exp_avg": torch.zeros(2, 3)}}, "param_groups": [{"lr": 1e-3}]}],
+        "lr_schedulers": [],
+        "MixedPrecision": {"scale": 65536.0},
+        "hparams_name": "kwargs",
+        "hyper_parameters": {"n_layer": 1, "config": Config(), "lr": 1e-3},
+    }
+    found = take_inventory(open_checkpoint(save(tree, tmp_path / "epoch=2-step=30.ckpt")))
+
+    assert list(found.tensors) == ["h.0.w", "norm.w"]
+    assert found.wrapper == ("state_dict",)
+    assert found.extras["hyper_parameters"]["n_layer"] == 1
+    untouched = {note.partition(":")[0] for note in found.notes if "not touched (training state)" in note}
+    assert untouched == {"loops", "callbacks", "optimizer_states", "lr_schedulers"}
+
+
+def test_a_folder_as_accelerate_lays_it_out(tmp_path: Path) -> None:
+    import numpy as np
+    import torch
+    from safetensors.torch import save_file
+
+    save_file({"h.0.w": torch.ones(2, 3), "norm.w": torch.ones(3)}, tmp_path / "model.safetensors")
+    save({"state": {0: {"exp_avg": torch.zeros(2, 3)}}}, tmp_path / "optimizer.bin")
+    for name in ("scheduler.bin", "sampler.bin", "scaler.pt", "custom_checkpoint_0.pkl"):
+        save({"last_epoch": 3}, tmp_path / name)
+    save({"numpy_random_seed": np.random.get_state(), "step": 3}, tmp_path / "random_states_0.pkl")
+    found = open_checkpoint(tmp_path)
+
+    assert [Path(file).name for file in found.files] == ["model.safetensors"]
+    assert len([note for note in found.notes if "not touched (training state, by its name)" in note]) == 6
+
+
+def test_weights_beside_their_ema_are_a_question(tmp_path: Path) -> None:
+    import torch
+
+    from mdl.convert.inventory import take_inventory
+
+    tree = {"state_dict": {"a.w": torch.ones(2)}, "ema_state_dict": {"a.w": torch.zeros(2)}, "epoch": 1}
+    checkpoint = open_checkpoint(save(tree, tmp_path / "x.ckpt"))
+    choices = "--weights state_dict (1 tensors); --weights ema_state_dict (1 tensors)"
+    assert choices in refusal(take_inventory, checkpoint)
+    assert take_inventory(checkpoint, weights="ema_state_dict").wrapper == ("ema_state_dict",)
+
+
+def test_deepspeed_opens_where_weights_are_whole_and_says_how_to_gather_others(tmp_path: Path) -> None:
+    import torch
+
+    one, three, two = (tmp_path / name for name in ("zero1", "zero3", "parallel"))
+    for folder in (one, three, two):
+        folder.mkdir()
+    model = {"module": {"a.w": torch.ones(2), "b.w": torch.ones(3)}, "ds_config": {}, "global_steps": 3}
+    save(model, one / "mp_rank_00_model_states.pt")
+    save({"optimizer_state_dict": {}}, one / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt")
+    for rank in (0, 1):
+        save(model, two / f"mp_rank_0{rank}_model_states.pt")
+        save(model, three / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt")
+        save({}, three / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+
+    assert [Path(file).name for file in open_checkpoint(one).files] == ["mp_rank_00_model_states.pt"]
+    assert "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt: not touched" in open_checkpoint(one).notes[0]
+    assert "python zero_to_fp32.py . OUT" in refusal(open_checkpoint, three)
+    assert "2 processes shared" in refusal(open_checkpoint, two)
+
+
+@pytest.mark.parametrize("name", ["_fsdp_wrapped_module._flat_param", "h.0._fsdp_wrapped_module.flat_param_1"])
+def test_flat_parameters_of_fsdp_are_told(name: str, tmp_path: Path) -> None:
+    import torch
+
+    from mdl.convert.inventory import take_inventory
+
+    path = save({"model": {name: torch.ones(9), "norm.w": torch.ones(2)}}, tmp_path / "x.pt")
+    assert "FULL_STATE_DICT" in refusal(take_inventory, open_checkpoint(path))

@@ -8,7 +8,19 @@ from pathlib import Path
 
 import pytest
 
-from mdl.convert import beside, inert, inventory, pickle_globals, plain, safetensors_file, unpickle, vet
+from mdl.convert import (
+    beside,
+    dcp,
+    dcp_metadata,
+    inert,
+    inventory,
+    pickle_globals,
+    pieces,
+    plain,
+    safetensors_file,
+    unpickle,
+    vet,
+)
 from mdl.mappings.tensors import MAX_DIMS
 
 ROOT = Path(__file__).parent.parent
@@ -155,6 +167,8 @@ def test_the_bounds_are_those_in_the_page() -> None:
         f"{inventory.MAX_VISITED:,} entries in them",
         f"{inventory.MAX_NAME:,} characters of a tensor's name",
         f"{plain.MAX_VALUES:,} values in a setting, {plain.MAX_DEPTH} of them within each other",
+        f"straight cuts within each other up to {pieces.MAX_CUTS} deep, {dcp_metadata.MAX_PATH} tables around a tensor",
+        f"{dcp.MAX_OBJECT >> 20} MiB for an object that is no tensor",
         f"{beside.MAX_JSON >> 20} MiB of JSON",
         f"{beside.MAX_YAML >> 10} KiB of YAML",
     ):

@@ -12,13 +12,13 @@ if not __package__:  # run by hand
     sys.path.insert(0, str(Path(__file__).parents[1]))
     __package__ = "attacks"  # Python's own name, which relative imports go by
 
-from . import bombs, calls, lies, odd
+from . import bombs, calls, distributed, lies, odd
 from .case import Case
 
 
 def all_cases() -> list[Case]:
     """Every case once, in a fixed order."""
-    found = [case for part in (calls, bombs, lies, odd) for case in part.cases()]
+    found = [case for part in (calls, bombs, distributed, lies, odd) for case in part.cases()]
     assert len({case.name for case in found}) == len(found)
     return found
 

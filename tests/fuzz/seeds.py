@@ -35,6 +35,8 @@ WORDS = (
     b"cnumpy.core.multiarray\n_reconstruct\n",
     b"cfoo\nBar\n",
     b"cos\nsystem\n",
+    b"ctorch.distributed.checkpoint.metadata\nChunkStorageMetadata\n",
+    b"relative_path",
     b"X\x07\x00\x00\x00storage",
     b"\x80\x02",
     b"PK\x03\x04",
@@ -89,6 +91,27 @@ def _safetensors() -> list[bytes]:
     return [save(two, metadata={"format": "pt"}), save({"model.w": torch.zeros(0, 4)}), save({"x": torch.ones(1)})]
 
 
+def _metadata() -> list[bytes]:
+    """Lists of torch.distributed.checkpoint: a whole tensor, one in four pieces, an object, and keys."""
+    import torch
+    from torch.distributed.checkpoint import filesystem, metadata
+
+    size = torch.Size
+    boxes = [(size((0, 0)), size((2, 2))), (size((2, 0)), size((1, 2))), (size((0, 2)), size((3, 1)))]
+    kind = metadata.TensorProperties(dtype=torch.bfloat16)
+    whole = metadata.TensorStorageMetadata(kind, size((2,)), [metadata.ChunkStorageMetadata(size((0,)), size((2,)))])
+    cut = metadata.TensorStorageMetadata(kind, size((3, 3)), [metadata.ChunkStorageMetadata(*box) for box in boxes])
+    listed = {"model.a": whole, "model.b": cut, "step": metadata.BytesStorageMetadata()}
+    keys = [("model.a", size((0,))), *(("model.b", at) for at, _ in boxes), ("step", None)]
+    places = {
+        metadata.MetadataIndex(*key): filesystem._StorageInfo("__0_0.distcp", 900 * k, 900)
+        for k, key in enumerate(keys)
+    }
+    paths = {"model.a": ("model", "a"), "model.b": ("model", "b"), "step": ("step",)}
+    made = [metadata.Metadata(listed, paths, places), metadata.Metadata(listed, None, places, version="1.0.0")]
+    return [pickle.dumps(one, protocol) for one in made for protocol in (2, 4)]
+
+
 def _data_pkl(archive: bytes) -> bytes:
     with zipfile.ZipFile(io.BytesIO(archive)) as opened:
         return opened.read(next(name for name in opened.namelist() if name.endswith("/data.pkl")))
@@ -109,6 +132,7 @@ def seeds() -> dict[str, list[bytes]]:
         "legacy": streams,
         "safetensors": files,
         "mapping": [path.read_bytes() for path in sorted(mappings)],
+        "dcp_metadata": _metadata(),
         "inventory": archives + streams + files,
     }
 

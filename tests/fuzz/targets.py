@@ -17,10 +17,12 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from mdl.convert import open as opening
+from mdl.convert.dcp_metadata import read_metadata
 from mdl.convert.inert import RefusedError, Stub
 from mdl.convert.inventory import take_inventory
 from mdl.convert.legacy import read_legacy
@@ -71,6 +73,15 @@ def _file(read: Callable[[Path], Any]) -> Callable[[bytes, Path], tuple[Any, int
     return lambda data, path: (read(path), len(data))
 
 
+def _metadata(path: Path) -> Any:
+    entries = read_metadata(path, str(path))
+    for entry in entries:
+        held = sum(prod(b - a for a, b in zip(c.box.start, c.box.stop, strict=True)) for c in entry.chunks)
+        if entry.shape is not None and (held != prod(entry.shape) or any(c.place.begin < 0 for c in entry.chunks)):
+            raise BrokenPromise(f"pieces that are not the tensor: {entry}")
+    return [(entry.name, entry.path) for entry in entries]
+
+
 def _inventory(path: Path) -> Any:
     inventory = take_inventory(opening.open_checkpoint(path))
     for found in inventory.tensors.values():
@@ -98,6 +109,7 @@ TARGETS = {
     "torch_zip": Target(_file(read_torch_zip)),
     "legacy": Target(_file(read_legacy)),
     "safetensors": Target(_file(read_safetensors)),
+    "dcp_metadata": Target(_file(_metadata)),
     "mapping": Target(_mapping, compiles=True),
     "inventory": Target(_file(_inventory)),
 }
