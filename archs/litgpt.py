@@ -15,6 +15,12 @@ from .classes.litgpt import choose, flags, hf_config
 _H = "transformer.h.0"
 _MISSING = "litgpt writes it to model_config.yaml, which does not lie beside the weights: put it there"
 
+_DECIDE = (
+    *("heads", "name", "norm", "mlp", "parallel_residual", "shared_attention_norm", "gelu_approximate", "rotary"),
+    *("scale_embeddings", "logit_softcap", "attention_softcap", "attention_scalar", "sliding_window"),
+    *("rope_local_theta", "rope_condense_ratio"),
+)
+
 
 def detect(inv: Inventory) -> list[str]:
     """litgpt's names: transformer.h.N.attn.qkv, or attn.attn before 0.5.5, beside transformer.wte and lm_head."""
@@ -40,11 +46,11 @@ def dims(m: Measure) -> None:
     _structure(m)
     _attention(m)
     _rotary(m)
-    if m["heads"] is None or m["mlp"] is None:
+    if any(m[name] is None for name in _DECIDE):
         return  # asked for already
     choose(m, _config(m.inventory) or {})
     for name, value in flags(m).items():
-        m.accept(name, value, f"for {m['target']}")
+        m.accept(name, value, f"what litgpt.yaml does for {m['target']}")
 
 
 def _field(

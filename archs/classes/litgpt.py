@@ -37,7 +37,7 @@ def choose(m: Measure, config: Mapping[str, Any]) -> None:
     if reason:
         do = "its fields say so; if they are wrong, mend model_config.yaml"
         m.problem(f"{name} describes it but for this: {reason}" if name else f"no class for this: {reason}", do=do)
-    m.accept("target", name, ", ".join(str(m[k]) for k in ("norm", "mlp")) + " and the fields below")
+    m.accept("target", name, ", ".join(str(m[k]) for k in ("norm", "mlp")) + " and the fields above")
 
 
 def _first(*cases: tuple[object, str]) -> str:
@@ -52,6 +52,10 @@ def _list(value: Value) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
+def _even(rotary: Value, size: Value) -> bool:
+    return isinstance(rotary, int) and isinstance(size, int) and 0 < rotary <= size and rotary % 2 == 0
+
+
 def _with_layernorm(m: Measure) -> tuple[str, str]:
     name = "Phi" if m["shared_attention_norm"] else "GPTNeoX"
     plain = m["attention_softcap"] or m["logit_softcap"] or m["scale_embeddings"] or m["norm_qk"] or _windowed(m)
@@ -60,6 +64,7 @@ def _with_layernorm(m: Measure) -> tuple[str, str]:
         (m["mlp"] != "GptNeoxMLP", f"LayerNorm with {m['mlp']} (as in StableLM)"),
         (not m["bias"] or not m["qkv_bias"], "matrices without biases (as in Falcon)"),
         (m["post_attention_norm"] or m["post_mlp_norm"] or not m["norm_1"], "norms in other places"),
+        (not _even(m["rotary"], m["head_dim"]), f"a rotation of {m['rotary']} of {m['head_dim']} channels"),
         (plain, "softcaps, scaled embeddings, normed q and k or windows"),
         (m["attention_scalar"] != m["head_dim"], "attention_scores_scalar"),
         (name == "Phi" and not m["parallel_residual"], "a shared norm without parallel_residual"),

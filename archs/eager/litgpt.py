@@ -60,12 +60,18 @@ def rotary_table(sizes: Sizes, length: int, *, local: bool) -> tuple[Tensor, Ten
     if sizes["rope_scaling"] == "linear" and not local:
         freqs = freqs / take(sizes, "rope_factor", float)
     elif sizes["rope_scaling"] == "llama3" and not local:
-        names = ("rope_factor", "rope_low_freq_factor", "rope_high_freq_factor")
-        freqs = stretched(
-            freqs, Scaling(*(take(sizes, n, float) for n in names), take(sizes, "rope_original_context", int))
-        )
+        freqs = stretched(freqs, _scaling(sizes))
     angles = torch.outer(torch.arange(length, dtype=torch.float32, device="cpu"), freqs)
     return angles.cos(), angles.sin()
+
+
+def _scaling(sizes: Sizes) -> Scaling:
+    return Scaling(
+        factor=take(sizes, "rope_factor", float),
+        low_freq_factor=take(sizes, "rope_low_freq_factor", float),
+        high_freq_factor=take(sizes, "rope_high_freq_factor", float),
+        original_context=take(sizes, "rope_original_context", int),
+    )
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

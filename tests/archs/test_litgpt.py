@@ -16,6 +16,7 @@ import torch
 import yaml
 
 from mdl.archs.eager.huggingface import Lifted
+from mdl.archs.registry import load_arch, mapping_path
 from mdl.convert.export import export
 from mdl.convert.prepare import Options, Prepared, prepare
 from mdl.convert.run import convert
@@ -201,6 +202,7 @@ def test_without_model_config_it_asks(tmp_path: Path) -> None:
     assert caught.value.kind is Kind.INPUT
     assert "model_config.yaml, which does not lie beside the weights: put it there" in said
     assert "pass --set n_head=VALUE" in said
+    assert "describes it" not in said  # before it knows
 
 
 def test_all_that_it_asks_for_can_be_given(tmp_path: Path) -> None:
@@ -223,6 +225,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "part of Llama 3's": ("llama", {"rope_adjustments": {"low_freq_factor": 1.0}}, "rope_factor is neither"),
     "two scalings": ("llama_31", {"rope_condense_ratio": 2}, "rope_condense_ratio 2.0 and rope_adjustments together"),
     "part of a head": ("llama", {"rotary_percentage": 0.5}, "Llama describes it but for this: a rotation of 16 of 32"),
+    "an odd number of channels": ("neox", {"rotary_percentage": 0.1}, "a rotation of 3 of 32 channels"),
     "latent attention": ("llama", {"latent_attention": {"q_lora_rank": 8}}, "multi-head latent attention"),
     "neighbouring pairs": ("llama", {"rope_interleave": True}, "rotation of neighbouring pairs"),
     "StableLM": ("neox", {"norm_class_name": "RMSNorm"}, "norm is 'LayerNorm' by the tensors"),
@@ -267,7 +270,7 @@ def test_gemma_with_a_head_of_its_own_is_refused(tmp_path: Path) -> None:
 
 
 def upstream() -> Any:
-    reason = "the original code is not here: pip install --no-deps litgpt (see requirements)"
+    reason = "litgpt's own code is not here: pip install --no-deps litgpt lightning lightning-utilities torchmetrics"
     for name in ("litgpt.utils", "litgpt.config", "litgpt.model"):
         pytest.importorskip(name, reason=reason, exc_type=ImportError)
     return importlib.import_module("litgpt")
@@ -314,3 +317,42 @@ def test_vllm_computes_what_litgpt_computes(row: str, old: bool, tmp_path: Path,
     report = verify(tmp_path / "out", Settings(), engine=engine)
 
     assert report.ok, [check for check in report.checks if check.ok is not True]
+
+
+_WRONG = """
+from dataclasses import replace
+
+from mdl.archs.litgpt import ARCH as RIGHT
+
+
+def hf_config(d):
+    config = RIGHT.hf_config(d)
+    config["rope_parameters"] |= {more}
+    return config
+
+
+ARCH = replace(RIGHT, name="wrong", hf_config=hf_config)
+"""
+WRONG: dict[str, tuple[str, bool, str, dict[str, float]]] = {
+    "old rows not regrouped": ("llama", True, "          - deinterleave_qkv: {heads: heads, kv_heads: kv_heads}\n", {}),
+    "new rows not regrouped": ("neox", False, "        ops: [{reorder_heads: {heads: 3*heads, groups: heads}}]\n", {}),
+    "another rotary share": ("neox", False, "", {"partial_rotary_factor": 0.5}),
+}
+"""Mistake → row, layout, what is taken out of the mapping, what is put into rope_parameters."""
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("mistake", WRONG)
+def test_a_mistake_in_this_family_s_own_files_is_noticed(mistake: str, tmp_path: Path, engine: Engine) -> None:
+    row, old, gone, more = WRONG[mistake]
+    mapping = Path(mapping_path(load_arch("litgpt"))).read_text()
+    assert gone in mapping
+    (tmp_path / "wrong.yaml").write_text(mapping.replace(gone, ""))
+    (tmp_path / "wrong.py").write_text(_WRONG.format(more=more))
+    options = Options(arch=str(tmp_path / "wrong.py"))
+    prepared = prepare(lit.checkpoint(tmp_path / "in", row, old=old), options)
+    convert(prepared, tmp_path / "out", options=options, tokenizer="none")
+
+    report = verify(tmp_path / "out", Settings(arch=str(tmp_path / "wrong.py")), engine=engine)
+
+    assert {check.name: check.ok for check in report.checks}["prefill"] is False
