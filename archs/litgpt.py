@@ -14,7 +14,7 @@ from .classes.litgpt import choose, flags, hf_config
 
 _H = "transformer.h.0"
 _MISSING = "litgpt writes it to model_config.yaml, which does not lie beside the weights: put it there"
-
+_SCALINGS = ("none", "linear", "llama3")
 _DECIDE = (
     *("heads", "name", "norm", "mlp", "parallel_residual", "shared_attention_norm", "gelu_approximate", "rotary"),
     *("scale_embeddings", "logit_softcap", "attention_softcap", "attention_scalar", "sliding_window"),
@@ -67,8 +67,7 @@ def _field(
     if config is None:
         return m.set(name, kind=kind, file=file, shape=shape, ask=_MISSING, choices=choices)
     if key in config and config[key] is None and shape is None:
-        m.accept(name, default, f"model_config.{key} is null")
-        m.unsettled(key)
+        m.accept(name, default, f"model_config.{key} is null", also=(key,))
         return m[name]
     reason = (default, f"model_config.yaml has no {key}: the default of litgpt's Config")
     return m.set(name, kind=kind, file=file, shape=shape, default=reason, choices=choices)
@@ -169,7 +168,8 @@ def _attention(m: Measure) -> None:
     _field(m, "attention_softcap", "attention_logit_softcapping", 0.0, float)
     window = _field(m, "sliding_window", "sliding_window_size", 0)
     given, because = _raw(m, "sliding_window_indices")
-    m.accept("sliding_layers", _indices(given, m["layers"], bool(window)), because)
+    layers = _indices(given, m["layers"], bool(window))
+    m.accept("sliding_layers", layers, because, also=("sliding_window_indices",))
 
 
 def _indices(given: Value, layers: Value, there: bool) -> Value:
@@ -189,35 +189,40 @@ def _rotary(m: Measure) -> None:
         m.accept("rotary", int(share * size), "rotary_percentage x head_dim, rounded down as litgpt does")
     local = _field(m, "rope_local_theta", "rope_local_base_freq", 0.0, float)
     given, because = _raw(m, "rope_indices")
-    m.accept("rope_local_layers", _indices(given, m["layers"], bool(local)), because)
+    m.accept("rope_local_layers", _indices(given, m["layers"], bool(local)), because, also=("rope_indices",))
     condense = _field(m, "rope_condense_ratio", "rope_condense_ratio", 1.0, float)
     given, because = _raw(m, "rope_adjustments")
     table = given if isinstance(given, dict) else {}
-    m.accept("rope_scaling", "none", because)
     if {"beta_fast", "beta_slow", "mscale", "mscale_all_dim"} & table.keys():
         _refuse_yarn(m)
-    elif table and condense != 1:
+    if table and condense != 1:
         m.problem(f"rope_condense_ratio {condense} and rope_adjustments together: no class of vLLM's has both")
-    elif {"low_freq_factor", "high_freq_factor"} & table.keys():
-        _llama3(m)
-    elif "factor" in table or condense != 1:
-        key = "rope_adjustments.factor" if "factor" in table else "rope_condense_ratio"
-        m.accept("rope_scaling", "linear", f"model_config.{key}")
-        m.set("rope_factor", kind=float, file=(f"model_config.{key}",))
+    kind = "linear" if "factor" in table or condense != 1 else "none"
+    kind = "llama3" if {"low_freq_factor", "high_freq_factor"} & table.keys() else kind
+    if _config(m.inventory) is None:
+        m.set("rope_scaling", kind=str, ask=_MISSING, choices=_SCALINGS)
+    else:
+        m.accept("rope_scaling", kind, because if table else "model_config.rope_condense_ratio")
+        if m["rope_scaling"] not in _SCALINGS:
+            m.problem(f"rope_scaling is {m['rope_scaling']}", do=f"it must be one of: {', '.join(_SCALINGS)}")
+    _scaled(m, "rope_adjustments.factor" if table else "rope_condense_ratio")
+
+
+def _scaled(m: Measure, factor: str) -> None:
+    if m["rope_scaling"] in ("linear", "llama3"):
+        m.set("rope_factor", kind=float, file=(f"model_config.{factor}",), ask="litgpt needs it as well")
+    if m["rope_scaling"] == "llama3":
+        for key in ("rope_low_freq_factor", "rope_high_freq_factor"):
+            file = f"model_config.rope_adjustments.{key.removeprefix('rope_')}"
+            m.set(key, kind=float, file=(file,), ask="litgpt needs it as well")
+        file = "model_config.rope_adjustments.original_max_seq_len"
+        m.set("rope_original_context", file=(file,), ask="litgpt needs it as well")
 
 
 def _refuse_yarn(m: Measure) -> None:
     """Measured on litgpt 0.5.13 against the paper's ramp (arXiv:2309.00071) in transformers."""
     what = "rope_adjustments are YaRN's, whose ramp is the wrong way round in litgpt: it stretches the fast rotations"
     m.problem(f"{what} and keeps the slow ones, and vLLM's YaRN does the opposite", do="no vLLM class computes that")
-
-
-def _llama3(m: Measure) -> None:
-    m.accept("rope_scaling", "llama3", "model_config.rope_adjustments has low_freq_factor or high_freq_factor")
-    for key in ("factor", "low_freq_factor", "high_freq_factor"):
-        m.set(f"rope_{key}", kind=float, file=(f"model_config.rope_adjustments.{key}",), ask="litgpt needs it as well")
-    key = "model_config.rope_adjustments.original_max_seq_len"
-    m.set("rope_original_context", file=(key,), ask="litgpt needs it as well")
 
 
 ARCH = Arch(

@@ -157,6 +157,15 @@ def test_sizes_and_fields_say_where_they_are_from(tmp_path: Path) -> None:
     }
 
 
+def test_a_field_that_is_null_in_the_file_can_be_given(tmp_path: Path) -> None:
+    source = lit.checkpoint(tmp_path / "in", "llama")
+
+    prepared = prepare(source, Options(given={"sliding_window_size": "24", "sliding_window_indices": "[1, 1]"}))
+
+    assert (prepared.target, prepared.config["sliding_window"]) == ("MistralForCausalLM", 24)
+    assert prepared.dims.entries["sliding_window"].because == "--set sliding_window_size=24"
+
+
 def test_fields_that_an_old_release_did_not_have_are_litgpt_s_defaults(tmp_path: Path) -> None:
     fields = lit.fields("llama")
     newer = ("norm_qk", "sliding_window_size", "rope_adjustments", "attention_logit_softcapping", "norm_1", "norm_2")
@@ -213,6 +222,7 @@ def test_all_that_it_asks_for_can_be_given(tmp_path: Path) -> None:
     given = {key: str(fields[key]) for key in asked}
     given |= dict.fromkeys(("sliding_window_size", "rope_local_base_freq", "attention_logit_softcapping"), "0")
     given |= {"norm_class_name": "RMSNorm", "final_logit_softcapping": "0", "attention_scores_scalar": "32"}
+    given |= {"rope_scaling": "none"}
 
     prepared = layout(folder, tmp_path / "out", **given)
 
