@@ -162,12 +162,16 @@ class Measure:
         self._entries[name] = found[0]
         return found[0].value
 
-    def accept(self, name: str, value: Value, because: str) -> None:
-        """Take a value of any kind from a file as it stands, unless the user overrules it (in JSON, or as text)."""
-        self._aliases[name] = name
+    def accept(self, name: str, value: Value, because: str, also: tuple[str, ...] = ()) -> None:
+        """Take a value of any kind from a file as it stands, unless the user overrules it (in JSON, or as text).
+
+        ``also`` are other names under which ``--set`` may give it.
+        """
+        self._aliases |= dict.fromkeys((name, *also), name)
         self._entries[name] = Dim(value, "file", because)
-        if name in self._given:
-            self._entries[name] = Dim(_json_or_text(self._given[name]), "user", f"--set {name}={self._given[name]}")
+        for key in (name, *also):
+            if key in self._given:
+                self._entries[name] = Dim(_json_or_text(self._given[key]), "user", f"--set {key}={self._given[key]}")
 
     def unsettled(self, *names: str) -> None:
         """Names of one dim that ``--set`` may give, although it can't be settled before something else is."""

@@ -41,12 +41,12 @@ def rotary_table(rotary: Rotary, length: int) -> tuple[Tensor, Tensor]:
     pairs = torch.arange(0, rotary.head_dim, 2, dtype=torch.float32, device="cpu")
     freqs = 1.0 / (rotary.theta ** (pairs / rotary.head_dim))
     if rotary.scaling is not None:
-        freqs = _stretched(freqs, rotary.scaling)
+        freqs = stretched(freqs, rotary.scaling)
     angles = torch.outer(torch.arange(length, dtype=torch.float32, device="cpu"), freqs)
     return angles.cos(), angles.sin()
 
 
-def _stretched(freqs: Tensor, scaling: Scaling) -> Tensor:
+def stretched(freqs: Tensor, scaling: Scaling) -> Tensor:
     low, high, context = scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_context
     waves = 2 * math.pi / freqs
     kept = (context / waves - low) / (high - low)
