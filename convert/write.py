@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
@@ -27,7 +28,7 @@ from .values_seen import Seen
 BLOCK = 1 << 20
 """Bytes handled at a time. Larger blocks leave the CPU's cache and gain nothing."""
 
-TURNED = 16 << 20
+TURNED = 32 << 20
 """Bytes of a matrix that is turned, handled at a time by all threads together."""
 
 CALL = 256 << 10
@@ -100,7 +101,8 @@ def _ended(pool: ThreadPoolExecutor) -> None:
 
 @dataclass
 class _Open:
-    """A weight file on its way: written under a name that no other run uses."""
+    """A weight file on its way: written under a name that no other run uses. ``busy`` threads write it, and ``todo``
+    nobody has taken yet."""
 
     shard: Shard
     work: Path
@@ -111,6 +113,8 @@ class _Open:
         self.path = self.work / f".{self.shard.file}.{os.getpid()}-{os.urandom(4).hex()}"
         self.head = self.shard.header()
         self.written: dict[str, Written] = {}
+        self.todo = deque(self.shard.entries)
+        self.busy = 0
         self.descriptor = -1
 
     def open(self) -> None:
@@ -148,7 +152,7 @@ class _Queue:
         self.stopped = False
         self.failed: BaseException | None = None
         self._files, self._turned, self._progress = files, turned, progress
-        self._todo = iter([(one, entry) for one in outputs for entry in one.shard.entries])
+        self._left = list(outputs)
         self._lock = threading.Lock()
 
     def run(self) -> None:
@@ -173,14 +177,22 @@ class _Queue:
                 output.path.unlink(missing_ok=True)
 
     def _take(self) -> tuple[_Open, Entry] | None:
+        """A tensor of the first file that the fewest threads write: the kernel lets one write a file at a time."""
         with self._lock:
-            job = None if self.stopped else next(self._todo, None)
-            if job is not None and job[0].descriptor < 0:
-                job[0].open()
-            return job
+            if self.stopped or not self._left:
+                return None
+            output = next((one for one in self._left if not one.busy), None) or min(self._left, key=lambda o: o.busy)
+            entry = output.todo.popleft()
+            if not output.todo:
+                self._left.remove(output)
+            if output.descriptor < 0:
+                output.open()
+            output.busy += 1
+            return output, entry
 
     def _last(self, output: _Open, written: Written) -> bool:
         with self._lock:
+            output.busy -= 1
             output.written[written.name] = written
             return len(output.written) == len(output.shard.entries)
 

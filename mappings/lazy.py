@@ -146,7 +146,7 @@ class Computed(Node):
 
     @property
     def turned(self) -> int:
-        return max(p.turned for p in self.parts)
+        return 2 * max(p.turned for p in self.parts)  # operands take memory beside the result
 
     def watched(self, note: Note) -> Node:
         parts = tuple(p.watched(note) for p in self.parts)
