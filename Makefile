@@ -23,10 +23,10 @@ LINUX := --python-platform x86_64-manylinux_2_28
 NO_VISION := --override requirements/overrides.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint check docs fuzz fuzzer lock clean
+.PHONY: help setup demo test lint check docs upstream fuzz fuzzer lock clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
 
 setup: $(READY) ## make .venv: vLLM for a CPU, the tools, and mdl itself, editable (2.5 GB)
 
@@ -57,6 +57,9 @@ lint: $(READY) ## ruff (rules and format) and pyright
 
 docs: $(READY) ## put what the program really prints into README.md and docs/ (minutes)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python docs/refresh.py
+
+upstream: $(READY) ## add litgpt, torchtune, mistral-inference and others to .venv, for the tests that run their code
+	$(UV) pip install --python $(BIN)/python --no-deps --requirement requirements/upstream.txt
 
 fuzzer: $(FUZZER)
 
