@@ -102,7 +102,7 @@ def convert_part(
 
     Raises MdlError: USAGE if ``out`` exists and holds something else, MACHINE if something else is being written there.
     """
-    begin = time.perf_counter()
+    begin, named = time.perf_counter(), str(out)
     out = real_place(out)
     request = requested(prepared, out, options=options, tokenizer=tokenizer, allow=allow, sync=sync)
     with tokenizer_made(request) as beside:
@@ -110,12 +110,12 @@ def convert_part(
     mine = part.share(agreement.shards)
     try:
         if agreement.is_made(out):
-            return _late(out, part, agreement, begin)
+            return replace(_late(out, part, agreement, begin), out=named)
         check_out(out, force)
         copied = _write(out, mine, agreement, request, workers, progress)
     except OSError as error:
         raise os_problem(error, out) from error
-    state = _state(out, part, mine, agreement, copied, begin)
+    state = replace(_state(out, part, mine, agreement, copied, begin), out=named)
     if state.missing:
         return state
     more = {"tokenizer": tokenizer, "max_shard_size": max_shard_size, "force": force, "allow": allow, "sync": sync}
@@ -124,7 +124,7 @@ def convert_part(
     except AlreadyMadeError:
         return state
     others = tuple(file for file in made.resumed if file not in state.files)
-    return replace(made, copied=copied, seconds=time.perf_counter() - begin, resumed=others)
+    return replace(made, out=named, copied=copied, seconds=time.perf_counter() - begin, resumed=others)
 
 
 def _late(out: Path, part: Part, agreement: Agreement, begin: float) -> Contributed:
