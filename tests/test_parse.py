@@ -45,7 +45,8 @@ def test_a_mapping_that_cannot_be_read(tmp_path: Path) -> None:
 def test_the_mappings_of_the_house_are_read(name: str) -> None:
     mapping = load_mapping(mapping_path(all_archs()[name]))
 
-    assert mapping.file.ranges == {"i": "layers"}
+    assert mapping.file.ranges["i"] == "layers"
+    assert set(mapping.file.ranges.values()) <= {"layers", "heads", "experts"}
 
 
 def test_positions_are_those_of_the_rules() -> None:
