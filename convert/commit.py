@@ -17,8 +17,7 @@ from ..errors import Kind, MdlError, input_error, machine_error, usage_error
 from ..mappings.ops import OpError
 from .agreement import Agreement
 from .locks import MANIFEST, Claim, claimed, replacing
-from .receipts import layout_in, receipt
-from .shards import Shard
+from .receipts import Written, layout_in, receipt
 
 Say = Callable[[str], None]
 """Told, in a sentence, what a run that fails leaves behind."""
@@ -110,7 +109,7 @@ def _commit(out: Path, claim: Claim, agreement: Agreement, sync: bool, say: Say)
         if sync:
             flush(out.parent)
     except BaseException as error:
-        kept = [] if _is_final(error) else finished(work, agreement)
+        kept = {} if _is_final(error) else finished(work, agreement)
         if not kept:
             shutil.rmtree(work, ignore_errors=True)
         else:
@@ -162,11 +161,11 @@ def _is_final(error: BaseException) -> bool:
     return isinstance(error, OpError) or (isinstance(error, MdlError) and error.kind is Kind.INPUT)
 
 
-def finished(work: Path, agreement: Agreement) -> list[Shard]:
-    """The weight files that an earlier run left whole, by their receipts."""
-    layout = layout_in(work)
-    there = [one for one in agreement.shards if _is_plain(layout / one.file)]
-    return [one for one in there if receipt(work, one) is not None]
+def finished(work: Path, agreement: Agreement) -> dict[str, list[Written]]:
+    """The weight files that earlier runs left whole, by name, with what their receipts say."""
+    plain = (shard for shard in agreement.shards if _is_plain(layout_in(work) / shard.file))
+    found = {shard.file: receipt(work, shard) for shard in plain}
+    return {file: written for file, written in found.items() if written is not None}
 
 
 def _is_plain(path: Path) -> bool:
@@ -174,7 +173,8 @@ def _is_plain(path: Path) -> bool:
 
 
 def _kept_bytes(work: Path, agreement: Agreement) -> int:
-    return sum(shard.nbytes for shard in finished(work, agreement))
+    there = finished(work, agreement)
+    return sum(shard.nbytes for shard in agreement.shards if shard.file in there)
 
 
 def work_path(out: Path) -> Path:

@@ -19,6 +19,7 @@ from ..errors import MdlError, machine_error, usage_error
 from .agreement import Agreement, agree
 from .commit import (
     AlreadyMadeError,
+    Terms,
     begin_work,
     check_out,
     check_room,
@@ -33,8 +34,8 @@ from .commit import (
 from .finish import Request, pair_up, tokenizer_made
 from .locks import claimed, shared
 from .prepare import Options, Prepared
-from .receipts import Written, holds, receipt
-from .run import SLACK, WORKERS, Converted, convert, requested, threads
+from .receipts import holds
+from .run import SLACK, WORKERS, Converted, Writer, carry_out, requested, threads
 from .shards import Shard, assign
 from .values_judged import STRICT, Allow, judge
 from .write import Progress
@@ -105,24 +106,25 @@ def convert_part(
     begin, named = time.perf_counter(), str(out)
     out = real_place(out)
     request = requested(prepared, out, options=options, tokenizer=tokenizer, allow=allow, sync=sync)
+    writer = threads(prepared, workers, sync=sync)
     with tokenizer_made(request) as beside:
         agreement = agree(prepared, assign(prepared.plan, max_shard_size), beside.digest)
-    mine = part.share(agreement.shards)
-    try:
-        if agreement.is_made(out):
-            return replace(_late(out, part, agreement, begin), out=named)
-        check_out(out, force)
-        copied = _write(out, mine, agreement, request, workers, progress)
-    except OSError as error:
-        raise os_problem(error, out) from error
-    state = replace(_state(out, part, mine, agreement, copied, begin), out=named)
-    if state.missing:
-        return state
-    more = {"tokenizer": tokenizer, "max_shard_size": max_shard_size, "force": force, "allow": allow, "sync": sync}
-    try:
-        made = convert(prepared, out, options=options, last=True, **more)  # type: ignore[arg-type]  # as they came
-    except AlreadyMadeError:
-        return state
+        mine = part.share(agreement.shards)
+        try:
+            if agreement.is_made(out):
+                return replace(_late(out, part, agreement, begin), out=named)
+            check_out(out, force)
+            copied = _write(out, mine, agreement, request, writer, progress)
+        except OSError as error:
+            raise os_problem(error, out) from error
+        state = replace(_state(out, part, mine, agreement, copied, begin), out=named)
+        if state.missing:
+            return state
+        terms = Terms(force=force, need=prepared.plan.nbytes + SLACK, sync=sync, last=True)
+        try:
+            made = carry_out(request, out, terms, agreement, beside, writer)
+        except AlreadyMadeError:
+            return state
     others = tuple(file for file in made.resumed if file not in state.files)
     return replace(made, out=named, copied=copied, seconds=time.perf_counter() - begin, resumed=others)
 
@@ -135,7 +137,7 @@ def _late(out: Path, part: Part, agreement: Agreement, begin: float) -> Contribu
 
 
 def _state(out: Path, part: Part, mine: list[Shard], agreement: Agreement, copied: int, begin: float) -> Contributed:
-    here = {shard.file for shard in finished(work_path(out), agreement)}
+    here = finished(work_path(out), agreement)
     missing = tuple(shard.file for shard in agreement.shards if shard.file not in here)
     if missing and agreement.is_made(out):  # asked last: another part may have made it in between
         missing = ()
@@ -144,7 +146,7 @@ def _state(out: Path, part: Part, mine: list[Shard], agreement: Agreement, copie
 
 
 def _write(
-    out: Path, mine: list[Shard], agreement: Agreement, request: Request, workers: int, progress: Progress
+    out: Path, mine: list[Shard], agreement: Agreement, request: Request, writer: Writer, progress: Progress
 ) -> int:
     """Write this part's files, but for those that are there and hold what their receipts say; how many bytes."""
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -153,12 +155,13 @@ def _write(
             return 0
         work = work_path(out)
         _join(work, agreement)
-        kept = {one.file: written for one in mine if (written := _intact(work, one)) is not None}
+        there = finished(work, agreement)
+        kept = {one.file: there[one.file] for one in mine if one.file in there and holds(work, one, there[one.file])}
         progress(sum(shard.nbytes for shard in mine if shard.file in kept))
         missing = [shard for shard in mine if shard.file not in kept]
         copied = sum(shard.nbytes for shard in missing)
         check_room(out, copied + SLACK)
-        written = {**kept, **threads(request.prepared, workers, sync=request.sync)(missing, work, progress)}
+        written = {**kept, **writer(missing, work, progress)}
         judge(((entry, one.values) for _, entry, one in pair_up(tuple(mine), written)), request.allow)
         return copied
 
@@ -179,8 +182,3 @@ def _join(work: Path, agreement: Agreement) -> None:
         what = "something else is being written here, or was: another checkpoint, another mdl, or with other options"
         do = f"give every part the same checkpoint and options; if nothing is running, remove {work.name}"
         raise machine_error(what, str(work), do)
-
-
-def _intact(work: Path, shard: Shard) -> list[Written] | None:
-    written = receipt(work, shard)
-    return written if written is not None and holds(work, shard, written) else None

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..mappings.jsonable import numbers_back, strict_loads, to_json
+from .check import hash_range
 from .shards import Shard
 from .values_seen import Values
 
@@ -69,8 +70,6 @@ def _revived(data: Mapping[str, Any]) -> Written:
 
 def holds(work: Path, shard: Shard, written: Iterable[Written]) -> bool:
     """Whether a file's bytes are still those that its receipt tells of."""
-    from .check import hash_range
-
     path, head = layout_in(work) / shard.file, shard.header()
     try:
         with path.open("rb") as file:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import usage_error
 from .agreement import Agreement, agree
 from .commit import Say, Terms, Workplace, committed, finished, flush
 from .file_cache import too_large
-from .finish import Request, choose_tokenizer, finish, tokenizer_made
+from .finish import Beside, Request, choose_tokenizer, finish, tokenizer_made
 from .manifest import Manifest
 from .prepare import Options, Prepared
-from .receipts import Written, holds, receipt
+from .receipts import Written, holds
 from .shards import Shard, assign
 from .stored import Files
 from .tokenizer import TokenizerInfo
@@ -60,7 +60,6 @@ def convert(
     workers: int = WORKERS,
     sync: bool = True,
     writer: Writer | None = None,
-    last: bool = False,
     progress: Progress = lambda _: None,
     say: Say = lambda _: None,
 ) -> Converted:
@@ -68,26 +67,43 @@ def convert(
 
     ``tokenizer`` is a path, ``none``, or None for "the one beside the checkpoint, if there is exactly one". ``allow``
     says which broken values may be written. ``workers`` threads copy; without ``sync``, a power cut may lose files that
-    seemed written. ``writer`` writes the weight files in place of those threads. With ``last``, this run ends the work
-    of several parts: what they finished is taken by its receipts, without hashing it again, and their locks are waited
-    for. ``progress`` is called with the bytes written since the last call, from any thread; ``say`` with what a run
-    that fails leaves for the next one.
+    seemed written. ``writer`` writes the weight files in place of those threads. ``progress`` is called with the bytes
+    written since the last call, from any thread; ``say`` with what a run that fails leaves for the next one.
     """
     begin = time.perf_counter()
     request = requested(prepared, out, options=options, tokenizer=tokenizer, allow=allow, sync=sync)
     writer = writer or threads(prepared, workers, sync=sync)
-    shards = assign(prepared.plan, max_shard_size)
-    terms = Terms(force=force, need=prepared.plan.nbytes + SLACK, sync=sync, last=last)
     with tokenizer_made(request) as beside:
-        agreement = agree(prepared, shards, beside.digest)
-        with committed(out, terms, agreement, say) as place:
-            kept = _kept(place, agreement, progress, trusted=last, sync=sync)
-            missing = [shard for shard in shards if shard.file not in kept]
-            written = {**kept, **writer(missing, place.work, progress)}
-            layout = finish(request, agreement, written, beside, place)
+        agreement = agree(prepared, assign(prepared.plan, max_shard_size), beside.digest)
+        terms = Terms(force=force, need=prepared.plan.nbytes + SLACK, sync=sync)
+        done = carry_out(request, out, terms, agreement, beside, writer, progress, say)
+    return replace(done, seconds=time.perf_counter() - begin)
+
+
+def carry_out(
+    request: Request,
+    out: Path,
+    terms: Terms,
+    agreement: Agreement,
+    beside: Beside,
+    writer: Writer,
+    progress: Progress = lambda _: None,
+    say: Say = lambda _: None,
+) -> Converted:
+    """Write what is not there yet, and make the layout. The last of several parts takes what the others finished by
+    its receipts, without hashing it again.
+
+    Raises MdlError, and AlreadyMadeError where another part was the last.
+    """
+    begin = time.perf_counter()
+    with committed(out, terms, agreement, say) as place:
+        kept = _kept(place, agreement, terms, progress)
+        missing = [shard for shard in agreement.shards if shard.file not in kept]
+        written = {**kept, **writer(missing, place.work, progress)}
+        layout = finish(request, agreement, written, beside, place)
     seconds = time.perf_counter() - begin
     copied = sum(shard.nbytes for shard in missing)
-    total = prepared.plan.nbytes
+    total = request.prepared.plan.nbytes
     return Converted(str(out), layout.manifest, beside.info, layout.files, total, copied, seconds, tuple(kept))
 
 
@@ -119,15 +135,14 @@ def _keep_source(files: tuple[str, ...], out: Path) -> None:
         raise usage_error("holds the checkpoint itself, which would be lost", str(out), "choose another name")
 
 
-def _kept(
-    place: Workplace, agreement: Agreement, progress: Progress, *, trusted: bool, sync: bool
-) -> dict[str, list[Written]]:
+def _kept(place: Workplace, agreement: Agreement, terms: Terms, progress: Progress) -> dict[str, list[Written]]:
     """The weight files that an earlier run finished and whose bytes still have their hashes."""
+    there = finished(place.work, agreement) if place.resumed else {}
     kept: dict[str, list[Written]] = {}
-    for shard in finished(place.work, agreement) if place.resumed else ():
-        written = receipt(place.work, shard)
-        if written is not None and (trusted or holds(place.work, shard, written)):
-            if sync:  # it may have been written by a run that did not wait for the disk
+    for shard in agreement.shards:
+        written = there.get(shard.file)
+        if written is not None and (terms.last or holds(place.work, shard, written)):
+            if terms.sync:  # it may have been written by a run that did not wait for the disk
                 flush(place.layout / shard.file)
             kept[shard.file] = written
             progress(shard.nbytes)

@@ -205,14 +205,14 @@ def test_two_last_parts_with_force_make_it_once(source: Path, place: Path, monke
 
     convert(prepare(source), place / "out", options=Options(), tokenizer="none")
     part(source, place / "out", "1/2", force=True)
-    real = parts.convert
+    real = parts.carry_out
 
     def after_another(*given: Any, **more: Any) -> Any:
-        monkeypatch.setattr(parts, "convert", real)
+        monkeypatch.setattr(parts, "carry_out", real)
         assert isinstance(part(source, place / "out", "1/2", force=True), Converted)
         return real(*given, **more)
 
-    monkeypatch.setattr(parts, "convert", after_another)
+    monkeypatch.setattr(parts, "carry_out", after_another)
     late = part(source, place / "out", "2/2", force=True)
 
     assert isinstance(late, Contributed)
