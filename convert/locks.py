@@ -14,11 +14,11 @@ import fcntl
 import os
 import socket
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import machine_error
+from ..errors import MdlError, machine_error
 
 MANIFEST = "mdl.json"
 _UNSUPPORTED = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EBADF}
@@ -40,7 +40,7 @@ def claimed(out: Path, patience: float = 0) -> Generator[Claim]:
     Raises MdlError (MACHINE) if another process has it for ``patience`` seconds, OSError if no file can be made there.
     """
     path = lock_path(out)
-    descriptor, certain = _take(path, out, time.monotonic() + patience)
+    descriptor, certain = _take(path, fcntl.LOCK_EX, patience, lambda who: _busy(who, out))
     try:
         if certain:
             os.ftruncate(descriptor, 0)
@@ -60,23 +60,15 @@ def shared(out: Path, patience: float = 60) -> Generator[None]:
 
     Raises MdlError (MACHINE) if a run has had ``out`` for itself for ``patience`` seconds, or without locks.
     """
-    path = lock_path(out)
-    until = time.monotonic() + patience
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            got = _lock(descriptor, fcntl.LOCK_SH)
-            if got is None:
-                what = "this file system has no locks, so parts can't tell which of them is the last"
-                raise machine_error(what, str(out.parent), "use --workers or --ray, or another file system")
-            if got and _is_at(descriptor, path):
-                yield
-                return
-        finally:
-            os.close(descriptor)
-        if not got and time.monotonic() > until:
-            raise machine_error("a run that writes all of it has it", str(out), "wait for that one")
-        time.sleep(0 if got else 0.1)
+    refusal = machine_error("a run that writes all of it has it", str(out), "wait for that one")
+    descriptor, certain = _take(lock_path(out), fcntl.LOCK_SH, patience, lambda _: refusal)
+    try:
+        if not certain:
+            what = "this file system has no locks, so parts can't tell which of them is the last"
+            raise machine_error(what, str(out.parent), "use --workers or --ray, or another file system")
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def lock_path(out: Path) -> Path:
@@ -84,19 +76,23 @@ def lock_path(out: Path) -> Path:
     return out.with_name(f"{out.name}.mdl-lock")
 
 
-def _take(path: Path, out: Path, until: float) -> tuple[int, bool]:
-    """Open and lock the file; again, if it was another run's last moment and the file is not the one on disk."""
+def _busy(who: str, out: Path) -> MdlError:
+    what = f"{who or 'another process'} is writing it at this moment"
+    return machine_error(what, str(out), "wait for it, or choose another")
+
+
+def _take(path: Path, kind: int, patience: float, refusal: Callable[[str], MdlError]) -> tuple[int, bool]:
+    """Open and lock the file, and whether locks exist; again, if it was another run's last moment and the file is not
+    the one on disk. After ``patience`` seconds raises what ``refusal`` makes of the words in the file."""
+    until = time.monotonic() + patience
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            got = _lock(descriptor, fcntl.LOCK_EX)
-            if got is None:
-                return descriptor, False
+            got = _lock(descriptor, kind)
+            if got is None or (got and _is_at(descriptor, path)):
+                return descriptor, got is not None
             if not got and time.monotonic() > until:
-                who = os.read(descriptor, 200).decode(errors="replace") or "another process"
-                raise machine_error(f"{who} is writing it at this moment", str(out), "wait for it, or choose another")
-            if got and _is_at(descriptor, path):
-                return descriptor, True
+                raise refusal(os.read(descriptor, 200).decode(errors="replace"))
         except BaseException:
             os.close(descriptor)
             raise
