@@ -132,10 +132,10 @@ class Stored(Node):
         steps = tuple(self.strides[axis] * math.prod(sizes[k + 1 :]) for k in range(len(sizes)))
         return replace(self, shape=_instead(self.shape, axis, sizes), strides=_instead(self.strides, axis, steps))
 
-    def permute(self, order: Shape) -> Node:
+    def permute(self, order: Shape) -> Stored:
         return replace(self, shape=tuple(self.shape[k] for k in order), strides=tuple(self.strides[k] for k in order))
 
-    def slice(self, axis: int, start: int, stop: int) -> Node:
+    def slice(self, axis: int, start: int, stop: int) -> Stored:
         shape = _instead(self.shape, axis, (max(stop - start, 0),))
         return replace(self, offset=self.offset + start * self.strides[axis], shape=shape)
 
@@ -155,7 +155,6 @@ class Stored(Node):
             return
         order = sorted(range(len(self.shape)), key=lambda k: -self.strides[k])
         natural = self.permute(tuple(order))
-        assert isinstance(natural, Stored)  # noqa: S101 - for the type checker
         if natural._contiguous() and order == sorted(order):
             self.file.read_into(out, self.offset)
         else:
@@ -208,7 +207,6 @@ def _copy_in_pieces(natural: Stored, out: Array, order: list[int]) -> None:
     for start in range(0, natural.shape[axis], rows):
         stop = min(start + rows, natural.shape[axis])
         piece = natural.slice(axis, start, stop)
-        assert isinstance(piece, Stored)  # noqa: S101 - for the type checker
         where = target[(slice(None),) * axis + (slice(start, stop),)]
         copy_turned(piece.gathered().transpose(back), where.transpose(back))
 
