@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from ..convert.manifest import NAME as MANIFEST
+from ..convert.receipts import write_at_once
 from ..mappings.jsonable import to_json
 
 NAME = "mdl-report.json"
@@ -120,9 +121,7 @@ def manifest_hash(layout: Path) -> str:
 def save_report(report: Report, layout: Path) -> Path:
     """Write the report into the layout, where `mdl serve` looks for it."""
     path = layout / NAME
-    scratch = path.with_name(NAME + ".partial")
-    scratch.write_text(report.to_json(), encoding="utf-8")
-    scratch.replace(path)
+    write_at_once(path, report.to_json(), sync=False)
     return path
 
 
