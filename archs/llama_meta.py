@@ -152,6 +152,17 @@ def hf_config(d: Dims) -> dict[str, Any]:
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
+        **decoder_config(d, rope),
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "mlp_bias": False,
+        "tie_word_embeddings": d["tied"],
+    }
+
+
+def decoder_config(d: Dims, rope: dict[str, Any]) -> dict[str, Any]:
+    """The sizes that the config.json of every class of Llama's shape holds, with these rope_parameters."""
+    return {
         "vocab_size": d["vocab"],
         "hidden_size": d["hidden"],
         "intermediate_size": d["ffn"],
@@ -163,10 +174,6 @@ def hf_config(d: Dims) -> dict[str, Any]:
         "max_position_embeddings": d["context"],
         "rms_norm_eps": d["norm_eps"],
         "rope_parameters": rope,
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "mlp_bias": False,
-        "tie_word_embeddings": d["tied"],
     }
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .base import Arch, Dims, Inventory, Measure, lookup
-from .llama_meta import meta_names, params_of
+from .llama_meta import decoder_config, meta_names, params_of
 
 _OWN = ("head_dim", "hidden_dim")
 """Keys that mistral-inference demands and Meta's params.json lacks; the tensors' names are the same."""
@@ -129,17 +129,7 @@ def hf_config(d: Dims) -> dict[str, Any]:
 def common_config(d: Dims) -> dict[str, Any]:
     """The fields that MistralForCausalLM and MixtralForCausalLM share."""
     return {
-        "vocab_size": d["vocab"],
-        "hidden_size": d["hidden"],
-        "intermediate_size": d["ffn"],
-        "num_hidden_layers": d["layers"],
-        "num_attention_heads": d["heads"],
-        "num_key_value_heads": d["kv_heads"],
-        "head_dim": d["head_dim"],
-        "hidden_act": "silu",
-        "max_position_embeddings": d["context"],
-        "rms_norm_eps": d["norm_eps"],
-        "rope_parameters": {"rope_type": "default", "rope_theta": d["rope_theta"]},
+        **decoder_config(d, {"rope_type": "default", "rope_theta": d["rope_theta"]}),
         "attention_dropout": 0.0,
         "tie_word_embeddings": d["tied"],
     }
