@@ -6,7 +6,7 @@ import errno
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import xxhash
 
-from ..mappings.lazy import Lazy
+from ..mappings.lazy import Array, Lazy
 from ..mappings.ops import OpError
 from ..mappings.scratch import Scratch
 from .file_cache import Calls
@@ -29,7 +29,8 @@ BLOCK = 1 << 20
 """Bytes handled at a time. Larger blocks leave the CPU's cache and gain nothing."""
 
 TURNED = 32 << 20
-"""Bytes of a matrix that is turned, handled at a time by all threads together."""
+"""Bytes of matrices that are turned, handled at a time by all threads together: what isn't handled at once has to
+be read again."""
 
 CALL = 256 << 10
 """Bytes given to the kernel at a time: for longer writes it looks for larger pieces of free memory, which takes longer
@@ -203,15 +204,22 @@ class _Queue:
             raise OpError(f"{entry.name} became {value.dtype} {list(value.shape)}, planned was {list(entry.shape)}")
         at = len(output.head) + entry.start
         for block in value.blocks(BLOCK, room, self._turned):
-            if self.stopped:
-                return None
-            view = memoryview(block.reshape(-1).view("uint8").data)
-            seen.feed(block)
-            digest.update(view)
-            output.put(view, at)
-            at += len(view)
-            self._progress(len(view))
+            for piece in _in_cache(block.reshape(-1)):
+                if self.stopped:
+                    return None
+                view = memoryview(piece.view("uint8").data)
+                seen.feed(piece)
+                digest.update(view)
+                output.put(view, at)
+                at += len(view)
+                self._progress(len(view))
         return Written(entry.name, digest.hexdigest(), seen.result())
+
+
+def _in_cache(block: Array) -> Iterator[Array]:
+    """A block in pieces that stay in the CPU's cache while they are looked at, hashed and written."""
+    count = BLOCK // block.itemsize
+    return (block[at : at + count] for at in range(0, block.size, count))
 
 
 def _reserve(descriptor: int, nbytes: int) -> None:

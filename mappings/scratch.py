@@ -22,5 +22,7 @@ class Scratch(threading.local):
         nbytes = count * np.dtype(dtype).itemsize
         held = self._held.get(name)
         if held is None or held.size < nbytes:
-            held = self._held[name] = np.empty(nbytes, "uint8")
+            held = None
+            self._held.pop(name, None)  # first, or both would take memory; by doubling, or many would be left behind
+            held = self._held[name] = np.empty(1 << max(nbytes - 1, 0).bit_length(), "uint8")
         return held[:nbytes].view(dtype)

@@ -2,8 +2,9 @@
 
 numpy copies such a view row by row of the result, and so touches a cache line of the source for every single value;
 where the distance between rows is a power of two, all those lines share a few places in the cache and are gone before
-their neighbours are wanted: 4096 × 4096 values of float32 take 1.6 s per GB. Here a tile travels at a time: it is read
-in the order of the source into a small buffer, whose rows are padded, and turned from there.
+their neighbours are wanted: 4096 × 4096 values of float32 take 1.6 s per GB. Here a tile travels at a time: it is
+copied as it lies into a buffer that stays in the cache, whose rows are padded, and numpy turns it from there. Tiles are
+large, because every call of numpy's hands the interpreter's lock to another thread and waits to get it back.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ import numpy as np
 
 from .scratch import Array, Scratch
 
-EDGE = 256
-"""Values along either edge of a tile: side by side in the source, and in the result. Twice as many where values have
-one or two bytes."""
+TILE = 1 << 20
+"""Bytes of a tile: a matrix's rows, as many as fit, because each of them adds a value to every run of the result."""
+
+WIDE = 8192
+"""Values of a row that a tile takes at most. Longer ones are cut, so that a tile still has many."""
 
 _PADDING = 64
 """Bytes after each row of the buffer, so that rows don't share their place in the cache."""
@@ -36,8 +39,8 @@ def copy_turned(view: Array, out: Array) -> None:
     if source.ndim < 2 or source.nbytes <= _SMALL or source.strides[-1] == source.itemsize:
         np.copyto(target, source)
         return
-    sides = _sides(source.shape, source.strides, EDGE if source.itemsize > 2 else 2 * EDGE)
-    order = _buffer_order(source.strides)
+    order = sorted(range(source.ndim), key=lambda k: -abs(source.strides[k]))
+    sides = _sides(source.shape, order, TILE // source.itemsize)
     for corner in itertools.product(*(range(0, n, side) for n, side in zip(source.shape, sides, strict=True))):
         tile = tuple([slice(at, at + side) for at, side in zip(corner, sides, strict=True)])
         _turn(source[tile].transpose(order), target[tile].transpose(order))
@@ -67,30 +70,21 @@ def _widened(source: Array, target: Array) -> tuple[Array, Array]:
     return source.view(wide)[..., 0], target.view(wide)[..., 0]
 
 
-def _sides(shape: tuple[int, ...], strides: tuple[int, ...], edge: int) -> list[int]:
-    """How far a tile reaches along each dimension: about ``edge`` neighbours in the source and in the result."""
-    inner_first = range(len(shape) - 1, -1, -1)
+def _sides(shape: tuple[int, ...], outer_first: list[int], count: int) -> list[int]:
+    """How far a tile of at most ``count`` values reaches along each dimension: a row of the source, or WIDE values of
+    it, then as far as it can along the result's."""
     sides = [1] * len(shape)
-    for order in (inner_first, sorted(inner_first, key=lambda k: abs(strides[k]))):
-        left = edge
-        for axis in order:
-            side = min(shape[axis], left)
-            sides[axis] = max(sides[axis], side)
-            left //= side
+    for axes, most in ((reversed(outer_first), min(WIDE, count)), (range(len(shape) - 1, -1, -1), count)):
+        for axis in axes:
+            left = most // math.prod(sides) * sides[axis]
+            sides[axis] = max(sides[axis], min(shape[axis], left))
     return sides
 
 
-def _buffer_order(strides: tuple[int, ...]) -> list[int]:
-    """The result's last dimension first, then the others as they lie in the source."""
-    last = len(strides) - 1
-    return [last, *sorted(range(last), key=lambda k: -abs(strides[k]))]
-
-
 def _turn(source: Array, target: Array) -> None:
-    """Copy one tile, both in the buffer's order, by way of the buffer."""
-    row = math.prod(source.shape[1:])
-    pitch = row + _PADDING // source.itemsize
-    held = _scratch.take("tile", len(source) * pitch, source.dtype).reshape(len(source), pitch)
-    tile = held[:, :row].reshape(source.shape)
+    """Copy one tile, both in the source's order, by way of the buffer."""
+    pitch = source.shape[-1] + _PADDING // source.itemsize
+    held = _scratch.take("tile", math.prod(source.shape[:-1]) * pitch, source.dtype)
+    tile = held.reshape(*source.shape[:-1], pitch)[..., : source.shape[-1]]
     np.copyto(tile, source)
     np.copyto(target, tile)

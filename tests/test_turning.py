@@ -44,7 +44,7 @@ def views(draw: st.DrawFn) -> Array:
 @settings(max_examples=600, deadline=None)
 @given(views(), st.integers(1, 5))
 def test_any_view_in_many_small_tiles(view: Array, edge: int) -> None:
-    with mock.patch.multiple(turning, EDGE=edge, _SMALL=0):
+    with mock.patch.multiple(turning, TILE=edge**2, WIDE=edge, _SMALL=0):
         assert same(view)
 
 
@@ -55,7 +55,7 @@ def test_into_part_of_a_larger_array_in_any_order(view: Array, rng: random.Rando
     whole = filled(tuple(view.shape[k] + 2 for k in order), str(view.dtype))
     before = whole.copy()
     inside = (slice(1, -1),) * view.ndim
-    with mock.patch.multiple(turning, EDGE=edge, _SMALL=0):
+    with mock.patch.multiple(turning, TILE=edge**2, WIDE=edge, _SMALL=0):
         copy_turned(view, whole[inside].transpose(np.argsort(order).tolist()) if order else whole[()].reshape(()))
     before[inside] = view.transpose(order)
     assert view.ndim == 0 or whole.tobytes() == before.tobytes()
