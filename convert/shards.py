@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from bisect import bisect_right
 from dataclasses import dataclass
+from itertools import accumulate
 
 from ..errors import usage_error
 from ..mappings.tensors import ITEMSIZE, Shape
@@ -73,18 +75,42 @@ def parse_size(text: str) -> int:
 
 
 def assign(plan: Plan, limit: int) -> tuple[Shard, ...]:
-    """Fill files of at most ``limit`` bytes in the plan's order; a larger tensor gets a file of its own."""
-    bins: list[list[tuple[str, Shape, Step, int]]] = [[]]
-    used = 0
-    for step in plan.writes:
-        for k, (name, shape) in enumerate(zip(step.targets, step.shapes, strict=True)):
-            size = math.prod(shape) * ITEMSIZE[step.dtype]
-            if bins[-1] and used + size > limit:
-                bins.append([])
-                used = 0
-            bins[-1].append((name, shape, step, k))
-            used += size
-    return tuple(_shard(k, len(bins), content) for k, content in enumerate(bins))
+    """As few files of at most ``limit`` bytes as the plan's order allows, of nearly the same size: whoever writes them
+    side by side, or loads them so, finishes together. A larger tensor gets a file of its own."""
+    content = [
+        (name, shape, step, k)
+        for step in plan.writes
+        for k, (name, shape) in enumerate(zip(step.targets, step.shapes, strict=True))
+    ]
+    ends = list(accumulate(math.prod(shape) * ITEMSIZE[step.dtype] for _, shape, step, _ in content))
+    cuts = _even_cuts(ends, limit)
+    return tuple(_shard(k, len(cuts), content[slice(*cut)]) for k, cut in enumerate(cuts))
+
+
+def _even_cuts(ends: list[int], limit: int) -> list[tuple[int, int]]:
+    """[start, stop) of each file, for tensors that end at these bytes: the fewest, then the smallest largest one."""
+    most = _cuts(ends, limit)
+    low, high = (ends[-1] if ends else 0) // len(most), limit
+    while high - low > limit >> 10:
+        middle = (low + high) // 2
+        cuts = _cuts(ends, middle)
+        if len(cuts) > len(most):
+            low = middle
+        else:
+            most, high = cuts, middle
+    return most
+
+
+def _cuts(ends: list[int], limit: int) -> list[tuple[int, int]]:
+    """Files filled one after the other."""
+    cuts: list[tuple[int, int]] = []
+    at = 0
+    while at < len(ends):
+        begun = ends[at - 1] if at else 0
+        stop = max(bisect_right(ends, begun + limit, at), at + 1)
+        cuts.append((at, stop))
+        at = stop
+    return cuts or [(0, 0)]
 
 
 def _shard(k: int, count: int, content: list[tuple[str, Shape, Step, int]]) -> Shard:
