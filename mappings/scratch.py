@@ -20,9 +20,7 @@ class Scratch(threading.local):
     def take(self, name: str, count: int, dtype: str | np.dtype[Any]) -> Array:
         """``count`` values of ``dtype``, one dimension, holding whatever was there before."""
         nbytes = count * np.dtype(dtype).itemsize
-        held = self._held.get(name)
-        if held is None or held.size < nbytes:
-            held = None
+        if name not in self._held or self._held[name].size < nbytes:
             self._held.pop(name, None)  # first, or both would take memory; by doubling, or many would be left behind
-            held = self._held[name] = np.empty(1 << max(nbytes - 1, 0).bit_length(), "uint8")
-        return held[:nbytes].view(dtype)
+            self._held[name] = np.empty(1 << max(nbytes - 1, 0).bit_length(), "uint8")
+        return self._held[name][:nbytes].view(dtype)

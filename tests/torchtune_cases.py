@@ -40,6 +40,33 @@ class Case:
     bias: bool = False
 
 
+def _llama(builder: str, **case: Any) -> Case:
+    return Case("torchtune", {"builder": builder}, f"{builder}:{builder}", **case)
+
+
+CASES = {
+    "llama2": _llama("llama2"),
+    "llama3": _llama("llama3"),
+    "llama3_1": _llama("llama3_1"),
+    "llama3_2": _llama("llama3_2", more={"tie_word_embeddings": True}, tied=True),
+    "mistral": _llama("mistral"),
+    "phi3": _llama("phi3", interleaved=False),
+    "qwen2": Case(
+        "torchtune_qwen2", {"norm_eps": "1e-6"}, "qwen2:qwen2", {"norm_eps": 1e-6}, interleaved=False, bias=True
+    ),
+    "qwen2_tied": Case(
+        "torchtune_qwen2",
+        {"norm_eps": "1e-6"},
+        "qwen2:qwen2",
+        {"norm_eps": 1e-6, "tie_word_embeddings": True},
+        tied=True,
+        interleaved=False,
+        bias=True,
+    ),
+    "gemma": Case("torchtune_gemma", {}, "gemma:gemma", {"head_dim": 32}, tied=True),
+}
+
+
 def state(case: Case, dtype: torch.dtype = torch.float32) -> make.State:
     """A state dict in torchtune's layout; Gemma's norms are stored less 1."""
     c, f = SHAPES["hidden"], SHAPES["ffn"]

@@ -1,9 +1,9 @@
-"""Llama, Mistral, Phi-3 in torchtune's native layout: recognise, ask, convert and back; against torchtune and vLLM."""
+"""torchtune's native layout: what is asked of Llama, Mistral and Phi-3; and every family of it there and back, against
+torchtune and vLLM."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,21 +12,7 @@ from mdl.convert.prepare import Options, prepare
 from mdl.errors import MdlError
 from mdl.validate.client import Engine
 
-from ..torchtune_cases import Case, check_round_trip, check_upstream, check_vllm, prepared, state
-
-
-def _llama(builder: str, **case: Any) -> Case:
-    return Case("torchtune", {"builder": builder}, f"{builder}:{builder}", **case)
-
-
-CASES = {
-    "llama2": _llama("llama2"),
-    "llama3": _llama("llama3"),
-    "llama3_1": _llama("llama3_1"),
-    "llama3_2": _llama("llama3_2", more={"tie_word_embeddings": True}, tied=True),
-    "mistral": _llama("mistral"),
-    "phi3": _llama("phi3", interleaved=False),
-}
+from ..torchtune_cases import CASES, check_round_trip, check_upstream, check_vllm, prepared, state
 
 
 def test_what_no_tensor_tells_is_asked_for(tmp_path: Path) -> None:
@@ -63,5 +49,6 @@ def test_our_forward_is_that_of_torchtune(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.engine
-def test_vllm_computes_the_same(tmp_path: Path, engine: Engine) -> None:
-    check_vllm(CASES["llama3_2"], tmp_path, engine)
+@pytest.mark.parametrize("name", ["llama3_2", "qwen2", "gemma"])
+def test_vllm_computes_the_same(name: str, tmp_path: Path, engine: Engine) -> None:
+    check_vllm(CASES[name], tmp_path, engine)
