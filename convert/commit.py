@@ -64,7 +64,8 @@ def committed(out: Path, terms: Terms, agreement: Agreement, say: Say) -> Genera
     made: list[Path] = []
     done = False
     try:
-        if not _left_over(out):  # else a layout comes back first, or litter goes, and that takes the lock
+        # Left-overs take the lock: a layout comes back, or litter goes. So does the last part: another may be it.
+        if not (terms.last or _left_over(out)):
             check_out(out, terms.force)
         made = _make_parents(out.parent)
         with claimed(out, math.inf if terms.last else 0) as claim:

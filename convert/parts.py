@@ -111,9 +111,11 @@ def convert_part(
         agreement = agree(prepared, assign(prepared.plan, max_shard_size), beside.digest)
         mine = part.share(agreement.shards)
         try:
+            there = os.path.lexists(out)  # asked first: what appears from here on is made by another part
             if agreement.is_made(out):
                 return replace(_late(out, part, agreement, begin), out=named)
-            check_out(out, force)
+            if there:
+                check_out(out, force)
             copied = _write(out, mine, agreement, request, writer, progress)
         except OSError as error:
             raise os_problem(error, out) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 
 from mdl.convert import locks
+from mdl.convert.agreement import Agreement
 from mdl.convert.locks import shared
 from mdl.convert.parts import Contributed, Part, convert_part, parse_part
 from mdl.convert.prepare import Options, prepare
@@ -84,6 +86,30 @@ def test_a_part_may_be_retried_and_comes_to_the_same(source: Path, whole: Path, 
     assert late.missing == ()
     assert names(place) == ["out"]
     same_folders(place / "out", whole)
+
+
+def test_a_layout_that_another_part_makes_at_any_moment_is_no_obstacle(
+    source: Path, whole: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Made after a part has looked for it: no matter how many times it has looked before."""
+    asked = Agreement.is_made
+    for looks in (1, 2):  # the third time it has the lock, and nobody else can make it
+        out, seen = place / f"out{looks}", []
+
+        def just_after(
+            agreement: Agreement, folder: Path, out: Path = out, seen: list[bool] = seen, looks: int = looks
+        ) -> bool:
+            seen.append(asked(agreement, folder))
+            if len(seen) == looks:
+                shutil.copytree(whole, out)
+            return seen[-1]
+
+        monkeypatch.setattr(Agreement, "is_made", just_after)
+        done = part(source, out, "1/1")
+
+        assert isinstance(done, Contributed), looks
+        assert (done.missing, len(seen) > looks) == ((), True)
+        same_folders(out, whole)
 
 
 def test_a_run_without_parts_ends_what_parts_began(source: Path, whole: Path, place: Path) -> None:
