@@ -278,10 +278,12 @@ def test_red_and_green_and_blue_reach_the_screen(tmp_path: Path) -> None:
     for ok, seal in ((True, (0x14, 0x80, 0x5A)), (False, (0xC8, 0x32, 0x3F))):
         page, picture = tmp_path / "report.html", tmp_path / "report.png"
         page.write_text(to_html(a_report(ok=ok)), encoding="utf-8")
-        browse(tmp_path, "--window-size=800,1100", f"--screenshot={picture}", page.as_uri())
+        browse(tmp_path, "--window-size=800,2400", f"--screenshot={picture}", page.as_uri())
         width, height, colours = pixels(picture)
-        assert (width, height) == (800, 1100)
-        assert {seal, (0x2F, 0x66, 0xD8)} <= colours
+        assert (width, height) == (800, 2400)
+        # the fonts of the machine decide where a thin line falls between two pixels, and so how much of it each gets
+        for wanted in (seal, (0x2F, 0x66, 0xD8)):
+            assert min(max(abs(a - b) for a, b in zip(wanted, seen, strict=True)) for seen in colours) < 24
 
 
 def test_a_report_that_cannot_be_saved_is_not_lost(tmp_path: Path) -> None:
