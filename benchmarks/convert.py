@@ -29,7 +29,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from convert_measure import RunFailedError, available_memory, give_back, machine, measured, settle
+from convert_measure import RunFailedError, give_back, machine, measured, memory_left, settle, touch
 from convert_scenarios import SCENARIOS, Scenario
 from convert_tables import block, versions, write_page
 from convert_ways import WAYS, Job, Way, mdl, memory_needed, missing
@@ -99,7 +99,7 @@ def one_round(number: int, ways: list[Way], job: Job, result: Result, *, cold: b
 
 
 def one_run(number: int, way: Way, job: Job, result: Result, *, cold: bool) -> None:
-    need, free = memory_needed(way, job), available_memory()
+    need, free = memory_needed(way, job), memory_left()
     if need > free:
         why = f"needs about {need / 1e9:.0f} GB of memory, {free / 1e9:.0f} GB are free"
         result["skipped"][way.name] = why
@@ -108,6 +108,7 @@ def one_run(number: int, way: Way, job: Job, result: Result, *, cold: bool) -> N
     if not way.makes_folder:
         job.out.mkdir()
     settle(files_read(way, job), cold=cold)
+    touch(job.source.nbytes)
     try:
         with tempfile.TemporaryFile() as log:
             run = measured(way.command(job), log)

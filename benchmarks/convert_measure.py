@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import mmap
 import os
 import re
 import signal
@@ -126,6 +127,13 @@ def settle(files: Iterable[Path], *, cold: bool) -> None:
                     pass
 
 
+def touch(nbytes: int) -> None:
+    """Use as much free memory as a run will take for its output: a virtual machine's host takes back what lies free for
+    some seconds, and to get it again would take a run longer than the copy."""
+    size = max(mmap.PAGESIZE, min(nbytes, memory_left("MemFree") * 3 // 4))
+    mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_POPULATE", 0)).close()
+
+
 def give_back() -> None:
     """Hand free memory back to the system: the harness has made its inputs, and the runs shall have room."""
     with contextlib.suppress(OSError, AttributeError):
@@ -151,7 +159,7 @@ def file_system(folder: Path) -> str:
     return found[1]
 
 
-def available_memory() -> int:
-    """Bytes that programs can have before the machine swaps or kills."""
+def memory_left(name: str = "MemAvailable") -> int:
+    """Bytes that programs can have before the machine swaps or kills; MemFree: that nothing holds, no file either."""
     text = Path("/proc/meminfo").read_text(encoding="ascii")
-    return int(re.findall(r"MemAvailable:\s+(\d+)", text)[0]) << 10
+    return int(re.findall(rf"{name}:\s+(\d+)", text)[0]) << 10

@@ -1,7 +1,8 @@
-"""Tensors as they lie in a file: strided ranges of bytes that are described first and read later, without a map.
+"""Tensors as they lie in a file: strided ranges of bytes that are described first and read later.
 
 Reading goes through ``preadv`` into memory that is used again and again. A map would be as quick, but its pages count
-as this process's memory, and a file that is cut while it is read would end the process with SIGBUS, not a message.
+as this process's memory, and a file that is cut while it is read would end the process with SIGBUS, not a message. Only
+matrices that are turned come from a map, under a lease (leases.py): a block of them takes a little of every row.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from ..mappings.scratch import Scratch
 from ..mappings.tensors import ITEMSIZE, Shape, TensorInfo
 from ..mappings.turning import copy_turned
 from .file_cache import Calls
+from .leases import Lease
 from .pieces import joined
 
 _CALL = 64 << 10
@@ -62,13 +64,15 @@ class Files:
         file = self._readable(info.file)
         check_end(info, file.size)
         strides = tuple(s * raw.itemsize for s in info.stride)
-        return Lazy(Stored(file, info.offset, info.shape, strides, raw), (1,) * len(info.shape), info.dtype)
+        whole = info.offset, reach_of(info.shape, strides, raw.itemsize)
+        return Lazy(Stored(file, info.offset, info.shape, strides, raw, whole), (1,) * len(info.shape), info.dtype)
 
     def _readable(self, path: str) -> Readable:
         with self._lock:
             if path not in self._open:
                 descriptor = open_readable(path)
-                self._open[path] = Readable(path, descriptor, os.fstat(descriptor).st_size, self._calls)
+                size = os.fstat(descriptor).st_size
+                self._open[path] = Readable(path, descriptor, size, self._calls, Lease(descriptor))
             return self._open[path]
 
 
@@ -88,10 +92,14 @@ def open_readable(path: str) -> int:
 
 def check_end(info: TensorInfo, size: int) -> None:
     """Raise MdlError (INPUT) if a tensor does not end within its file's ``size`` bytes."""
-    reach = 1 + sum((n - 1) * s for n, s in zip(info.shape, info.stride, strict=True))
-    end = info.offset + reach * ITEMSIZE[info.dtype]
+    end = info.offset + reach_of(info.shape, info.stride, 1) * ITEMSIZE[info.dtype]
     if end > size:
         raise input_error(f"{info.name} ends at byte {end}, the file at {size}", info.file, "copy it again")
+
+
+def reach_of(shape: Shape, strides: Shape, itemsize: int) -> int:
+    """How far the last value's end lies from the first value's begin."""
+    return itemsize + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
 
 
 @dataclass(frozen=True)
@@ -102,6 +110,7 @@ class Readable:
     descriptor: int
     size: int
     calls: Calls
+    lease: Lease
 
     def read_into(self, out: Array, offset: int, *, again: bool = False) -> None:
         """Fill a contiguous array with the bytes from ``offset``, some of which may be read ``again``. Raises MdlError:
@@ -120,13 +129,15 @@ class Readable:
 
 @dataclass(frozen=True)
 class Stored(Node):
-    """A strided view of a file's bytes; offset and strides in bytes."""
+    """A strided view of a file's bytes; offset and strides in bytes. ``whole`` is where the tensor that it is a part of
+    begins, and how many bytes on it ends."""
 
     file: Readable
     offset: int
     shape: Shape
     strides: Shape
     dtype: np.dtype[Any]
+    whole: tuple[int, int]
 
     def split(self, axis: int, sizes: Shape) -> Node:
         steps = tuple(self.strides[axis] * math.prod(sizes[k + 1 :]) for k in range(len(sizes)))
@@ -157,8 +168,18 @@ class Stored(Node):
         natural = self.permute(tuple(order))
         if natural._contiguous() and order == sorted(order):
             self.file.read_into(out, self.offset)
-        else:
+        elif not natural._turned_from_map(out, order):
             _copy_in_pieces(natural, out, order)
+
+    def _turned_from_map(self, out: Array, order: list[int]) -> bool:
+        """Turn a view from a map of the tensor, where there can be one: what lies between its runs costs nothing."""
+        back = sorted(range(len(order)), key=order.__getitem__)
+        with self.file.lease.mapped(*self.whole) as held:
+            if held is None:
+                return False
+            values = np.ndarray(self.shape, self.dtype, held, self.offset - self.whole[0], self.strides)
+            copy_turned(values.transpose(back), out)
+        return True
 
     def _contiguous(self) -> bool:
         """Whether the values follow each other without a gap, in this order."""
@@ -173,7 +194,7 @@ class Stored(Node):
         """The values of a view whose strides fall: run by run, or by one read of all that lies between them. They are
         valid until this thread gathers again."""
         outer, run = self._runs()
-        reach = self.dtype.itemsize + sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True))
+        reach = reach_of(self.shape, self.strides, self.dtype.itemsize)
         count = math.prod(self.shape[:outer])
         if reach <= run * count + _CALL * (count - 1) or 0 in self.strides:
             held = _scratch.take("gathered", reach, "uint8")
