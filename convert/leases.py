@@ -13,7 +13,7 @@ import mmap
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 _KNOWN = all(hasattr(fcntl, name) for name in ("F_SETLEASE", "F_GETLEASE", "F_SETSIG"))
@@ -29,7 +29,7 @@ class Lease:
         self._kept = threading.local()
 
     @contextmanager
-    def mapped(self, offset: int, nbytes: int) -> Iterator[memoryview | None]:
+    def mapped(self, offset: int, nbytes: int) -> Generator[memoryview | None]:
         """Bytes of the file, mapped; None where the file can't be leased, or has become shorter. Not to be used once
         the lease is given back."""
         held = self._take()
