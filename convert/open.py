@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import Kind, MdlError, Problem, input_error
-from . import dcp
+from . import dcp, zero3
 from .beside import find_sidecars, find_tokenizers
 from .deepspeed import optimizer_states
 from .legacy import read_legacy
@@ -53,11 +53,13 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class _Group:
-    """Files that make up one checkpoint: ``ranks`` one tree each, otherwise one tree together."""
+    """Files that make up one checkpoint: ``ranks`` one tree each, otherwise one tree together; ``parted`` names the
+    format in which weights are put together from several."""
 
     name: str
     files: tuple[Path, ...]
     ranks: bool = False
+    parted: str = ""
     index: Path | None = None
     weight_map: dict[str, str] = field(default_factory=dict[str, str])
 
@@ -85,6 +87,9 @@ def _open(path: Path) -> Checkpoint:
         formats.add(dcp.FORMAT)
         tree, files = dcp.read_dcp(files[0], notes)
         read: list[Any] = [tree]
+    elif group.parted:
+        formats.add(group.parted)
+        read = [_parted(group, notes)]
     else:
         read = _read_all(files, formats, metadata, notes)
     if len(formats) > 1:
@@ -103,6 +108,17 @@ def _open(path: Path) -> Checkpoint:
         metadata=metadata,
         notes=tuple(notes),
     )
+
+
+def _parted(group: _Group, notes: list[str]) -> Any:
+    """The tree of a checkpoint whose files hold parts of weights, or one weight each."""
+
+    def read(path: Path) -> Any:
+        return _read(path, set(), {}, [])
+
+    if group.parted == zero3.FORMAT:
+        return zero3.read_zero3(group.files, read, notes)
+    return zero3.read_universal({path.parent.name: path for path in group.files}, read, notes)
 
 
 def _absolute(path: Path) -> str:
@@ -194,6 +210,10 @@ def _group_of_folder(path: Path, notes: list[str]) -> _Group:
     distributed = pieces or any(file.name == dcp.NAME for file in files)
     if distributed:
         files = [file for file in files if file not in pieces and file.name not in dcp.BESIDE]
+    if parted := zero3.zero3_files([file.name for file in files], path):
+        return _Group(zero3.FORMAT, tuple(parted), parted=zero3.FORMAT)
+    if universal := zero3.universal_files(path):
+        return _Group(zero3.UNIVERSAL, tuple(universal.values()), parted=zero3.UNIVERSAL)
     beside = [file.name for file in files if file.suffix in _STATE_SUFFIXES and _NOT_WEIGHTS.match(file.name)]
     beside += optimizer_states([file.name for file in files], str(path))
     notes.extend(f"{name}: not touched (training state, by its name)" for name in beside)

@@ -86,7 +86,8 @@ def box_of(at: Shape, shape: Shape) -> Box:
 
 
 def joined(info: TensorInfo, tensor: Callable[[TensorInfo], Lazy]) -> Lazy:
-    """The whole of a tensor in pieces, each of which ``tensor`` reads."""
+    """The whole of a tensor in pieces, each of which ``tensor`` reads. Pieces of one dimension make up its values as
+    they follow each other."""
     blocks = [tensor(piece.info) for piece in info.pieces]
 
     def build(part: Cut | int) -> Lazy:
@@ -95,4 +96,7 @@ def joined(info: TensorInfo, tensor: Callable[[TensorInfo], Lazy]) -> Lazy:
         first, *rest = [build(inner) for inner in part.parts]
         return first.concat(rest, part.axis)
 
-    return build(arrange(info.shape, [box_of(piece.at, piece.info.shape) for piece in info.pieces]))
+    flat = all(len(piece.at) == 1 for piece in info.pieces)
+    shape = (math.prod(info.shape),) if flat else info.shape
+    whole = build(arrange(shape, [box_of(piece.at, piece.info.shape) for piece in info.pieces]))
+    return whole.reshape(info.shape)

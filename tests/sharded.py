@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
@@ -20,6 +19,7 @@ if not __package__:  # run by hand, or by a process that was spawned
     sys.path.insert(0, str(Path(__file__).parent))
 
 import checkpoints as make
+import containers
 
 STATES = {
     # rows that 2 and 4 processes can't share evenly, fewer positions than processes, a head that is tied by value
@@ -49,15 +49,7 @@ def wrapped(state: make.State, mesh: DeviceMesh) -> dict[str, Any]:
     """The state dict of a module whose parameters FSDP2 shards. Their names come in the module's own order."""
     from torch.distributed.fsdp import fully_shard
 
-    model = nn.Module()
-    for name, tensor in state.items():
-        *path, leaf = name.split(".")
-        at = model
-        for part in path:
-            if not hasattr(at, part):
-                at.add_module(part, nn.Module())
-            at = getattr(at, part)
-        at.register_parameter(leaf, nn.Parameter(tensor.clone()))
+    model = containers.tree_of(state)
     fully_shard(model, mesh=mesh)
     return model.state_dict()
 

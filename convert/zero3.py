@@ -1,0 +1,196 @@
+"""Reads DeepSpeed checkpoints in which no file holds all weights: the slices of ZeRO stage 3, and the universal form.
+
+Stage 3 deals every parameter, flat, to the processes in equal slices, the last of them padded; a process keeps its
+slices of all parameters one behind the other, in the order of ``param_shapes``. What is written are the float32 values
+that the optimizer holds. The rules are those of DeepSpeed's own utils/zero_to_fp32.py, and for the universal form of
+checkpoint/ds_to_universal.py, as of 0.19.8.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from ..errors import input_error
+from ..mappings.tensors import ITEMSIZE, Piece, Shape, TensorInfo, dense
+
+FORMAT = "DeepSpeed ZeRO-3"
+UNIVERSAL = "DeepSpeed universal"
+
+_MODEL = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_model_states\.pt")
+_STATE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
+_GATHER = "gather the weights with the script that DeepSpeed put into the folder above: python zero_to_fp32.py . OUT"
+_AGAIN = "copy the folder again, all of its files"
+
+Read = Callable[[Path], Any]
+"""Reads one file of torch.save's: tables, plain values, TensorInfo."""
+
+
+def zero3_files(names: Sequence[str], folder: Path) -> list[Path]:
+    """The files of a stage 3 checkpoint, those with the model's description first, each in the order of the ranks; none
+    if this is none. Raises MdlError (INPUT) if a rank's file is missing, or tensors are parallel as well."""
+    model, state = _ranked(_MODEL, names), _ranked(_STATE, names)
+    if not model:
+        return []
+    if any(mp for _, mp in (*model, *state)):
+        what = "this DeepSpeed ZeRO-3 checkpoint is of a model that was tensor- or pipeline-parallel, too"
+        raise input_error(what, str(folder), "join it with the tool of the trainer that wrote it")
+    for kind, held in (("model", model), ("optim", state)):
+        ranks = sorted(rank for rank, _ in held)
+        if ranks != list(range(max(len(model), len(state)))):
+            found = ", ".join(map(str, ranks)) or "none"
+            what = f"of this DeepSpeed ZeRO-3 checkpoint, *_{kind}_states.pt are here for the ranks {found}"
+            raise input_error(
+                f"{what}: every rank holds a part of each weight in its optim_states", str(folder), _AGAIN
+            )
+    return [folder / held[key] for held in (model, state) for key in sorted(held)]
+
+
+def _ranked(pattern: re.Pattern[str], names: Sequence[str]) -> dict[tuple[int, int], str]:
+    found = {name: match for name in names if (match := pattern.fullmatch(name))}
+    return {(int(match[1]), int(match[2])): name for name, match in found.items()}
+
+
+def read_zero3(files: Sequence[Path], read: Read, notes: list[str]) -> dict[str, Any]:
+    """What stage 2 would have saved: the first rank's table, with whole weights under ``module``. Raises MdlError."""
+    half = len(files) // 2
+    trees = [_table(read(path), path) for path in files]
+    head = trees[0]
+    slices = [
+        _Slices(path, _flat(_table(tree.get("optimizer_state_dict"), path), path, half))
+        for path, tree in zip(files[half:], trees[half:], strict=True)
+    ]
+    made = _parameters(head, slices, files[0]) | _frozen(trees[:half], files[0])
+    notes.append(f"the weights are the float32 values of the optimizer, joined from {half} ranks (ZeRO-3)")
+    return {**head, "module": _module(head, made, files[0])}
+
+
+def _table(found: Any, path: Path) -> dict[str, Any]:
+    if not isinstance(found, dict):
+        raise input_error("this file of a DeepSpeed ZeRO-3 checkpoint holds no table", str(path), _GATHER)
+    return cast("dict[str, Any]", found)
+
+
+def _flat(state: dict[str, Any], path: Path, ranks: int) -> list[TensorInfo]:
+    """What one rank holds of all parameters."""
+    stage, count, flat = (state.get(key) for key in ("zero_stage", "partition_count", "fp32_flat_groups"))
+    flat = flat if isinstance(flat, list) else [flat]
+    if stage != 3 or not all(isinstance(one, TensorInfo) and len(one.shape) == 1 for one in flat):
+        what = f"zero_stage is {stage!r} here, and fp32_flat_groups holds no flat tensors: not the form of ZeRO-3"
+        raise input_error(what, str(path), _GATHER)
+    if count != ranks:
+        what = f"the weights were dealt to {count} ranks, and the files of {ranks} are here"
+        raise input_error(what, str(path), _AGAIN)
+    return cast("list[TensorInfo]", flat)
+
+
+@dataclass
+class _Slices:
+    """One rank's flat tensors, read from the front to the back as one."""
+
+    path: Path
+    flat: list[TensorInfo]
+
+    def __post_init__(self) -> None:
+        self._left = [(one, 0) for one in reversed(self.flat)]
+
+    def take(self, count: int) -> Iterator[TensorInfo]:
+        """The next values, in as many parts as flat tensors hold them."""
+        while count:
+            if not self._left:
+                what = "param_shapes has more values than the flat tensors of this rank"
+                raise input_error(what, str(self.path), _GATHER)
+            one, start = self._left.pop()
+            here = min(count, one.shape[0] - start)
+            if here:
+                yield part(one, start, here)
+            if start + here < one.shape[0]:
+                self._left.append((one, start + here))
+            count -= here
+
+    def finish(self) -> None:
+        """Refuse values that no parameter claims."""
+        if left := sum(one.shape[0] - start for one, start in self._left):
+            what = f"{left:,} values of this rank's flat tensors belong to no parameter of param_shapes"
+            raise input_error(what, str(self.path), _GATHER)
+
+
+def part(info: TensorInfo, start: int, count: int) -> TensorInfo:
+    """``count`` values of a flat tensor, from ``start`` on."""
+    offset = info.offset + start * info.stride[0] * ITEMSIZE[info.dtype]
+    return TensorInfo("", (count,), info.dtype, info.file, offset, info.stride, info.storage)
+
+
+def _parameters(head: dict[str, Any], slices: list[_Slices], path: Path) -> dict[str, TensorInfo]:
+    groups = head.get("param_shapes")
+    if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
+        raise input_error("param_shapes, the list of all parameters, is missing", str(path), _GATHER)
+    made: dict[str, TensorInfo] = {}
+    for name, shape in ((n, s) for group in groups for n, s in group.items()):
+        count = -(-math.prod(shape) // len(slices))
+        made[name] = joined_flat(name, tuple(shape), [list(one.take(count)) for one in slices], path)
+    for one in slices:
+        one.finish()
+    return made
+
+
+def _frozen(trees: list[dict[str, Any]], path: Path) -> dict[str, TensorInfo]:
+    """Parameters that were not trained, which the model's files hold in slices."""
+    shapes = trees[0].get("frozen_param_shapes") or {}
+    held = [tree.get("frozen_param_fragments") or {} for tree in trees]
+    if not all(isinstance(one.get(name), TensorInfo) for one in held for name in shapes):
+        raise input_error("frozen_param_fragments lacks a parameter of frozen_param_shapes", str(path), _GATHER)
+    return {
+        name: joined_flat(name, tuple(shape), [[one[name]] for one in held], path) for name, shape in shapes.items()
+    }
+
+
+def joined_flat(name: str, shape: Shape, parts: Sequence[Sequence[TensorInfo]], path: Path) -> TensorInfo:
+    """A tensor whose values lie flat, in parts one behind another; what exceeds it at the end is padding."""
+    pieces: list[Piece] = []
+    at, whole = 0, math.prod(shape)
+    for info in (info for rank in parts for info in rank):
+        count = min(info.shape[0], whole - at)
+        if count > 0:
+            pieces.append(Piece((at,), part(info, 0, count)))
+            at += count
+    if at < whole:
+        raise input_error(f"{name[:200]} has {whole:,} values, its slices hold {at:,}", str(path), _GATHER)
+    file = os.path.abspath(path)  # noqa: PTH100 - Path.resolve would follow symlinks and lose the name of the file
+    dtype = pieces[0].info.dtype if pieces else "float32"
+    return TensorInfo(name, shape, dtype, file, 0, dense(shape), f"{file}:{name}", pieces=tuple(pieces))
+
+
+def _module(head: dict[str, Any], made: Mapping[str, TensorInfo], path: Path) -> dict[str, Any]:
+    """The state dict in the module's own order: parameters, buffers, and second names of what is shared."""
+    module, shared = _table(head.get("module"), path), head.get("shared_params") or {}
+    whole: dict[str, Any] = {}
+    for name, value in module.items():
+        whole[name] = made.get(name) or made.get(shared.get(name, "")) or value
+    return whole | {name: info for name, info in made.items() if name not in whole}
+
+
+def universal_files(folder: Path) -> dict[str, Path]:
+    """Parameter names to the files that hold their float32 values, for the universal form; none if this is none."""
+    below = folder / "zero" if (folder / "zero").is_dir() else folder
+    if below.name != "zero":
+        return {}
+    return {path.parent.name: path for path in sorted(below.glob("*/fp32.pt"))}
+
+
+def read_universal(files: Mapping[str, Path], read: Read, notes: list[str]) -> dict[str, Any]:
+    """The weights, by name. Raises MdlError (INPUT) with the file that is not of that form."""
+    weights: dict[str, Any] = {}
+    for name, path in files.items():
+        found = read(path)
+        value = found.get("param") if isinstance(found, dict) else found
+        if not isinstance(value, TensorInfo):
+            raise input_error("this file holds no tensor under 'param'", str(path), _AGAIN)
+        weights[name] = value
+    notes.append("the weights are the float32 values of a universal checkpoint; moments were not opened")
+    return {"module": weights}

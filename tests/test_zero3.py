@@ -1,0 +1,156 @@
+"""Weights that DeepSpeed dealt out to processes are put together again; what is not whole is refused, with why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mdl.archs.base import Inventory
+from mdl.convert.inventory import take_inventory
+from mdl.convert.open import open_checkpoint
+from mdl.convert.stored import Files
+from mdl.errors import MdlError
+
+from .containers import Content, slice_of, universal, zero_3
+
+STATE = {
+    "a.weight": torch.arange(99.0).reshape(9, 11),
+    "b.weight": torch.randn(5),
+    "c.bias": torch.randn(7, 3),
+    "one": torch.randn(1),
+}
+MODEL, OPTIM = "zero_pp_rank_{}_mp_rank_00_model_states.pt", "zero_pp_rank_{}_mp_rank_00_optim_states.pt"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "global_step10").mkdir()
+    return zero_3(Content(STATE, {"global_steps": 10}), tmp_path / "global_step10")
+
+
+def taken(folder: Path) -> Inventory:
+    return take_inventory(open_checkpoint(folder))
+
+
+def edit(path: Path, change: Callable[[Any], object]) -> None:
+    document = torch.load(path, weights_only=False)
+    change(document)
+    torch.save(document, path)
+
+
+def values(inventory: Inventory, name: str) -> torch.Tensor:
+    with Files() as files:
+        return torch.from_numpy(files.tensor(inventory.tensors[name][0]).read().copy())
+
+
+def test_slices_become_the_parameters(folder: Path) -> None:
+    inventory = taken(folder)
+
+    assert list(inventory.tensors) == list(STATE)
+    for name, tensor in STATE.items():
+        assert torch.equal(values(inventory, name), tensor)
+        assert (inventory.tensors[name][0].dtype, inventory.tensors[name][0].shape) == ("float32", tuple(tensor.shape))
+    assert inventory.extras["global_steps"] == 10
+    assert any("joined from 3 ranks (ZeRO-3)" in note for note in inventory.notes)
+
+
+def test_rows_and_columns_of_a_sliced_parameter(folder: Path) -> None:
+    info = taken(folder).tensors["a.weight"][0]
+    with Files() as files:
+        whole = files.tensor(info)
+        assert torch.equal(torch.from_numpy(whole.slice(0, 2, 7).read().copy()), STATE["a.weight"][2:7])
+        turned = whole.transpose(1, 0).slice(0, 3, 9)
+        assert torch.equal(torch.from_numpy(turned.read().copy()), STATE["a.weight"].T[3:9])
+
+
+def test_a_second_name_is_the_same_tensor(folder: Path) -> None:
+    for rank in range(3):
+
+        def tie(document: Any) -> None:
+            document["module"]["head.weight"] = torch.empty(0)
+            document["shared_params"] = {"head.weight": "a.weight"}
+
+        edit(folder / MODEL.format(rank), tie)
+    inventory = taken(folder)
+
+    assert torch.equal(values(inventory, "head.weight"), STATE["a.weight"])
+    assert inventory.tensors["head.weight"][0].storage == inventory.tensors["a.weight"][0].storage
+
+
+def test_frozen_parameters_and_buffers(folder: Path) -> None:
+    frozen = torch.randn(4, 5)
+    for rank in range(3):
+
+        def freeze(document: Any, rank: int = rank) -> None:
+            document["frozen_param_shapes"] = {"f": frozen.shape}
+            document["frozen_param_fragments"] = {"f": slice_of(frozen, rank, 3)}
+            document["module"] |= {"f": torch.empty(0), "table": torch.ones(3)}
+
+        edit(folder / MODEL.format(rank), freeze)
+    inventory = taken(folder)
+
+    assert torch.equal(values(inventory, "f"), frozen)
+    assert torch.equal(values(inventory, "table"), torch.ones(3))
+
+
+def _drop_optim(folder: Path) -> None:
+    (folder / OPTIM.format(2)).unlink()
+
+
+def _drop_rank(folder: Path) -> None:
+    for name in (MODEL, OPTIM):
+        (folder / name.format(2)).unlink()
+
+
+def _stage(folder: Path) -> None:
+    edit(folder / OPTIM.format(0), lambda d: d["optimizer_state_dict"].update(zero_stage=2))
+
+
+def _more(folder: Path) -> None:
+    edit(folder / MODEL.format(0), lambda d: d["param_shapes"][0].update(more=torch.Size([4, 4])))
+
+
+def _fewer(folder: Path) -> None:
+    edit(folder / MODEL.format(0), lambda d: d["param_shapes"].pop())
+
+
+def _parallel(folder: Path) -> None:
+    (folder / MODEL.format(0)).rename(folder / "zero_pp_rank_0_mp_rank_01_model_states.pt")
+
+
+def _no_table(folder: Path) -> None:
+    torch.save(torch.ones(3), folder / OPTIM.format(1))
+
+
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [
+        (_drop_optim, r"\*_optim_states.pt are here for the ranks 0, 1: every rank"),
+        (_drop_rank, "dealt to 3 ranks, and the files of 2 are here"),
+        (_stage, "zero_stage is 2 here"),
+        (_more, "more values than the flat tensors"),
+        (_fewer, r"[\d]+ values of this rank's flat tensors belong to no parameter"),
+        (_parallel, "tensor- or pipeline-parallel"),
+        (_no_table, "holds no table"),
+    ],
+)
+def test_what_is_not_whole_is_refused(folder: Path, damage: Callable[[Path], None], why: str) -> None:
+    damage(folder)
+    with pytest.raises(MdlError, match=why) as caught:
+        taken(folder)
+    assert all(problem.do for problem in caught.value.problems)
+
+
+def test_a_universal_checkpoint(tmp_path: Path) -> None:
+    folder = universal(Content(STATE), tmp_path / "step_universal")
+    for given in (folder, folder / "zero"):
+        inventory = taken(given)
+        assert set(inventory.tensors) == set(STATE)
+        assert torch.equal(values(inventory, "a.weight"), STATE["a.weight"])
+    torch.save({"step": 1}, folder / "zero" / "one" / "fp32.pt")
+    with pytest.raises(MdlError, match="no tensor under 'param'"):
+        taken(folder)
