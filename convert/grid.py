@@ -4,6 +4,10 @@ Megatron-LM writes one file per rank and pipeline stage (megatron/training/check
 there are several stages, mp_rank_TT_PPP/, each with model_optim_rng.pt. Every stage numbers its layers from 0, and with
 a virtual pipeline it holds several runs of layers, model0, model1, …: run 0 of all stages comes first, then run 1.
 
+GPT-NeoX, on DeepSpeed's pipelines, writes one file per rank and layer, layer_LL-model_TT-model_states.pt, and its own
+settings into configs/ beside them (megatron/checkpointing.py). Layers count the modules of the whole pipeline: 00 is
+the embedding, 02 the first block. The same weights without a pipeline are called sequential.LL.….
+
 A :class:`Cell` says which part one tree is, so that names can be made those of the whole model before anybody looks at
 them: :func:`whole_names`. A family never sees stages.
 """
@@ -21,6 +25,8 @@ from ..errors import Kind, MdlError, Problem, input_error
 _RANK = re.compile(r"mp_rank_(\d\d)(?:_(\d\d\d))?(_\d\d\d)?")
 _FILES = ("model_optim_rng.pt", "model_rng.pt")
 _LATEST = "latest_checkpointed_iteration.txt"
+_LATEST_DEEPSPEED = "latest"
+_LAYER_FILE = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
 _LAYER = re.compile(r"((?:.*\.)?(?:decoder|encoder|transformer)\.layers\.)(\d+)(\..*)")
 _CHUNK = re.compile(r"model(\d+)")
 _COPY = "copy the folder again: every file holds a part of the model"
@@ -57,7 +63,7 @@ def latest(folder: Path) -> Path | None:
     """
     file = folder / _LATEST
     if not file.is_file():
-        return None
+        return _latest_of_layers(folder)
     said = file.read_text("utf-8", errors="replace")[:100].strip()
     name = said if said == "release" else f"iter_{int(said):07d}" if said.isdecimal() else ""
     if not name:
@@ -67,12 +73,25 @@ def latest(folder: Path) -> Path | None:
     return folder / name
 
 
+def _latest_of_layers(folder: Path) -> Path | None:
+    file = folder / _LATEST_DEEPSPEED
+    name = file.read_text("utf-8", errors="replace")[:100].strip() if file.is_file() else ""
+    if not name or name in (".", "..") or any(c in name for c in "/\\\0") or not (folder / name).is_dir():
+        return None
+    return folder / name if any(_LAYER_FILE.fullmatch(entry.name) for entry in (folder / name).iterdir()) else None
+
+
 def find_grid(path: Path) -> Grid | None:
     """The grid that a folder holds, or that a file or a rank's folder is a part of; None for anything else.
 
     Raises MdlError (INPUT) where a cell of the grid is missing.
     """
     folder = path if path.is_dir() else path.parent
+    if path.is_dir() or _LAYER_FILE.fullmatch(path.name):
+        layers = [(file, found) for file in sorted(folder.iterdir()) if (found := _LAYER_FILE.fullmatch(file.name))]
+        if layers:
+            cells = [Cell(f, int(n[2]), int(n[1]), prefix=f"sequential.{int(n[1])}.") for f, n in layers]
+            return Grid("layer_*-model_*-model_states.pt", folder, _ordered(cells, folder, holes=True))
     if _RANK.fullmatch(folder.absolute().name) and (path.is_dir() or path.name in _FILES):
         folder = folder.absolute().parent
     elif not path.is_dir():
@@ -101,13 +120,14 @@ def _experts(name: str, folder: Path) -> MdlError:
     )
 
 
-def _ordered(cells: list[Cell], folder: Path) -> tuple[Cell, ...]:
-    """The cells by place and rank. Raises MdlError (INPUT) unless there is one for each rank at each place."""
+def _ordered(cells: list[Cell], folder: Path, *, holes: bool = False) -> tuple[Cell, ...]:
+    """The cells by place and rank. Raises MdlError (INPUT) unless there is one for each rank at each place; ``holes``
+    says that places may be missing, for modules without weights."""
     held = {(cell.place, cell.rank): cell for cell in cells}
     ranks = 1 + max(rank for _, rank in held)
     places = sorted({place for place, _ in held})
     missing = [f"rank {r} of part {p}" for p in places for r in range(ranks) if (p, r) not in held]
-    missing += [f"part {p}" for p in range(places[-1]) if p not in places]
+    missing += [f"part {p}" for p in range(places[-1]) if p not in places and not holes]
     if missing:
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise input_error(f"files are missing: {', '.join(missing[:5])}{more}", str(folder), _COPY)

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import Kind, MdlError, Problem, input_error
 from . import dcp
-from .beside import find_sidecars, find_tokenizers
+from .beside import find_configs, find_sidecars, find_tokenizers
 from .deepspeed import optimizer_states
 from .grid import Cell, Grid, find_grid, latest, taken_apart
 from .legacy import read_legacy
@@ -103,12 +103,17 @@ def _open(path: Path) -> Checkpoint:
         format=formats.pop(),
         files=tuple(_absolute(file) for file in files),
         trees=trees,
-        sidecars=find_sidecars(folder, group.files[0].stem),
+        sidecars=find_sidecars(folder, group.files[0].stem) | (find_configs(folder) if _in_steps(group) else {}),
         tokenizers=find_tokenizers(folder),
         metadata=metadata,
         notes=tuple(notes),
         cells=cells,
     )
+
+
+def _in_steps(group: _Group) -> bool:
+    """Whether the files are named as DeepSpeed names those of a step, whose settings may lie in configs/."""
+    return group.files[0].name.endswith("model_states.pt")
 
 
 def _group_of(path: Path, notes: list[str]) -> _Group:
