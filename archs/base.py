@@ -22,7 +22,8 @@ class Inventory:
     ``tensors`` maps the family's own name of a tensor to one entry per rank file that holds it, in rank order.
     ``extras`` holds what lay beside the weights (``model_args``, ``params.json`` as ``params``, ``config`` …) as
     plain values; ``wrapper`` is the path to the state dict inside the file (``("model",)`` for nanoGPT);
-    ``notes`` says in sentences what was unwrapped, stripped or ignored.
+    ``notes`` says in sentences what was unwrapped, stripped or ignored; ``parts`` is how many files along the layers
+    (pipeline stages) each rank has.
     """
 
     path: str
@@ -34,6 +35,7 @@ class Inventory:
     notes: tuple[str, ...] = ()
     format: str = ""
     files: tuple[str, ...] = ()
+    parts: int = 1
 
     def __contains__(self, name: object) -> bool:
         return name in self.tensors

@@ -16,6 +16,7 @@ _SETTINGS_YAML = ("model_config.yaml", "hparams.yaml", "config.yaml")
 _FROM_TRANSFORMERS = ("config.json", "generation_config.json")
 MAX_JSON = 16 << 20
 MAX_YAML = 256 << 10  # PyYAML reads about 100 KB a second
+_EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 _STEP = re.compile(r".*?(\d+)")
 _TOKENIZERS = ("tokenizer.model", "tokenizer.json", "tokenizer.pkl", "tekken.json", "meta.pkl")
 _TOKENIZER_PAIRS = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
@@ -43,6 +44,40 @@ def find_sidecars(folder: Path, weights: str) -> dict[str, Any]:
     if problems:
         raise MdlError(Kind.INPUT, problems)
     return found
+
+
+def find_configs(folder: Path) -> dict[str, Any]:
+    """What GPT-NeoX puts into configs/ beside its weights: one table of all files, its keys with underscores.
+
+    Raises MdlError (INPUT) with every file that can't be parsed, and where two say different things.
+    """
+    found: dict[str, Any] = {}
+    problems: list[Problem] = []
+    for file in sorted((folder / "configs").glob("*.yml")):
+        try:
+            table = {str(key).replace("-", "_"): _number(value) for key, value in _yaml_table(file).items()}
+        except (ValueError, OSError) as error:
+            problems.append(Problem(f"{file.name} can't be parsed ({error})", str(file), "mend or remove it"))
+            continue
+        if differing := [key for key in table if key in found and found[key] != table[key]]:
+            what = f"it says something else of {', '.join(differing[:5])} than the files before it in configs/"
+            problems.append(Problem(what, str(file), "keep the one that the run had"))
+        found |= table
+    if problems:
+        raise MdlError(Kind.INPUT, problems)
+    return {"configs": found} if found else {}
+
+
+def _number(value: Any) -> Any:
+    """A value of YAML; 1e-5 is a number to whoever writes it, but a word to YAML 1.1."""
+    return float(value) if isinstance(value, str) and _EXPONENT.fullmatch(value) else value
+
+
+def _yaml_table(file: Path) -> dict[Any, Any]:
+    content = _yaml(file)
+    if not isinstance(content, dict):
+        raise ValueError("it holds no table of settings")
+    return content
 
 
 def _parse(file: Path) -> Any:

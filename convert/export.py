@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from collections.abc import Mapping as Map
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, cast
 
-from ..errors import Kind, MdlError, Problem, usage_error
+from ..errors import Kind, MdlError, Problem, input_error, usage_error
 from ..mappings.jsonable import numbers_back
 from ..mappings.lazy import Lazy
 from ..mappings.ops import Op, OpError, invert
@@ -81,14 +82,30 @@ def export(
 
 
 def _places(manifest: Manifest, out: Path) -> dict[str, Path]:
-    """Where the content of each of the checkpoint's files goes, by the file's name: shards become one file again."""
+    """Where the content of each of the checkpoint's files goes: shards become one file again, and parts of a grid
+    (ranks, pipeline stages) files in the folders that they lay in."""
     files = {file for step in manifest.steps for source in step["sources"] for file in _homes(source)[1]}
-    return {file: out / file if manifest.source["ranks"] > 1 else out for file in files}
+    if not _many(manifest):
+        return dict.fromkeys(files, out)
+    folders = {os.path.dirname(file) for file in files}  # noqa: PTH120 - text, whose ".." is not to be resolved
+    try:
+        above = os.path.commonpath(folders) if folders else ""
+        below = {file: PurePath(file).relative_to(above) for file in files}
+    except ValueError:
+        below = {}
+    if len(below) < len(files) or any(".." in path.parts for path in below.values()):
+        raise input_error(f"{NAME} names a file outside the folder of its checkpoint", do="convert again")
+    return {file: out / path for file, path in below.items()}
+
+
+def _many(manifest: Manifest) -> bool:
+    """Whether the checkpoint comes back as a folder of files."""
+    return manifest.source["ranks"] > 1 or manifest.source.get("parts", 1) > 1
 
 
 def _check_places(places: Map[str, Path], out: Path, manifest: Manifest, force: bool) -> None:
     """Raise MdlError (USAGE) where a file can't be made, or is not one that an export may replace."""
-    if manifest.source["ranks"] > 1 and out.is_dir():
+    if _many(manifest) and out.is_dir():
         if not force:
             raise usage_error("exists already; nothing was written", str(out), "choose another name, or pass --force")
     else:
@@ -158,7 +175,7 @@ def _undo(step: Map[str, Any]) -> list[_Back]:
 
 def _homes(source: Map[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     ranks = cast("list[dict[str, Any]]", source["ranks"])
-    return tuple(r["raw"] for r in ranks), tuple(Path(r["file"]).name for r in ranks)
+    return tuple(r["raw"] for r in ranks), tuple(r["file"] for r in ranks)
 
 
 def _rank_value(whole: Lazy, join_data: Map[str, Any] | None, rank: int, ranks: int) -> Lazy:
@@ -218,4 +235,4 @@ def _cut(source: Map[str, Any]) -> list[Any]:
 
 def _has_room(manifest: Manifest) -> bool:
     """Whether the file written has a place for hyperparameters: beside the state dict, under its wrapper."""
-    return bool(manifest.source["wrapper"]) and manifest.source["ranks"] == 1
+    return bool(manifest.source["wrapper"]) and not _many(manifest)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path as Folder
 from typing import Any
 
 from ..archs.base import Inventory
 from ..errors import Kind, MdlError, Problem, input_error, usage_error
 from ..mappings.tensors import Target, TensorInfo
+from .grid import Cell, ranks_of, whole_names
 from .inert import NumpyArray, Stub, Unreadable
 from .open import Checkpoint
 from .pause import collector_paused
@@ -51,14 +53,11 @@ def take_inventory(ckpt: Checkpoint, *, weights: str | None = None) -> Inventory
     findings = _Findings(list(ckpt.notes))
     if wrapper:
         findings.notes.append(f"the weights lie under {'/'.join(wrapper)}")
-    ranks = [_weights_of(tree, wrapper, rank, ckpt, findings) for rank, tree in enumerate(ckpt.trees)]
-    names, prefixes = _strip({name: None for held in ranks for name in held}, findings)
-    tensors: dict[str, list[TensorInfo]] = {}
-    above = "".join(f"{part}/" for part in wrapper)
-    for rank, held in enumerate(ranks):
-        for raw, leaf in held.items():
-            tensors.setdefault(names[raw], []).append(_located(leaf, names[raw], rank, above + raw))
-    _check_whole(tensors, ckpt, findings)
+    held = [_weights_of(tree, wrapper, rank, ckpt, findings) for rank, tree in enumerate(ckpt.trees)]
+    names, prefixes = _strip({name: None for one in held for name in one}, findings)
+    tensors = _together(ckpt, wrapper, held, names, findings)
+    ranks = ranks_of(ckpt.cells) if ckpt.cells else len(ckpt.trees)
+    _check_whole(tensors, ckpt, ranks, findings)
     if findings.problems:
         raise MdlError(Kind.INPUT, findings.problems)
     if ckpt.trees:
@@ -67,12 +66,13 @@ def take_inventory(ckpt: Checkpoint, *, weights: str | None = None) -> Inventory
         path=ckpt.path,
         tensors={name: tuple(found) for name, found in tensors.items()},
         extras=_with_sidecars(findings.extras, ckpt),
-        ranks=len(ckpt.trees),
+        ranks=ranks,
         wrapper=wrapper,
         prefixes=prefixes,
         notes=tuple(findings.notes),
         format=ckpt.format,
         files=ckpt.files,
+        parts=len({cell.place for cell in ckpt.cells}) or 1,
     )
 
 
@@ -83,6 +83,26 @@ class _Findings:
     notes: list[str]
     problems: list[Problem] = field(default_factory=list[Problem])
     extras: dict[str, Any] = field(default_factory=dict[str, Any])
+
+
+def _together(
+    ckpt: Checkpoint, wrapper: Path, held: list[dict[str, TensorInfo]], names: dict[str, str], findings: _Findings
+) -> dict[str, list[TensorInfo]]:
+    """The tensors by their names in the whole model, one entry for each rank that holds it."""
+    tensors: dict[str, list[TensorInfo]] = {}
+    cells = ckpt.cells or tuple(Cell(Folder(), rank) for rank in range(len(held)))
+    whole = whole_names(cells, [[names[raw] for raw in one] for one in held]) if ckpt.cells else []
+    for k, (cell, one) in enumerate(zip(cells, held, strict=True)):
+        path = (*wrapper[:-1], cell.chunk) if cell.chunk else wrapper
+        above = "".join(f"{part}/" for part in path)
+        for raw, leaf in one.items():
+            name = whole[k][names[raw]] if whole else names[raw]
+            entries = tensors.setdefault(name, [])
+            if entries and entries[-1].rank == cell.rank:
+                what = f"{name} is in two parts of the model, {entries[-1].file} and {leaf.file}"
+                findings.problems.append(Problem(what, ckpt.path, "keep it in one of them only"))
+            entries.append(_located(leaf, name, cell.rank, above + raw))
+    return tensors
 
 
 def _located(leaf: TensorInfo, name: str, rank: int, raw: str) -> TensorInfo:
@@ -171,7 +191,9 @@ def _everywhere(tree: Any) -> list[Path]:
 def _weights_of(tree: Any, wrapper: Path, rank: int, ckpt: Checkpoint, findings: _Findings) -> dict[str, TensorInfo]:
     """The tensors of one rank by the name their writer gave; what can't be read becomes a problem."""
     node = _table(_at(tree, wrapper))
-    where = ckpt.files[rank] if len(ckpt.trees) > 1 else ckpt.path
+    where = ckpt.path
+    if len(ckpt.trees) > 1:
+        where = str(ckpt.cells[rank].file) if ckpt.cells else ckpt.files[rank]
     if not node:
         findings.problems.append(Problem(f"rank {rank} has no weights under {'/'.join(wrapper) or 'its top'}", where))
     held: dict[str, TensorInfo] = {}
@@ -296,9 +318,9 @@ def _check_collisions(names: dict[str, str], findings: _Findings) -> None:
             findings.problems.append(Problem(what, do="save one of them only"))
 
 
-def _check_whole(tensors: dict[str, list[TensorInfo]], ckpt: Checkpoint, findings: _Findings) -> None:
+def _check_whole(tensors: dict[str, list[TensorInfo]], ckpt: Checkpoint, ranks: int, findings: _Findings) -> None:
     """Notes and problems that concern all tensors at once."""
-    partial = [name for name, found in tensors.items() if len(found) < len(ckpt.trees)]
+    partial = [name for name, found in tensors.items() if len(found) < ranks]
     if partial:
         findings.notes.append(f"present in some rank files only: {_some(partial)}")
     if flat := [name for name in tensors if _FLAT.fullmatch(name.rpartition(".")[2])]:

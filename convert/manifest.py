@@ -137,6 +137,7 @@ def make_manifest(
             "wrapper": list(inventory.wrapper),
             "prefixes": list(inventory.prefixes),
             "ranks": inventory.ranks,
+            "parts": inventory.parts,
             "files": [fingerprint(Path(file)) for file in inventory.files],
             "order": list(inventory.tensors),
             "extras": plain(inventory.extras),

@@ -10,8 +10,9 @@ from typing import Any
 
 from ..errors import Kind, MdlError, Problem, input_error
 from . import dcp, zero3
-from .beside import find_sidecars, find_tokenizers
+from .beside import find_configs, find_sidecars, find_tokenizers
 from .deepspeed import optimizer_states
+from .grid import Cell, Grid, find_grid, latest, taken_apart
 from .legacy import read_legacy
 from .pause import collector_paused
 from .plain import key_text
@@ -35,7 +36,8 @@ _INDEX = ".index.json"
 class Checkpoint:
     """An opened checkpoint.
 
-    ``trees`` holds one raw tree per rank file, in rank order (the shards of one model are one tree). ``sidecars`` maps
+    ``trees`` holds one raw tree per rank file, in rank order (the shards of one model are one tree); where ``cells`` is
+    not empty, one for each cell, which says of which rank and which part of the layers it is. ``sidecars`` maps
     the stem of a settings file beside the weights (``params``, ``config``, ``meta``) to its parsed content;
     ``metadata`` is what safetensors headers carry beside the tensors. ``tokenizers`` lists files beside the weights
     that look like a tokenizer. All paths are absolute.
@@ -49,6 +51,7 @@ class Checkpoint:
     tokenizers: tuple[str, ...] = ()
     metadata: dict[str, str] = field(default_factory=dict[str, str])
     notes: tuple[str, ...] = ()
+    cells: tuple[Cell, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ class _Group:
     parted: str = ""
     index: Path | None = None
     weight_map: dict[str, str] = field(default_factory=dict[str, str])
+    grid: Grid | None = None
 
 
 @collector_paused()
@@ -79,7 +83,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 def _open(path: Path) -> Checkpoint:
     notes: list[str] = []
-    group = _group_of_folder(path, notes) if path.is_dir() else _group_of_file(path, notes)
+    group = _group_of(path, notes)
     formats: set[str] = set()
     metadata: dict[str, str] = {}
     files = group.files
@@ -97,16 +101,18 @@ def _open(path: Path) -> Checkpoint:
     trees = tuple(read) if group.ranks or len(read) == 1 else (_join(group, read),)
     if group.index is not None and len(read) == 1:
         check_index(group.index, group.weight_map, {name: [group.files[0].name] for name in read[0]})
-    folder = group.files[0].parent
+    folder = group.grid.folder if group.grid else group.files[0].parent
+    trees, cells = taken_apart(trees, group.grid) if group.grid else (trees, ())
     return Checkpoint(
         path=_absolute(path),
         format=formats.pop(),
         files=tuple(_absolute(file) for file in files),
         trees=trees,
-        sidecars=find_sidecars(folder, group.files[0].stem),
+        sidecars=find_sidecars(folder, group.files[0].stem) | (find_configs(folder) if _in_steps(group) else {}),
         tokenizers=find_tokenizers(folder),
         metadata=metadata,
         notes=tuple(notes),
+        cells=cells,
     )
 
 
@@ -119,6 +125,25 @@ def _parted(group: _Group, notes: list[str]) -> Any:
     if group.parted == zero3.FORMAT:
         return zero3.read_zero3(group.files, read, notes)
     return zero3.read_universal({path.parent.name: path for path in group.files}, read, notes)
+
+
+def _in_steps(group: _Group) -> bool:
+    """Whether the files are named as DeepSpeed names those of a step, whose settings may lie in configs/."""
+    return group.files[0].name.endswith("model_states.pt")
+
+
+def _group_of(path: Path, notes: list[str]) -> _Group:
+    """The checkpoint that a path means: that of the last save, if it is the folder of a whole run."""
+    newest = latest(path)
+    if newest is not None:
+        notes.append(f"{newest.name} is the last save of this folder")
+        path = newest
+    grid = find_grid(path)
+    if grid is None:
+        return _group_of_folder(path, notes) if path.is_dir() else _group_of_file(path, notes)
+    if path != grid.folder:
+        notes.append(f"{path.name} is a part of {grid.name}: all of its {len(grid.cells)} files were read")
+    return _Group(grid.name, tuple(cell.file for cell in grid.cells), ranks=True, grid=grid)
 
 
 def _absolute(path: Path) -> str:

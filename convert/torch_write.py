@@ -25,7 +25,7 @@ def save_torch(
     aliases: Mapping[str, str],
     progress: Callable[[int], None],
 ) -> None:
-    """Save tensors, by their path in the file, under ``wrapper`` with ``extras`` beside it.
+    """Save tensors under their path in the file, which is as long as ``wrapper``, with ``extras`` beside it.
 
     ``aliases`` names tensors that share memory with another. Unchanged tensors are written straight from the
     mapped layout; those that an operation moves are held in memory until the file is complete.
@@ -38,11 +38,14 @@ def save_torch(
     for raw, value in tensors.items():
         state[raw] = state[aliases[raw]] if aliases.get(raw) in state else _tensor(value)
         progress(value.nbytes)
-    inner = {raw.split("/", len(wrapper))[-1]: tensor for raw, tensor in state.items()}
-    document: Any = inner
-    for key in reversed(wrapper):
-        document = {key: document}
-    path.parent.mkdir(exist_ok=True)
+    document: dict[str, Any] = {}
+    for raw, tensor in state.items():
+        *above, name = raw.split("/", len(wrapper))
+        table = document
+        for key in above:
+            table = table.setdefault(key, {})
+        table[name] = tensor
+    path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(path.name + ".partial")
     try:
         torch.save({**extras, **document} if wrapper else document, scratch)

@@ -14,7 +14,7 @@ from mdl.convert.inventory import take_inventory
 from mdl.convert.open import open_checkpoint
 
 from . import checkpoints as make
-from . import gpts, lit
+from . import gpts, lit, megatron, neox
 
 
 def masked(state: make.State) -> make.State:
@@ -57,6 +57,13 @@ OWN: dict[str, tuple[str, Callable[[Path], Path]]] = {
     "litgpt": ("litgpt", lambda p: lit.checkpoint(p / "folder", "llama")),
     "llama2c": ("llama2c", lambda p: make.llama2c(p / "x.pt")),
     "llama_meta": ("llama_meta", lambda p: meta(p / "release")),
+    "megatron": ("megatron", lambda p: megatron.grid(p / "run", "llama", ranks=2, stages=2)),
+    "megatron, as GPT-2": ("megatron", lambda p: megatron.grid(p / "run", "gpt2")),
+    "megatron, torch_dist": ("megatron", lambda p: megatron.dist(p / "run", "qwen3", stacked=False)),
+    "megatron_stacked": ("megatron_stacked", lambda p: megatron.dist(p / "run", "qwen2", stacked=True)),
+    "gpt_neox": ("gpt_neox", lambda p: neox.layers(p / "run", "parallel", 2)),
+    "gpt_neox, before 2024": ("gpt_neox", lambda p: neox.layers(p / "run", "fused", new=False)),
+    "gpt_neox, without a pipeline": ("gpt_neox", lambda p: neox.sequential(p / "run", "serial")),
     "huggingface": ("huggingface", lambda p: gpt2(p / "folder")),
 }
 

@@ -1,0 +1,174 @@
+"""Which class of transformers and vLLM the arguments of a Megatron-LM run describe, and that class's config.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..base import Dims, Measure
+
+_UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "multi_latent_attention": ((None, False), "multi-head latent attention"),
+    "num_experts": ((None, 0), "experts"),
+    "apply_layernorm_1p": ((None, False), "norms whose weights are stored less 1"),
+    "apply_residual_connection_post_layernorm": ((None, False), "residuals taken behind the norm"),
+    "window_size": ((None,), "a sliding window"),
+    "squared_relu": ((None, False), "squared ReLU"),
+    "quick_geglu": ((None, False), "quick GEGLU"),
+    "qk_l2_norm": ((None, False), "q and k normed without weights"),
+    "softmax_type": ((None, "vanilla"), "another softmax"),
+    "attention_output_gate": ((None, False), "gated attention"),
+    "no_rope_freq": ((None,), "layers without rotary positions"),
+    "mtp_num_layers": ((None, 0), "multi-token prediction"),
+    "is_hybrid_model": ((None, False), "Mamba layers"),
+}
+"""Arguments that change what the model computes, the values that leave it as it is, and what others mean."""
+_LLAMA_LIKE = ("Llama", "Qwen2", "Qwen3")
+_MODEL_TYPES = {"GPTNeoX": "gpt_neox", "GPT2": "gpt2"}
+
+
+def choose(m: Measure, said: Mapping[str, Any]) -> None:
+    """Settle ``target``, or report why no class will do."""
+    for key, (allowed, what) in _UNSUPPORTED.items():
+        if said.get(key) not in allowed:
+            m.problem(f"args.{key} is {said[key]!r}: {what}, which this family does not carry over")
+    if m["norm"] == "RMSNorm":
+        name, reason = _like_llama(m)
+    else:
+        name = "GPT2" if m["position"] == "learned_absolute" else "GPTNeoX"
+        reason = _with_layernorm(m, name)
+    if reason:
+        do = "its tensors and arguments say so; if the arguments are wrong, overrule them with --set"
+        m.problem(f"{name} describes it but for this: {reason}", do=do)
+    why = f"{m['norm']}, {m['position']} positions, {'a gated' if m['gated'] else 'a plain'} MLP, and the biases"
+    m.accept("target", name, why)
+
+
+def _first(*cases: tuple[object, str]) -> str:
+    return next((reason for wrong, reason in cases if wrong), "")
+
+
+def _like_llama(m: Measure) -> tuple[str, str]:
+    name = "Qwen3" if m["qk_norm"] else "Qwen2" if m["qkv_bias"] and not m["linear_bias"] else "Llama"
+    return name, _first(
+        (m["position"] != "rope", f"{m['position']} positions with RMSNorm"),
+        (not m["gated"], "RMSNorm with an MLP that has no gate"),
+        (m["rotary_percent"] != 1.0, f"rotary_percent {m['rotary_percent']}"),
+        (name == "Qwen3" and (m["qkv_bias"] or m["linear_bias"]), "biases beside normed q and k"),
+        (name == "Llama" and m["qkv_bias"] != m["linear_bias"], "biases of some matrices only"),
+    )
+
+
+def _with_layernorm(m: Measure, name: str) -> str:
+    heads, size, hidden = m["heads"], m["head_dim"], m["hidden"]
+    whole = isinstance(heads, int) and isinstance(size, int) and heads * size == hidden
+    return _first(
+        (m["position"] not in ("learned_absolute", "rope"), f"{m['position']} positions"),
+        (m["gated"], "LayerNorm with a gated MLP"),
+        (not m["qkv_bias"] or not m["linear_bias"], "matrices without biases"),
+        (m["kv_heads"] != heads, "query heads that share key heads"),
+        (m["qk_norm"], "normed q and k"),
+        (not whole, f"{heads} heads of {size} channels are not the width, {hidden}"),
+        (m["interleaved"] and name == "GPTNeoX", "a rotation of neighbouring pairs (rotary_interleaved)"),
+    )
+
+
+def flags(m: Measure) -> dict[str, bool]:
+    """What the mapping's ``when`` asks."""
+    name, pairs = str(m["target"]), bool(m["interleaved"])
+    like_llama, gpt2, neox = name in _LLAMA_LIKE, name == "GPT2", name == "GPTNeoX"
+    biases, fused = like_llama and m["qkv_bias"] is True, m["fused_norms"] is True
+    return {
+        "like_llama": like_llama,
+        "llama_halves": like_llama and not pairs,
+        "llama_pairs": like_llama and pairs,
+        "llama_bias_halves": biases and not pairs,
+        "llama_bias_pairs": biases and pairs,
+        "llama_linear_bias": like_llama and m["linear_bias"] is True,
+        "qk_norm_halves": name == "Qwen3" and not pairs,
+        "qk_norm_pairs": name == "Qwen3" and pairs,
+        "llama_norms": like_llama and not fused,
+        "llama_fused_norms": like_llama and fused,
+        "gpt2": gpt2,
+        "gpt2_norms": gpt2 and not fused,
+        "gpt2_fused_norms": gpt2 and fused,
+        "neox": neox,
+        "neox_norms": neox and not fused,
+        "neox_fused_norms": neox and fused,
+    }
+
+
+def hf_config(d: Dims) -> dict[str, Any]:
+    """config.json of the class that ``target`` names."""
+    name = str(d["target"])
+    common = {
+        "architectures": ["GPT2LMHeadModel" if name == "GPT2" else f"{name}ForCausalLM"],
+        "model_type": _MODEL_TYPES.get(name, name.lower()),
+        "vocab_size": d["vocab"],
+        "tie_word_embeddings": d["tied"],
+    }
+    return common | (_gpt2(d) if name == "GPT2" else _neox(d) if name == "GPTNeoX" else _llama(d, name))
+
+
+def _gpt2(d: Dims) -> dict[str, Any]:
+    return {
+        "n_positions": d["context"],
+        "n_embd": d["hidden"],
+        "n_layer": d["layers"],
+        "n_head": d["heads"],
+        "n_inner": d["ffn"],
+        "activation_function": d["activation"],
+        "layer_norm_epsilon": d["norm_eps"],
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+    }
+
+
+def _sizes(d: Dims) -> dict[str, Any]:
+    return {
+        "hidden_size": d["hidden"],
+        "intermediate_size": d["ffn"],
+        "num_hidden_layers": d["layers"],
+        "num_attention_heads": d["heads"],
+        "max_position_embeddings": d["context"],
+        "rope_parameters": _rope(d),
+        "attention_dropout": 0.0,
+    }
+
+
+def _rope(d: Dims) -> dict[str, Any]:
+    scaling = d["rope_scaling"]
+    rope: dict[str, Any] = {"rope_type": "default" if scaling == "none" else scaling, "rope_theta": d["rope_theta"]}
+    if scaling != "none":
+        rope["factor"] = d["rope_factor"]
+    if scaling == "llama3":
+        rope |= {key: d[f"rope_{key}"] for key in ("low_freq_factor", "high_freq_factor")}
+        rope["original_max_position_embeddings"] = d["rope_original_context"]
+    if d["target"] == "GPTNeoX":
+        rope["partial_rotary_factor"] = d["rotary_percent"]
+    return rope
+
+
+def _neox(d: Dims) -> dict[str, Any]:
+    return {
+        **_sizes(d),
+        "hidden_act": d["activation"],
+        "layer_norm_eps": d["norm_eps"],
+        "use_parallel_residual": False,
+        "attention_bias": True,
+    }
+
+
+def _llama(d: Dims, name: str) -> dict[str, Any]:
+    fields = {
+        **_sizes(d),
+        "num_key_value_heads": d["kv_heads"],
+        "head_dim": d["head_dim"],
+        "rms_norm_eps": d["norm_eps"],
+        "hidden_act": "silu",
+    }
+    if name == "Qwen2":  # its q, k and v have a bias always, and nothing else has
+        return fields
+    if name == "Llama":
+        fields["mlp_bias"] = d["linear_bias"]
+    return {**fields, "attention_bias": name == "Llama" and d["linear_bias"]}

@@ -1,0 +1,217 @@
+"""Checkpoints that are cut two ways: into tensor-parallel ranks, and along the layers of the model.
+
+Megatron-LM writes one file per rank and pipeline stage (megatron/training/checkpointing.py): mp_rank_TT/ or, where
+there are several stages, mp_rank_TT_PPP/, each with model_optim_rng.pt. Every stage numbers its layers from 0, and with
+a virtual pipeline it holds several runs of layers, model0, model1, …: run 0 of all stages comes first, then run 1.
+
+GPT-NeoX, on DeepSpeed's pipelines, writes one file per rank and layer, layer_LL-model_TT-model_states.pt, and its own
+settings into configs/ beside them (megatron/checkpointing.py). Layers count the modules of the whole pipeline: 00 is
+the embedding, 02 the first block. The same weights without a pipeline are called sequential.LL.….
+
+A :class:`Cell` says which part one tree is, so that names can be made those of the whole model before anybody looks at
+them: :func:`whole_names`. A family never sees stages.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import Kind, MdlError, Problem, input_error
+
+_RANK = re.compile(r"mp_rank_(\d\d)(?:_(\d\d\d))?(_\d\d\d)?")
+_FILES = ("model_optim_rng.pt", "model_rng.pt")
+_LATEST = "latest_checkpointed_iteration.txt"
+_LATEST_DEEPSPEED = "latest"
+_LAYER_FILE = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
+_LAYER = re.compile(r"((?:.*\.)?(?:decoder|encoder|transformer)\.layers\.)(\d+)(\..*)")
+_CHUNK = re.compile(r"model(\d+)")
+_COPY = "copy the folder again: every file holds a part of the model"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Which part of a model a tree holds.
+
+    ``place`` orders the parts along the layers; ``prefix`` is put before its tensors' names; ``chunk`` is the key
+    under which its weights lie where others have "model".
+    """
+
+    file: Path
+    rank: int = 0
+    place: int = 0
+    prefix: str = ""
+    chunk: str = ""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The files of one checkpoint, ordered by place and then by rank, and the folder that they lie in."""
+
+    name: str
+    folder: Path
+    cells: tuple[Cell, ...]
+
+
+def latest(folder: Path) -> Path | None:
+    """The folder of the last save in the folder of a whole run, as Megatron-LM's own loader finds it; None elsewhere.
+
+    Raises MdlError (INPUT) where the save that is named is not there.
+    """
+    file = folder / _LATEST
+    if not file.is_file():
+        return _latest_of_layers(folder)
+    said = file.read_text("utf-8", errors="replace")[:100].strip()
+    name = said if said == "release" else f"iter_{int(said):07d}" if said.isdecimal() else ""
+    if not name:
+        raise input_error(f"{_LATEST} holds {said[:20]!r}, neither a number nor 'release'", str(file))
+    if not (folder / name).is_dir():
+        raise input_error(f"{_LATEST} names {name}, which is not there", str(folder), "give the folder of another save")
+    return folder / name
+
+
+def _latest_of_layers(folder: Path) -> Path | None:
+    file = folder / _LATEST_DEEPSPEED
+    name = file.read_text("utf-8", errors="replace")[:100].strip() if file.is_file() else ""
+    if not name or name in (".", "..") or any(c in name for c in "/\\\0") or not (folder / name).is_dir():
+        return None
+    return folder / name if any(_LAYER_FILE.fullmatch(entry.name) for entry in (folder / name).iterdir()) else None
+
+
+def find_grid(path: Path) -> Grid | None:
+    """The grid that a folder holds, or that a file or a rank's folder is a part of; None for anything else.
+
+    Raises MdlError (INPUT) where a cell of the grid is missing.
+    """
+    folder = path if path.is_dir() else path.parent
+    if path.is_dir() or _LAYER_FILE.fullmatch(path.name):
+        layers = [(file, found) for file in sorted(folder.iterdir()) if (found := _LAYER_FILE.fullmatch(file.name))]
+        if layers:
+            cells = [Cell(f, int(n[2]), int(n[1]), prefix=f"sequential.{int(n[1])}.") for f, n in layers]
+            return Grid("layer_*-model_*-model_states.pt", folder, _ordered(cells, folder, holes=True))
+    if _RANK.fullmatch(folder.absolute().name) and (path.is_dir() or path.name in _FILES):
+        folder = folder.absolute().parent
+    elif not path.is_dir():
+        return None
+    ranks = {entry: found for entry in sorted(folder.iterdir()) if (found := _RANK.fullmatch(entry.name))}
+    files = {entry: file for entry in ranks if (file := _weights(entry)) is not None}
+    if not files:
+        return None
+    if experts := next((entry.name for entry in files if ranks[entry][3]), ""):
+        raise _experts(experts, folder)
+    cells = [Cell(file, int(ranks[entry][1]), int(ranks[entry][2] or 0)) for entry, file in files.items()]
+    if len({ranks[entry][2] is None for entry in files}) > 1:
+        raise input_error("it holds folders of ranks with a stage's number and without", str(folder), "keep one kind")
+    return Grid("mp_rank_*", folder, _ordered(cells, folder))
+
+
+def _weights(folder: Path) -> Path | None:
+    return next((folder / name for name in _FILES if (folder / name).is_file()), None)
+
+
+def _experts(name: str, folder: Path) -> MdlError:
+    return input_error(
+        f"{name} holds some of the experts: they are spread over processes too, which is not read in this format",
+        str(folder),
+        "save it with --ckpt-format torch_dist, or with --expert-model-parallel-size 1",
+    )
+
+
+def _ordered(cells: list[Cell], folder: Path, *, holes: bool = False) -> tuple[Cell, ...]:
+    """The cells by place and rank. Raises MdlError (INPUT) unless there is one for each rank at each place; ``holes``
+    says that places may be missing, for modules without weights."""
+    held = {(cell.place, cell.rank): cell for cell in cells}
+    ranks = 1 + max(rank for _, rank in held)
+    places = sorted({place for place, _ in held})
+    missing = [f"rank {r} of part {p}" for p in places for r in range(ranks) if (p, r) not in held]
+    missing += [f"part {p}" for p in range(places[-1]) if p not in places and not holes]
+    if missing:
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise input_error(f"files are missing: {', '.join(missing[:5])}{more}", str(folder), _COPY)
+    return tuple(held[key] for key in sorted(held))
+
+
+def taken_apart(trees: Sequence[Any], grid: Grid) -> tuple[tuple[Any, ...], tuple[Cell, ...]]:
+    """The trees with one for each run of layers, its weights under "model", and the cell of each.
+
+    Raises MdlError (INPUT) where the files say that experts are spread over them, or hold different numbers of runs.
+    """
+    _compare(trees, grid)
+    chunks = [_chunks(tree) for tree in trees]
+    if len({len(found) for found in chunks}) > 1:
+        raise input_error("its files hold different numbers of runs of layers", str(grid.folder), _COPY)
+    if not chunks[0]:
+        return tuple(trees), grid.cells
+    stages = 1 + max(cell.place for cell in grid.cells)
+    found: list[tuple[Cell, Any]] = []
+    for tree, cell, keys in zip(trees, grid.cells, chunks, strict=True):
+        rest = {key: value for key, value in tree.items() if key not in keys}
+        for k, key in enumerate(keys):
+            part = replace(cell, place=k * stages + cell.place, chunk=key)
+            found.append((part, {**rest, "model": tree[key]}))
+    found.sort(key=lambda item: (item[0].place, item[0].rank))
+    return tuple(tree for _, tree in found), tuple(cell for cell, _ in found)
+
+
+def _compare(trees: Sequence[Any], grid: Grid) -> None:
+    """Hold the files to what the arguments of the run say of their number."""
+    for tree, cell in zip(trees, grid.cells, strict=True):
+        if (spread := _argument(tree, "expert_model_parallel_size")) not in (None, 1):
+            raise _experts(f"{cell.file.parent.name}, one of {spread} parts,", grid.folder)
+    here = {"tensor": ranks_of(grid.cells), "pipeline": len({cell.place for cell in grid.cells})}
+    for kind, count in here.items():
+        said = _argument(trees[0], f"{kind}_model_parallel_size")
+        if said not in (None, count):
+            what = f"{kind}_model_parallel_size is {said} in args, but there are files of {count}"
+            raise input_error(what, str(grid.folder), _COPY)
+
+
+def _argument(tree: Any, name: str) -> Any:
+    arguments = tree.get("args") if isinstance(tree, dict) else None
+    return getattr(arguments, "state", {}).get(name)
+
+
+def _chunks(tree: Any) -> list[str]:
+    """The keys model0, model1, … of a file that has no model."""
+    if not isinstance(tree, dict) or "model" in tree:
+        return []
+    found = [key for key in tree if type(key) is str and _CHUNK.fullmatch(key)]
+    return sorted(found, key=lambda key: int(key.removeprefix("model")))
+
+
+def whole_names(cells: Sequence[Cell], held: Sequence[Iterable[str]]) -> list[dict[str, str]]:
+    """For each cell the names that its tensors have in the whole model, by those that they have in its file.
+
+    Raises MdlError (INPUT) where a part's layers neither count from 0 nor go on where the part before ended.
+    """
+    starts: dict[int, int] = {}
+    at = 0
+    problems: list[Problem] = []
+    for cell, names in zip(cells, held, strict=True):
+        if cell.place in starts:  # another rank of the same part
+            continue
+        numbers = {int(match[2]) for name in names if (match := _LAYER.fullmatch(name))}
+        if numbers and numbers not in (set(range(len(numbers))), set(range(at, at + len(numbers)))):
+            what = f"its layers are numbered {sorted(numbers)[:8]}, neither from 0 nor from {at}, where it begins"
+            problems.append(Problem(what, str(cell.file), "save the checkpoint again with one pipeline stage"))
+        starts[cell.place] = at if 0 in numbers else 0
+        at += len(numbers)
+    if problems:
+        raise MdlError(Kind.INPUT, problems)
+    return [
+        {name: cell.prefix + _renumbered(name, starts[cell.place]) for name in names}
+        for cell, names in zip(cells, held, strict=True)
+    ]
+
+
+def _renumbered(name: str, start: int) -> str:
+    found = _LAYER.fullmatch(name) if start else None
+    return f"{found[1]}{int(found[2]) + start}{found[3]}" if found else name
+
+
+def ranks_of(cells: Sequence[Cell]) -> int:
+    """How many tensor-parallel ranks there are."""
+    return 1 + max(cell.rank for cell in cells)
