@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..archs.refused import refuse_folder
 from ..errors import Kind, MdlError, Problem, input_error
 from . import dcp
 from .beside import find_sidecars, find_tokenizers
@@ -207,6 +208,7 @@ def _group_of_folder(path: Path, notes: list[str]) -> _Group:
             str(path),
             "give the one you mean by its file name",
         )
+    refuse_folder((entry.name for entry in path.iterdir()), str(path))
     below = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
     hint = f"; it has the folders {', '.join(below[:8])}" if below else ""
     raise input_error(f"this folder holds no checkpoint{hint}", str(path), "give the file or folder with the weights")
