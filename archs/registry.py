@@ -15,8 +15,9 @@ from types import ModuleType
 from ..errors import MdlError, input_error, machine_error, usage_error
 from .base import Arch, Inventory, Match
 from .guard import blamed, guarded
+from .refused import refuse
 
-_NOT_FAMILIES = {"__init__", "base", "guard", "registry"}
+_NOT_FAMILIES = {"__init__", "base", "guard", "refused", "registry"}
 GROUP = "mdl.archs"
 
 
@@ -75,9 +76,12 @@ def mapping_path(arch: Arch) -> Path:
 
 
 def detect(inventory: Inventory, archs: Iterable[Arch] | None = None) -> Match:
-    """The one family that recognises the checkpoint. Raises MdlError (INPUT) for none and for several."""
+    """The one family that recognises the checkpoint. Raises MdlError (INPUT) for none, for several, and for what is
+    known to have no way to vLLM, unless a user's own family recognises it."""
     candidates = list(archs if archs is not None else all_archs().values())
     matches = [Match(arch, because) for arch in candidates if (because := evidence(arch, inventory))]
+    if not any(match.arch.file for match in matches):
+        refuse(inventory)
     if not matches:
         raise _nothing(inventory, candidates)
     if len(matches) > 1:

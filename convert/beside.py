@@ -11,7 +11,14 @@ from ..errors import Kind, MdlError, Problem
 from .plain import TooLargeError, plain
 from .strict_json import read_json
 
-_SETTINGS = ("params.json", "config.json", "meta.json", "model_args.json", "generation_config.json")
+_SETTINGS = (
+    "params.json",
+    "config.json",
+    "meta.json",
+    "model_args.json",
+    "generation_config.json",
+    "adapter_config.json",
+)
 _SETTINGS_YAML = ("model_config.yaml", "hparams.yaml", "config.yaml")
 _FROM_TRANSFORMERS = ("config.json", "generation_config.json")
 MAX_JSON = 16 << 20

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..archs.refused import refuse_folder
 from ..errors import Kind, MdlError, Problem, input_error
 from . import dcp, zero3
 from .beside import find_configs, find_sidecars, find_tokenizers
@@ -21,7 +22,8 @@ from .sniff import LEGACY, ZIP, is_checkpoint, sniff
 from .torch_zip import read_torch_zip
 
 _SUFFIXES = frozenset({".pt", ".pth", ".bin", ".ckpt", ".safetensors"})
-_RANK = re.compile(r"consolidated\.(\d+)\.(?:pth|pt)")
+_RANK = re.compile(r"(consolidated\.|reshard(?:_no_os)?-model_part-)(\d+)(\.pth?)")
+"""The files of processes that shared a model: Meta's, and metaseq's."""
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.(safetensors|bin)")
 _MAX_RANKS = 1000
 _NOT_WEIGHTS = re.compile(
@@ -252,6 +254,7 @@ def _group_of_folder(path: Path, notes: list[str]) -> _Group:
             str(path),
             "give the one you mean by its file name",
         )
+    refuse_folder((entry.name for entry in path.iterdir()), str(path))
     below = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
     hint = f"; it has the folders {', '.join(below[:8])}" if below else ""
     raise input_error(f"this folder holds no checkpoint{hint}", str(path), "give the file or folder with the weights")
@@ -308,9 +311,11 @@ def _indexed(index: Path) -> _Group:
 def _ranked(files: list[Path]) -> _Group:
     """Rank files in the order of their numbers, which must be 0, 1, 2, … without a hole."""
     numbers: dict[int, Path] = {}
+    begin = end = ""
     for file in files:
         found = _RANK.fullmatch(file.name)
-        number = int(found[1]) if found else 0
+        number = int(found[2]) if found else 0
+        begin, end = (begin or found[1], end or found[3]) if found else (begin, end)
         if number in numbers:
             raise input_error(f"{numbers[number].name} and {file.name} are the same rank", str(file.parent))
         numbers[number] = file
@@ -320,15 +325,17 @@ def _ranked(files: list[Path]) -> _Group:
             str(files[0].parent),
             "rename it if it is none: no release has so many",
         )
-    missing = [f"{n:02d}" for n in range(max(numbers)) if n not in numbers]
+    width = min(len(file.name) for file in files) - len(begin + end)
+    missing = [f"{n:0{width}d}" for n in range(max(numbers)) if n not in numbers]
     if missing:
         raise input_error(
-            f"rank files are missing: consolidated.{{{','.join(missing)}}}.pth",
+            f"rank files are missing: {begin}{{{','.join(missing)}}}{end}",
             str(files[0].parent),
             "download them again: every rank holds a part of each tensor",
         )
     ordered = tuple(numbers[n] for n in sorted(numbers))
-    return _Group(f"consolidated.{{00..{max(numbers):02d}}}.pth", ordered, ranks=True)
+    first, last = (numbers[n].name.removeprefix(begin).removesuffix(end) for n in (0, max(numbers)))
+    return _Group(f"{begin}{{{first}..{last}}}{end}", ordered, ranks=True)
 
 
 def _numbered(stem: str, total: str, suffix: str, shards: list[Path]) -> _Group:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..archs.base import Arch, Dim, Dims, Inventory, Match, Measure, boolean
+from ..archs.refused import refuse
 from ..archs.registry import detect, evidence, load_arch, mapping_path
 from ..errors import input_error, usage_error
 from ..mappings.expand import Expanded, expand, names_target
@@ -120,6 +121,8 @@ def _match(inventory: Inventory, name: str | None) -> Match:
     if name is None:
         return detect(inventory)
     arch = load_arch(name)
+    if not arch.file:  # a user's own family may well be one that mdl's can't be
+        refuse(inventory)
     return Match(arch, evidence(arch, inventory) or (f"--arch {name} says so",))
 
 

@@ -26,10 +26,10 @@ def layout(checkpoint: Path, out: Path, given: dict[str, str] | None = None) -> 
     return prepared
 
 
-def back(out: Path) -> Any:
-    """What ``mdl export`` makes of a layout, loaded by torch; nothing but mask buffers may be lost."""
+def back(out: Path, lost: str = "mask buffer") -> Any:
+    """What ``mdl export`` makes of a layout, loaded by torch; nothing but mask buffers (or ``lost``) may be lost."""
     done = export(out, out.with_suffix(".pt"))
-    assert all("mask buffer" in problem.what for problem in done.lost), done.lost
+    assert all(lost in problem.what for problem in done.lost), done.lost
     return torch.load(out.with_suffix(".pt"), weights_only=True)
 
 

@@ -15,6 +15,7 @@ from mdl.convert.open import open_checkpoint
 
 from . import checkpoints as make
 from . import gpts, lit, megatron, neox
+from . import gpts, lit, opts
 
 
 def masked(state: make.State) -> make.State:
@@ -54,6 +55,8 @@ OWN: dict[str, tuple[str, Callable[[Path], Path]]] = {
     "mingpt_old": ("mingpt_old", lambda p: gpts.saved(p / "x.pt", gpts.mingpt_old())),
     "llms_from_scratch": ("llms_from_scratch", lambda p: gpts.saved(p / "x.pt", gpts.llms_from_scratch())),
     "ng_video_lecture": ("ng_video_lecture", lambda p: gpts.saved(p / "x.pt", gpts.lecture(head_bias=True))),
+    "opt, whole": ("opt", lambda p: opts.saved(p / "restored.pt", opts.state())),
+    "opt, parts": ("opt", lambda p: opts.in_parts(p / "parts", opts.fused(opts.state()))),
     "litgpt": ("litgpt", lambda p: lit.checkpoint(p / "folder", "llama")),
     "llama2c": ("llama2c", lambda p: make.llama2c(p / "x.pt")),
     "llama_meta": ("llama_meta", lambda p: meta(p / "release")),

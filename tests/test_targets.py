@@ -38,6 +38,17 @@ LLAMA: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 
+OPT: dict[str, Any] = {
+    "architectures": ["OPTForCausalLM"],
+    "model_type": "opt",
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "ffn_dim": 48,
+    "max_position_embeddings": 24,
+    "num_attention_heads": 4,
+}
+
 CONFIGS: dict[str, dict[str, Any]] = {
     "gpt2_tied": GPT2,
     "gpt2_untied": {**GPT2, "tie_word_embeddings": False},
@@ -69,6 +80,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "Gemma_biases": {**LLAMA, "architectures": ["GemmaForCausalLM"], "attention_bias": True},
     "Gemma2_biases": {**LLAMA, "architectures": ["Gemma2ForCausalLM"], "attention_bias": True},
     "Mixtral": {**LLAMA, "architectures": ["MixtralForCausalLM"], "num_local_experts": 3},
+    "opt_by_default": OPT,
+    "opt_untied": {**OPT, "tie_word_embeddings": False, "word_embed_proj_dim": None},
+    "opt_350m": {**OPT, "word_embed_proj_dim": 8, "do_layer_norm_before": False},
+    "opt_bare": {**OPT, "enable_bias": False, "layer_norm_elementwise_affine": False},
+    "opt_no_last_norm": {**OPT, "_remove_final_layer_norm": True},
     "llama_one_key_head": {**LLAMA, "num_key_value_heads": 1, "attention_bias": True, "tie_word_embeddings": True},
 }
 

@@ -4,6 +4,7 @@ These files stand in for building the class on the meta device, which costs seco
 same as the class is a test (tests/test_targets.py); a class without a file here is built for real.
 
 ``defaults`` are the values that the class fills in where config.json leaves them out, ``nulls`` those for a null.
+``when`` holds more tensors under a condition: fields, ``not`` before them, sizes with ``!=``, joined by ``and``.
 ``tied`` names the tensors that the files leave out when ``tie_word_embeddings`` is true, and what stands for them.
 """
 
@@ -97,11 +98,19 @@ def from_spec(config: Mapping[str, Any]) -> Target | None:
     config = resolved(config)
     patterns: dict[str, list[int | str]] = dict(spec["tensors"])
     for condition, more in spec.get("when", {}).items():
-        words = condition.split()
-        if bool(config.get(words[-1])) is (len(words) == 1):
+        if all(_holds(part, config) for part in condition.split(" and ")):
             patterns |= more
     shapes = dict(_expanded(patterns, spec["ranges"], config))
     return Target(shapes, spec.get("tied", {}) if config.get("tie_word_embeddings") else {})
+
+
+def _holds(condition: str, config: Mapping[str, Any]) -> bool:
+    """``FIELD``, ``not FIELD``, or ``SIZE != SIZE``."""
+    left, unequal, right = condition.partition(" != ")
+    if unequal:
+        return _evaluated(left, config) != _evaluated(right, config)
+    words = condition.split()
+    return bool(config.get(words[-1])) is (len(words) == 1)
 
 
 def _expanded(

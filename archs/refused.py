@@ -1,0 +1,102 @@
+"""What is recognised and refused: families and forms of weights that can't be served, each with the nearest way out.
+
+The facts are in refused.yaml; here is what reads them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..errors import Kind, MdlError, Problem
+from .base import Inventory, lookup
+
+FILE = Path(__file__).with_name("refused.yaml")
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Names of tensors and paths beside the weights which together tell; or files of a folder without weights."""
+
+    tensors: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Refused:
+    """One kind of checkpoint; any of its ``evidence`` is enough."""
+
+    name: str
+    title: str
+    source: str
+    evidence: tuple[Evidence, ...]
+    reason: str
+    do: str
+
+
+@lru_cache(maxsize=1)
+def all_refused() -> tuple[Refused, ...]:
+    """Everything that refused.yaml lists, in its order."""
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where PyYAML was built with it
+    listed = loader(FILE.read_text(encoding="utf-8")).get_single_data()["refused"]
+    return tuple(_parsed(name, entry) for name, entry in listed.items())
+
+
+def _parsed(name: str, entry: Mapping[str, Any]) -> Refused:
+    """An entry. Raises TypeError for a key that is unknown or missing: the file is ours."""
+    words = {**entry}
+    told = words.pop("evidence")
+    evidence = tuple(Evidence(**{key: tuple(names) for key, names in each.items()}) for each in told)
+    return Refused(name=name, evidence=evidence, **words)
+
+
+def refuse(inventory: Inventory) -> None:
+    """Raise MdlError (INPUT) with every kind of what can't be served that this checkpoint is, by what, and why."""
+    if problems := [_problem(kind, found, inventory.path) for kind, found in recognised(inventory)]:
+        raise MdlError(Kind.INPUT, problems)
+
+
+def refuse_folder(names: Iterable[str], path: str) -> None:
+    """The same for a folder that holds these files and folders, but no weights that could be opened."""
+    there = set(names)
+    for kind in all_refused():
+        for files in (evidence.files for evidence in kind.evidence if evidence.files):
+            if there.issuperset(files):
+                raise MdlError(Kind.INPUT, [_problem(kind, files, path)])
+
+
+def _problem(kind: Refused, found: Iterable[str], path: str) -> Problem:
+    return Problem(f"this is {kind.title} ({kind.source}), by {', '.join(found)}: {kind.reason}", path, kind.do)
+
+
+def recognised(inventory: Inventory) -> Iterator[tuple[Refused, list[str]]]:
+    """The kinds that this checkpoint is, each with the first names that told."""
+    parts = {part for name in inventory.tensors for part in name.split(".")}
+    for kind in all_refused():
+        found = next(filter(None, (_found(evidence, inventory, parts) for evidence in kind.evidence)), None)
+        if found:
+            yield kind, found
+
+
+def _found(evidence: Evidence, inventory: Inventory, parts: set[str]) -> list[str]:
+    """One name for each thing of the evidence, or nothing if one of them is missing."""
+    found = [_first(pattern, inventory.tensors, parts) for pattern in evidence.tensors]
+    found += [path if lookup(inventory.extras, path) is not None else "" for path in evidence.beside]
+    return found if all(found) else []
+
+
+def _first(pattern: str, names: Iterable[str], parts: set[str]) -> str:
+    """The first name that a pattern stands for. Names are gone through only where all of its words occur in some."""
+    words = pattern.split(".")
+    if not parts.issuperset(word for word in words if word not in ("*", "**")):
+        return ""
+    known = {"*": r"[^.]+\.", "**": r"(?:[^.]+\.)*"}
+    expression = re.compile("".join(known.get(word) or re.escape(f"{word}.") for word in words))
+    return next((name for name in names if expression.fullmatch(f"{name}.")), "")
