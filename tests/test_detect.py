@@ -14,6 +14,7 @@ from mdl.convert.inventory import take_inventory
 from mdl.convert.open import open_checkpoint
 
 from . import checkpoints as make
+from . import checkpoints_gemma as gemma
 from . import gpts, lit
 
 
@@ -54,6 +55,7 @@ OWN: dict[str, tuple[str, Callable[[Path], Path]]] = {
     "mingpt_old": ("mingpt_old", lambda p: gpts.saved(p / "x.pt", gpts.mingpt_old())),
     "llms_from_scratch": ("llms_from_scratch", lambda p: gpts.saved(p / "x.pt", gpts.llms_from_scratch())),
     "ng_video_lecture": ("ng_video_lecture", lambda p: gpts.saved(p / "x.pt", gpts.lecture(head_bias=True))),
+    **{f"gemma_pytorch, {n}": ("gemma_pytorch", lambda p, n=n: gemma.checkpoint(p / "x.ckpt", n)) for n in (1, 2, 3)},
     "litgpt": ("litgpt", lambda p: lit.checkpoint(p / "folder", "llama")),
     "llama2c": ("llama2c", lambda p: make.llama2c(p / "x.pt")),
     "llama_meta": ("llama_meta", lambda p: meta(p / "release")),

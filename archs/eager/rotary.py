@@ -28,18 +28,20 @@ class Rotary:
 
     head_dim: int
     theta: float
-    scaling: Scaling | None
+    scaling: Scaling | None = None
+    factor: float = 1.0
+    """By which all rotations alike are slowed down, as with linear scaling."""
 
 
 def rotary_table(rotary: Rotary, length: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [T, D/2] of the angle by which pair j is turned at position t: ``t · theta^(-2j/D)``.
+    """Cosines and sines [T, D/2] of the angle by which pair j is turned at position t: ``t · theta^(-2j/D) / factor``.
 
     float32 on the CPU whatever the model's dtype and device: the rounding of the table is part of the model.
     With scaling, wavelengths beyond original_context / low_freq_factor are stretched by factor, those below
     original_context / high_freq_factor are kept, those between are blended (llama-models, models/llama3/model.py).
     """
     pairs = torch.arange(0, rotary.head_dim, 2, dtype=torch.float32, device="cpu")
-    freqs = 1.0 / (rotary.theta ** (pairs / rotary.head_dim))
+    freqs = 1.0 / (rotary.theta ** (pairs / rotary.head_dim)) / rotary.factor
     if rotary.scaling is not None:
         freqs = stretched(freqs, rotary.scaling)
     angles = torch.outer(torch.arange(length, dtype=torch.float32, device="cpu"), freqs)
