@@ -92,17 +92,29 @@ def _open(path: Path) -> Checkpoint:
     trees = tuple(read) if group.ranks or len(read) == 1 else (_join(group, read),)
     if group.index is not None and len(read) == 1:
         check_index(group.index, group.weight_map, {name: [group.files[0].name] for name in read[0]})
-    folder = group.files[0].parent
+    sidecars, tokenizers = _beside(group, notes)
     return Checkpoint(
         path=_absolute(path),
         format=formats.pop(),
         files=tuple(_absolute(file) for file in files),
         trees=trees,
-        sidecars=find_sidecars(folder, group.files[0].stem),
-        tokenizers=find_tokenizers(folder),
+        sidecars=sidecars,
+        tokenizers=tokenizers,
         metadata=metadata,
         notes=tuple(notes),
     )
+
+
+def _beside(group: _Group, notes: list[str]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Settings and tokenizers beside the weights; around a folder of torch.distributed.checkpoint, whose files are all
+    its own, trainers put them into the folder above."""
+    folder = group.files[0].parent
+    sidecars, tokenizers = find_sidecars(folder, group.files[0].stem), find_tokenizers(folder)
+    above = Path(_absolute(folder)).parent
+    if group.files[0].name == dcp.NAME and not sidecars and (sidecars := find_sidecars(above, "")):
+        notes.append(f"settings are from the folder above: {', '.join(sorted(sidecars))} in {above.name}")
+        tokenizers = tokenizers or find_tokenizers(above)
+    return sidecars, tokenizers
 
 
 def _absolute(path: Path) -> str:
@@ -208,6 +220,10 @@ def _group_of_folder(path: Path, notes: list[str]) -> _Group:
             "give the one you mean by its file name",
         )
     below = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
+    inner = [name for name in below if (path / name / dcp.NAME).is_file() and not _NOT_WEIGHTS.match(name)]
+    if len(inner) == 1:
+        notes.append(f"the weights are those of the folder {inner[0]}")
+        return _distributed(path / inner[0])
     hint = f"; it has the folders {', '.join(below[:8])}" if below else ""
     raise input_error(f"this folder holds no checkpoint{hint}", str(path), "give the file or folder with the weights")
 

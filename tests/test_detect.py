@@ -15,6 +15,7 @@ from mdl.convert.open import open_checkpoint
 
 from . import checkpoints as make
 from . import checkpoints_gemma as gemma
+from . import checkpoints_olmo as olmo
 from . import gpts, lit
 
 
@@ -56,6 +57,7 @@ OWN: dict[str, tuple[str, Callable[[Path], Path]]] = {
     "llms_from_scratch": ("llms_from_scratch", lambda p: gpts.saved(p / "x.pt", gpts.llms_from_scratch())),
     "ng_video_lecture": ("ng_video_lecture", lambda p: gpts.saved(p / "x.pt", gpts.lecture(head_bias=True))),
     **{f"gemma_pytorch, {n}": ("gemma_pytorch", lambda p, n=n: gemma.checkpoint(p / "x.ckpt", n)) for n in (1, 2, 3)},
+    **{f"olmo_core, {case}": ("olmo_core", lambda p, case=case: olmo.core(p / "step", case)) for case in olmo.CORE},
     "litgpt": ("litgpt", lambda p: lit.checkpoint(p / "folder", "llama")),
     "llama2c": ("llama2c", lambda p: make.llama2c(p / "x.pt")),
     "llama_meta": ("llama_meta", lambda p: meta(p / "release")),

@@ -89,7 +89,7 @@ class Gemma(nn.Module):
         x = self.embedder(ids)
         x = x * torch.tensor(x.shape[-1] ** 0.5, dtype=x.dtype, device=x.device)
         for layer in self.model.layers:
-            x = layer(x, *tables[layer.self_attn.local])
+            x = layer(x, *tables[bool(layer.get_submodule("self_attn").local)])
         logits = self.head(self.model.norm(x), self.embedder.weight)
         return softcap(logits, self.style.logit_softcap)
 
