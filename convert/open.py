@@ -103,15 +103,15 @@ def _open(path: Path) -> Checkpoint:
     trees = tuple(read) if group.ranks or len(read) == 1 else (_join(group, read),)
     if group.index is not None and len(read) == 1:
         check_index(group.index, group.weight_map, {name: [group.files[0].name] for name in read[0]})
-    folder = group.grid.folder if group.grid else group.files[0].parent
     trees, cells = taken_apart(trees, group.grid) if group.grid else (trees, ())
+    sidecars, tokenizers = _beside(group, notes)
     return Checkpoint(
         path=_absolute(path),
         format=formats.pop(),
         files=tuple(_absolute(file) for file in files),
         trees=trees,
-        sidecars=find_sidecars(folder, group.files[0].stem) | (find_configs(folder) if _in_steps(group) else {}),
-        tokenizers=find_tokenizers(folder),
+        sidecars=sidecars,
+        tokenizers=tokenizers,
         metadata=metadata,
         notes=tuple(notes),
         cells=cells,
@@ -146,6 +146,20 @@ def _group_of(path: Path, notes: list[str]) -> _Group:
     if path != grid.folder:
         notes.append(f"{path.name} is a part of {grid.name}: all of its {len(grid.cells)} files were read")
     return _Group(grid.name, tuple(cell.file for cell in grid.cells), ranks=True, grid=grid)
+
+
+def _beside(group: _Group, notes: list[str]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Settings and tokenizers beside the weights; around a folder of torch.distributed.checkpoint, whose files are all
+    its own, trainers put them into the folder above."""
+    folder = group.grid.folder if group.grid else group.files[0].parent
+    sidecars, tokenizers = find_sidecars(folder, group.files[0].stem), find_tokenizers(folder)
+    if _in_steps(group):
+        sidecars |= find_configs(folder)
+    above = Path(_absolute(folder)).parent
+    if group.files[0].name == dcp.NAME and not sidecars and (sidecars := find_sidecars(above, "")):
+        notes.append(f"settings are from the folder above: {', '.join(sorted(sidecars))} in {above.name}")
+        tokenizers = tokenizers or find_tokenizers(above)
+    return sidecars, tokenizers
 
 
 def _absolute(path: Path) -> str:
@@ -256,6 +270,10 @@ def _group_of_folder(path: Path, notes: list[str]) -> _Group:
         )
     refuse_folder((entry.name for entry in path.iterdir()), str(path))
     below = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
+    inner = [name for name in below if (path / name / dcp.NAME).is_file() and not _NOT_WEIGHTS.match(name)]
+    if len(inner) == 1:
+        notes.append(f"the weights are those of the folder {inner[0]}")
+        return _distributed(path / inner[0])
     hint = f"; it has the folders {', '.join(below[:8])}" if below else ""
     raise input_error(f"this folder holds no checkpoint{hint}", str(path), "give the file or folder with the weights")
 

@@ -16,6 +16,9 @@ from mdl.convert.open import open_checkpoint
 from . import checkpoints as make
 from . import gpts, lit, megatron, neox
 from . import gpts, lit, opts
+from . import checkpoints_gemma as gemma
+from . import checkpoints_olmo as olmo
+from . import gpts, lit
 
 
 def masked(state: make.State) -> make.State:
@@ -57,6 +60,8 @@ OWN: dict[str, tuple[str, Callable[[Path], Path]]] = {
     "ng_video_lecture": ("ng_video_lecture", lambda p: gpts.saved(p / "x.pt", gpts.lecture(head_bias=True))),
     "opt, whole": ("opt", lambda p: opts.saved(p / "restored.pt", opts.state())),
     "opt, parts": ("opt", lambda p: opts.in_parts(p / "parts", opts.fused(opts.state()))),
+    **{f"gemma_pytorch, {n}": ("gemma_pytorch", lambda p, n=n: gemma.checkpoint(p / "x.ckpt", n)) for n in (1, 2, 3)},
+    **{f"olmo_core, {case}": ("olmo_core", lambda p, case=case: olmo.core(p / "step", case)) for case in olmo.CORE},
     "litgpt": ("litgpt", lambda p: lit.checkpoint(p / "folder", "llama")),
     "llama2c": ("llama2c", lambda p: make.llama2c(p / "x.pt")),
     "llama_meta": ("llama_meta", lambda p: meta(p / "release")),

@@ -65,7 +65,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gpt2_by_default": {k: v for k, v in GPT2.items() if k not in ("n_inner", "tie_word_embeddings")},
     **{
         name: {**LLAMA, "architectures": [f"{name}ForCausalLM"]}
-        for name in ("Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2")
+        for name in ("Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2", "Gemma3", "Olmo", "Olmo2", "Olmo3", "Phi")
     },
     **{
         f"{name}_by_default": {
@@ -74,11 +74,20 @@ CONFIGS: dict[str, dict[str, Any]] = {
             "num_attention_heads": 32,
             "hidden_size": 64,
         }
-        for name in ("Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2", "Mixtral")
+        for name in (
+            *("Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2", "Gemma3", "Mixtral", "Olmo", "Olmo2", "Olmo3"),
+            *("GPTNeoX", "Phi"),
+        )
     },
     "Qwen3_biases": {**LLAMA, "architectures": ["Qwen3ForCausalLM"], "attention_bias": True},
     "Gemma_biases": {**LLAMA, "architectures": ["GemmaForCausalLM"], "attention_bias": True},
     "Gemma2_biases": {**LLAMA, "architectures": ["Gemma2ForCausalLM"], "attention_bias": True},
+    **{
+        f"{name}_biases": {**LLAMA, "architectures": [f"{name}ForCausalLM"], "attention_bias": True}
+        for name in ("Gemma3", "Olmo", "Olmo2", "Olmo3", "GPTNeoX")
+    },
+    "GPTNeoX_tied": {**LLAMA, "architectures": ["GPTNeoXForCausalLM"], "tie_word_embeddings": True},
+    "Phi_tied": {**LLAMA, "architectures": ["PhiForCausalLM"], "tie_word_embeddings": True, "qk_layernorm": True},
     "Mixtral": {**LLAMA, "architectures": ["MixtralForCausalLM"], "num_local_experts": 3},
     "opt_by_default": OPT,
     "opt_untied": {**OPT, "tie_word_embeddings": False, "word_embed_proj_dim": None},
@@ -104,12 +113,14 @@ def test_a_class_without_a_file_is_built() -> None:
     """Under the names of files: in memory transformers calls embed_out lm_head, and fuses the experts."""
     common = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     common |= {"intermediate_size": 32, "tie_word_embeddings": False}
-    neox = expected_tensors({**common, "architectures": ["GPTNeoXForCausalLM"]})
+    neox = from_class({**common, "architectures": ["GPTNeoXForCausalLM"]}).shapes
     experts = {"num_key_value_heads": 2, "num_local_experts": 2}
-    mixtral = expected_tensors({**common, **experts, "architectures": ["MixtralForCausalLM"]})
+    mixtral = from_class({**common, **experts, "architectures": ["MixtralForCausalLM"]}).shapes
+    starcoder = expected_tensors({**common, "num_key_value_heads": 2, "architectures": ["Starcoder2ForCausalLM"]})
 
     assert neox["embed_out.weight"] == (40, 16)
     assert neox["gpt_neox.layers.0.attention.query_key_value.weight"] == (48, 16)
+    assert starcoder["model.layers.0.mlp.c_fc.weight"] == (32, 16)
     assert mixtral["model.layers.0.block_sparse_moe.experts.1.w2.weight"] == (16, 32)
 
 

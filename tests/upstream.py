@@ -112,6 +112,8 @@ def mistral(folder: Path, params: Mapping[str, Any], theta: float | None = None)
 class _Absent:
     """Stands for a class of a package that is not needed here."""
 
+    recoverable_errors: tuple[type[Exception], ...] = ()  # what OLMo-core reads of a client for S3
+
 
 class _AbsentModule(ModuleType):
     """A package that only training needs: its functions decorate nothing, its classes are empty."""
@@ -123,9 +125,10 @@ class _AbsentModule(ModuleType):
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds an empty module for every name below the packages that torchtune imports for training only."""
+    """Finds an empty module for every name below packages that are needed for training only."""
 
-    names = frozenset({"torchao", "datasets", "omegaconf"})
+    def __init__(self, *names: str) -> None:
+        self.names = frozenset(names)
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
         return ModuleSpec(fullname, self, is_package=True) if fullname.split(".")[0] in self.names else None
@@ -137,19 +140,40 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         """Nothing runs."""
 
 
-def torchtune(builder: str) -> Any:
-    """A component builder such as ``llama3_1:llama3_1``. Skips where torchtune is missing.
-
-    The stand-ins are taken away again: other libraries ask whether those packages are there.
-    """
-    finder = _Finder()
+@contextmanager
+def _without(*names: str) -> Iterator[None]:
+    """Empty stand-ins for packages, taken away again: other libraries ask whether those packages are there."""
+    finder = _Finder(*names)
     sys.meta_path.append(finder)
     try:
-        module, _, function = builder.partition(":")
-        needs = "needs torchtune: pip install --no-deps torchtune"
-        code = pytest.importorskip(f"torchtune.models.{module}", reason=needs, exc_type=ImportError)
-        return getattr(importlib.import_module(f"{code.__name__}._component_builders"), function)
+        yield
     finally:
         sys.meta_path.remove(finder)
         for name in [n for n, m in sys.modules.items() if isinstance(m, _AbsentModule)]:
             del sys.modules[name]
+
+
+def torchtune(builder: str) -> Any:
+    """A component builder such as ``llama3_1:llama3_1``. Skips where torchtune is missing."""
+    module, _, function = builder.partition(":")
+    needs = "needs torchtune: pip install --no-deps torchtune"
+    with _without("torchao", "datasets", "omegaconf"):
+        code = pytest.importorskip(f"torchtune.models.{module}", reason=needs, exc_type=ImportError)
+        return getattr(importlib.import_module(f"{code.__name__}._component_builders"), function)
+
+
+@dataclass(frozen=True)
+class OlmoCore:
+    """OLMo-core's TransformerConfig, and its way to save a state dict."""
+
+    config: Any
+    save: Any
+
+
+def olmo_core() -> OlmoCore:
+    """Skips where OLMo-core is missing."""
+    needs = "needs OLMo-core: pip install --no-deps ai2-olmo-core dataclass-extensions"
+    with _without("cached_path", "bettermap", "importlib_resources", "pandas"):
+        code = pytest.importorskip("olmo_core.nn.transformer", reason=needs, exc_type=ImportError)
+        saved = importlib.import_module("olmo_core.distributed.checkpoint")
+    return OlmoCore(code.TransformerConfig, saved.save_state_dict)

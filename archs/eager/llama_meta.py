@@ -190,18 +190,24 @@ class Attention(nn.Module):
         return self.wo(attend(rotate(q, cos, sin), rotate(k, cos, sin), v, self.window))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, window: int = 0) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, window: int = 0, scalar: float = 0.0, cap: float = 0.0) -> Tensor:
     """Causal softmax(q k^T / sqrt(D)) v of rotated q [B, T, H, D] and of k, v [B, T, K, D], as [B, T, H·D].
 
-    A query sees the last ``window`` positions, its own included; all before it where that is 0.
+    A query sees the last ``window`` positions, its own included; all before it where that is 0. ``scalar`` stands in
+    the place of D where it is not 0, and scores s become ``cap · tanh(s / cap)`` where ``cap`` is not 0.
     """
     group = q.shape[2] // k.shape[2]
     q, k, v = q.transpose(1, 2), *(t.transpose(1, 2).repeat_interleave(group, dim=1) for t in (k, v))  # [B, H, T, D]
-    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
+    scores = softcap(q @ k.transpose(-2, -1) / math.sqrt(scalar or q.shape[-1]), cap)
     every = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device)
     unseen = every.triu(1) | every.tril(-window) if window else every.triu(1)
     scores = scores.masked_fill_(unseen, -math.inf).to(torch.promote_types(q.dtype, torch.float32))
     return (scores.softmax(dim=-1).to(q.dtype) @ v).transpose(1, 2).flatten(-2)
+
+
+def softcap(x: Tensor, limit: float) -> Tensor:
+    """``limit · tanh(x / limit)``; x itself where the limit is 0."""
+    return torch.tanh(x / limit) * limit if limit else x
 
 
 class FeedForward(nn.Module):

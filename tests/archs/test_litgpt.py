@@ -7,7 +7,6 @@ names, and transformers' class on the converted layout.
 from __future__ import annotations
 
 import importlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +17,15 @@ import yaml
 from mdl.archs.eager.huggingface import Lifted
 from mdl.archs.registry import load_arch, mapping_path
 from mdl.convert.export import export
-from mdl.convert.prepare import Options, Prepared, prepare
+from mdl.convert.prepare import Options, prepare
 from mdl.convert.run import convert
 from mdl.errors import Kind, MdlError
 from mdl.validate.client import Engine
-from mdl.validate.reference import builtin_reference
 from mdl.validate.verify import Settings, verify
 
 from .. import checkpoints as make
 from .. import lit
+from ..converted import IDS, by_transformers, exact, layout, nmse
 
 TARGETS = {
     "llama": "LlamaForCausalLM",
@@ -47,35 +46,6 @@ TARGETS = {
     "gemma3": "Gemma3ForCausalLM",
 }
 LAYOUTS = {"attn.qkv": False, "attn.attn": True}
-IDS = [(7 * t * t + 3 * t) % 96 for t in range(110)]
-
-
-def layout(source: Path, out: Path, **given: str) -> Prepared:
-    options = Options(given=given)
-    prepared = prepare(source, options)
-    convert(prepared, out, options=options, tokenizer="none")
-    return prepared
-
-
-def exact(prepared: Prepared) -> torch.Tensor:
-    """What mdl's eager forward says in float64."""
-    return builtin_reference(prepared.arch, prepared.dims, prepared.plan).logits(IDS, "float64")
-
-
-def by_transformers(out: Path) -> torch.Tensor:
-    """What the target class makes of a layout, by code that shares nothing with mdl's, in float64."""
-    import transformers
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    cls = getattr(transformers, json.loads((out / "config.json").read_text())["architectures"][0])
-    model = cls.from_pretrained(out, attn_implementation="eager", experts_implementation="eager").double()
-    with torch.inference_mode():
-        return model(torch.tensor([IDS])).logits[0]
-
-
-def nmse(measured: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float((measured - wanted).square().mean() / wanted.var())
 
 
 @pytest.mark.parametrize("row", lit.ROWS)

@@ -1,0 +1,45 @@
+"""From a checkpoint to a layout, and what computes on either side: mdl's eager forward, and transformers' class."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from mdl.convert.prepare import Options, Prepared, prepare
+from mdl.convert.run import convert
+from mdl.validate.reference import builtin_reference
+
+IDS = [(7 * t * t + 3 * t) % 96 for t in range(110)]
+
+
+def layout(source: Path, out: Path, **given: str) -> Prepared:
+    """Convert, without a tokenizer."""
+    options = Options(given=given)
+    prepared = prepare(source, options)
+    convert(prepared, out, options=options, tokenizer="none")
+    return prepared
+
+
+def exact(prepared: Prepared, ids: Sequence[int] = IDS) -> torch.Tensor:
+    """What mdl's eager forward says in float64: logits [T, V]."""
+    return builtin_reference(prepared.arch, prepared.dims, prepared.plan).logits(list(ids), "float64")
+
+
+def by_transformers(out: Path, ids: Sequence[int] = IDS) -> torch.Tensor:
+    """What the target class makes of a layout, by code that shares nothing with mdl's, in float64: logits [T, V]."""
+    import transformers
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    cls = getattr(transformers, json.loads((out / "config.json").read_text())["architectures"][0])
+    model = cls.from_pretrained(out, attn_implementation="eager", experts_implementation="eager").double()
+    with torch.inference_mode():
+        return model(torch.tensor([ids])).logits[0]
+
+
+def nmse(measured: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Squared error over the variance of what is wanted."""
+    return float((measured - wanted).square().mean() / wanted.var())
