@@ -15,6 +15,7 @@ from mdl.convert.open import open_checkpoint
 
 from . import checkpoints as make
 from . import gpts, lit
+from .checkpoints_llamas import lingua_consolidated, titan_fused, titan_names
 
 
 def masked(state: make.State) -> make.State:
@@ -57,6 +58,9 @@ OWN: dict[str, tuple[str, Callable[[Path], Path]]] = {
     "litgpt": ("litgpt", lambda p: lit.checkpoint(p / "folder", "llama")),
     "llama2c": ("llama2c", lambda p: make.llama2c(p / "x.pt")),
     "llama_meta": ("llama_meta", lambda p: meta(p / "release")),
+    "lingua": ("lingua", lambda p: lingua_consolidated(p / "folder", make.llama_state())),
+    "torchtitan": ("torchtitan", lambda p: gpts.saved(p / "x.pt", titan_names())),
+    "torchtitan, fused": ("torchtitan", lambda p: gpts.saved(p / "x.pt", titan_fused())),
     "huggingface": ("huggingface", lambda p: gpt2(p / "folder")),
 }
 
