@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .base import Arch, Dims, Inventory, Measure, lookup
+from .base import Arch, Dims, Inventory, Measure, Value, lookup
 from .llama_meta import decoder_config, meta_names, params_of
 
 _OWN = ("head_dim", "hidden_dim")
@@ -80,13 +80,23 @@ def common_sizes(m: Measure) -> None:
     m.set("context", file=where("max_seq_len", "max_position_embeddings"), ask=_CONTEXT)
 
 
-def head_sizes(m: Measure, q: str, k: str, files: Mapping[str, tuple[str, ...]]) -> None:
+def head_sizes(
+    m: Measure,
+    q: str,
+    k: str,
+    files: Mapping[str, tuple[str, ...]],
+    *,
+    shape: tuple[Value, str] | None = None,
+    default: tuple[Value, str] | None = None,
+    ask: str = "head_dim is free, so no shape tells",
+) -> None:
     """heads, head_dim, kv_heads of a model whose head_dim is free: only heads and the rows of q tell it.
 
-    ``q`` and ``k`` name the projections of the first block; ``files`` the places that may hold each value.
+    ``q`` and ``k`` name the projections of the first block; ``files`` the places that may hold each value; ``shape``
+    and ``default`` tell the number of heads from elsewhere, and ``ask`` says why it is asked for.
     """
     rows, kv_rows = ((m.inventory.shape(name) or (None,))[0] for name in (q, k))
-    heads = m.set("heads", file=files.get("heads", ()), ask="head_dim is free, so no shape tells")
+    heads = m.set("heads", file=files.get("heads", ()), shape=shape, default=default, ask=ask)
     for name in ("head_dim", "kv_heads"):
         m.unsettled(name, *(place.rpartition(".")[2] for place in files.get(name, ())))
     if not isinstance(heads, int) or rows is None or kv_rows is None:

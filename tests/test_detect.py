@@ -14,11 +14,10 @@ from mdl.convert.inventory import take_inventory
 from mdl.convert.open import open_checkpoint
 
 from . import checkpoints as make
-from . import gpts, lit, megatron, neox
-from . import gpts, lit, opts
 from . import checkpoints_gemma as gemma
 from . import checkpoints_olmo as olmo
-from . import gpts, lit
+from . import gpts, lit, megatron, neox, opts
+from .checkpoints_llamas import lingua_consolidated, titan_fused, titan_names
 
 
 def masked(state: make.State) -> make.State:
@@ -72,6 +71,9 @@ OWN: dict[str, tuple[str, Callable[[Path], Path]]] = {
     "gpt_neox": ("gpt_neox", lambda p: neox.layers(p / "run", "parallel", 2)),
     "gpt_neox, before 2024": ("gpt_neox", lambda p: neox.layers(p / "run", "fused", new=False)),
     "gpt_neox, without a pipeline": ("gpt_neox", lambda p: neox.sequential(p / "run", "serial")),
+    "lingua": ("lingua", lambda p: lingua_consolidated(p / "folder", make.llama_state())),
+    "torchtitan": ("torchtitan", lambda p: gpts.saved(p / "x.pt", titan_names())),
+    "torchtitan, fused": ("torchtitan", lambda p: gpts.saved(p / "x.pt", titan_fused())),
     "huggingface": ("huggingface", lambda p: gpt2(p / "folder")),
 }
 

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
@@ -115,23 +116,34 @@ class _Absent:
     recoverable_errors: tuple[type[Exception], ...] = ()  # what OLMo-core reads of a client for S3
 
 
-class _AbsentModule(ModuleType):
-    """A package that only training needs: its functions decorate nothing, its classes are empty."""
+class _Anything:
+    """Stands for a function or an object of such a package: it decorates nothing, and its attributes are like it."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return (lambda *_, **__: lambda f: f) if name[0].islower() else type(name, (_Absent,), {})
+        return type(name, (_Absent,), {}) if name[0].isupper() else _Anything()
+
+    def __call__(self, *args: Any, **_: Any) -> Any:
+        return args[0] if len(args) == 1 and callable(args[0]) else _Anything()
+
+
+class _AbsentModule(ModuleType):
+    """A package that only training needs: its functions decorate nothing, its classes are empty."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(_Anything(), name)
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds an empty module for every name below packages that are needed for training only."""
+    """Finds an empty module for every name below the packages that are imported for training only."""
 
-    def __init__(self, *names: str) -> None:
-        self.names = frozenset(names)
+    def __init__(self, *packages: str) -> None:
+        self.packages = packages
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
-        return ModuleSpec(fullname, self, is_package=True) if fullname.split(".")[0] in self.names else None
+        empty = any(f"{fullname}.".startswith(f"{package}.") for package in self.packages)
+        return ModuleSpec(fullname, self, is_package=True) if empty else None
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         return _AbsentModule(spec.name)
@@ -141,10 +153,10 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 @contextmanager
-def _without(*names: str) -> Iterator[None]:
-    """Empty stand-ins for packages, taken away again: other libraries ask whether those packages are there."""
-    finder = _Finder(*names)
-    sys.meta_path.append(finder)
+def _without(*packages: str) -> Iterator[None]:
+    """Stand-ins for these packages, taken away again: other libraries ask whether they are there."""
+    finder = _Finder(*packages)
+    sys.meta_path.insert(0, finder)
     try:
         yield
     finally:
@@ -177,3 +189,39 @@ def olmo_core() -> OlmoCore:
         code = pytest.importorskip("olmo_core.nn.transformer", reason=needs, exc_type=ImportError)
         saved = importlib.import_module("olmo_core.distributed.checkpoint")
     return OlmoCore(code.TransformerConfig, saved.save_state_dict)
+
+
+_TITAN = ("distributed", "components", "hf_datasets", "trainer", "tools", "experiments")
+
+
+@cache
+def _titan() -> Any:
+    """torchtitan's models.llama3, without what trains it."""
+    needs = "needs torchtitan and spmd-types: pip install --no-deps torchtitan spmd-types"
+    with _without("torchao", "torchdata", "tyro", *(f"torchtitan.{name}" for name in _TITAN)):
+        return pytest.importorskip("torchtitan.models.llama3", reason=needs, exc_type=ImportError)
+
+
+def torchtitan(*, context: int, scaled: bool = True, tied: bool = False, fused: bool = True) -> Any:
+    """A Llama3Model of two layers, four heads and two key heads, width 128. Skips where torchtitan is missing.
+
+    Its attention is torchtitan's own class for scaled_dot_product_attention: flex attention needs a compiler.
+    """
+    code = _titan()
+    scaling = "llama" if scaled else "none"
+    rope = code.ComplexRoPE.Config(dim=32, max_seq_len=context, theta=500_000.0, scaling=scaling)
+    sizes = {"n_layers": 2, "dim": 128, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 160}
+    config = code.Llama3Model.Config(
+        dim=128,
+        vocab_size=96,
+        enable_weight_tying=tied,
+        tok_embeddings=code.Embedding.Config(num_embeddings=96, embedding_dim=128),
+        norm=code.RMSNorm.Config(normalized_shape=128),
+        lm_head=code.Linear.Config(in_features=128, out_features=96),
+        layers=code._build_llama3_layers(**sizes, fuse_qkv=fused, rope=rope, attn_backend="flex"),
+    )
+    model = code.Llama3Model(config).eval()
+    attention = importlib.import_module("torchtitan.models.common.attention").ScaledDotProductAttention
+    for layer in model.layers.values():
+        layer.attention.inner_attention = attention(attention.Config())
+    return model

@@ -107,16 +107,20 @@ def _check(sizes: Sizes) -> None:
 
 
 class Transformer(nn.Module):
-    """The whole model. ``output`` holds a weight of its own only where the checkpoint's does."""
+    """The whole model. The head, by the name that the checkpoint has for it, holds a weight of its own only where the
+    checkpoint's does."""
 
-    def __init__(self, sizes: Sizes, block: Callable[[Sizes], nn.Module], norm: nn.Module) -> None:
+    def __init__(
+        self, sizes: Sizes, block: Callable[[Sizes], nn.Module], norm: nn.Module, head: str = "output"
+    ) -> None:
         super().__init__()
         self.context = sizes.context
         self.rotary = sizes.rotary
         self.tok_embeddings = Embedding(sizes.vocab, sizes.hidden)
         self.layers = nn.ModuleList(block(sizes) for _ in range(sizes.layers))
         self.norm = norm
-        self.output = TiedHead() if sizes.tied else Linear(sizes.hidden, sizes.vocab, bias=False)
+        self.head_name = head
+        self.add_module(head, TiedHead() if sizes.tied else Linear(sizes.hidden, sizes.vocab, bias=False))
 
     def forward(self, ids: Tensor) -> Tensor:
         """Token ids [B, T] to logits [B, T, V]. Raises MdlError (INPUT) where T exceeds the context."""
@@ -130,7 +134,8 @@ class Transformer(nn.Module):
         for layer in self.layers:
             x = layer(x, cos, sin)
         x = self.norm(x)
-        return self.output(x, self.tok_embeddings.weight) if isinstance(self.output, TiedHead) else self.output(x)
+        head = self.get_submodule(self.head_name)
+        return head(x, self.tok_embeddings.weight) if isinstance(head, TiedHead) else head(x)
 
     def embedded(self, ids: Tensor) -> Tensor:
         """Token ids [B, T] to the hidden states [B, T, C] that the first block is given."""
