@@ -14,7 +14,7 @@ from mdl.convert.inventory import take_inventory
 from mdl.convert.open import open_checkpoint
 
 from . import checkpoints as make
-from . import gpts, lit
+from . import gpts, lit, mambas
 
 
 def masked(state: make.State) -> make.State:
@@ -57,6 +57,9 @@ OWN: dict[str, tuple[str, Callable[[Path], Path]]] = {
     "litgpt": ("litgpt", lambda p: lit.checkpoint(p / "folder", "llama")),
     "llama2c": ("llama2c", lambda p: make.llama2c(p / "x.pt")),
     "llama_meta": ("llama_meta", lambda p: meta(p / "release")),
+    "mamba": ("mamba", lambda p: mambas.saved(p / "folder", mambas.state(1), {})),
+    "mamba2": ("mamba2", lambda p: mambas.saved(p / "folder", mambas.state(2), {"layer": "Mamba2"})),
+    "mamba2, bare": ("mamba2", lambda p: gpts.saved(p / "x.pt", mambas.state(2))),
     "huggingface": ("huggingface", lambda p: gpt2(p / "folder")),
 }
 

@@ -48,6 +48,11 @@ FAULTS = (
     ),
     Fault("cohere2", "attends to one token more than the sliding window says", _TRANSFORMERS),
     Fault(
+        "mamba",
+        "has Mamba 1's selective scan for GPUs only, so that on a CPU it loads this model and can't run it",
+        "verify and serve it on a GPU; the conversion itself needs none",
+    ),
+    Fault(
         "mamba2",
         "normalises each group by itself, which the original does too; transformers' class does not",
         "compare with the original code: --reference",
