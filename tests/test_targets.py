@@ -58,6 +58,10 @@ MAMBA2: dict[str, Any] = {
     "n_groups": 2,
 }
 _OTHER = {"use_bias": True, "use_conv_bias": False, "tie_word_embeddings": False}
+_OLMOE: dict[str, Any] = {
+    **{key: value for key, value in LLAMA.items() if key != "head_dim"},
+    "architectures": ["OlmoeForCausalLM"],
+}
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "mamba": MAMBA,
@@ -101,6 +105,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "Gemma_biases": {**LLAMA, "architectures": ["GemmaForCausalLM"], "attention_bias": True},
     "Gemma2_biases": {**LLAMA, "architectures": ["Gemma2ForCausalLM"], "attention_bias": True},
     "Mixtral": {**LLAMA, "architectures": ["MixtralForCausalLM"], "num_local_experts": 3},
+    "Olmoe": {**_OLMOE, "num_experts": 3},
+    "Olmoe_by_default": {k: v for k, v in _OLMOE.items() if k not in ("num_key_value_heads", "tie_word_embeddings")},
+    "Olmoe_tied_biases": {**_OLMOE, "num_experts": 2, "tie_word_embeddings": True, "attention_bias": True},
     "llama_one_key_head": {**LLAMA, "num_key_value_heads": 1, "attention_bias": True, "tie_word_embeddings": True},
 }
 
