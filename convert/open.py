@@ -17,15 +17,13 @@ from .grid import Cell, Grid, find_grid, latest, taken_apart
 from .legacy import read_legacy
 from .pause import collector_paused
 from .plain import key_text
+from .rank_files import MAX_RANKS, RANK, in_order
 from .safetensors_file import check_index, read_safetensors, read_shards
 from .sniff import LEGACY, ZIP, is_checkpoint, sniff
 from .torch_zip import read_torch_zip
 
 _SUFFIXES = frozenset({".pt", ".pth", ".bin", ".ckpt", ".safetensors"})
-_RANK = re.compile(r"(consolidated\.|reshard(?:_no_os)?-model_part-)(\d+)(\.pth?)")
-"""The files of processes that shared a model: Meta's, and metaseq's."""
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.(safetensors|bin)")
-_MAX_RANKS = 1000
 _NOT_WEIGHTS = re.compile(
     r"(optim|scheduler|training_args|rng_state|random_state|scaler|grad_scaler)"
     r"|(sampler(_\d+)?|dl_state_dict(_\d+)?)\.bin|custom_checkpoint_\d+\.pkl"  # accelerate's, beside its random_states
@@ -225,8 +223,8 @@ def _group_of_file(path: Path, notes: list[str]) -> _Group:
     if path.name == dcp.NAME or path.suffix == dcp.SUFFIX:
         group = _distributed(path.parent)
         notes.append(f"{path.name} is one of the files of a {dcp.FORMAT} folder: all of them were read")
-    elif _RANK.fullmatch(path.name):
-        group = _ranked([file for file in siblings if _RANK.fullmatch(file.name)])
+    elif RANK.fullmatch(path.name):
+        group = _ranked([file for file in siblings if RANK.fullmatch(file.name)])
     elif shard:
         indices = [file for file in siblings if file.name.endswith(_INDEX)]
         listing = [index for index in indices if path.name in read_shards(index)[0].values()]
@@ -295,7 +293,7 @@ def _gather(files: list[Path]) -> list[_Group]:
     groups = [_indexed(file) for file in files if file.name.endswith(_INDEX)]
     taken = {file for group in groups for file in group.files}
     rest = [file for file in files if file not in taken and _may_be_weights(file)]
-    ranks = [file for file in rest if _RANK.fullmatch(file.name)]
+    ranks = [file for file in rest if RANK.fullmatch(file.name)]
     if ranks:
         groups.append(_ranked(ranks))
     sharded: dict[tuple[str, str, str], list[Path]] = {}
@@ -327,38 +325,13 @@ def _indexed(index: Path) -> _Group:
 
 
 def _ranked(files: list[Path]) -> _Group:
-    """Rank files in the order of their numbers, which must be 0, 1, 2, … without a hole."""
-    numbers: dict[int, Path] = {}
-    begin = end = ""
-    for file in files:
-        found = _RANK.fullmatch(file.name)
-        number = int(found[2]) if found else 0
-        begin, end = (begin or found[1], end or found[3]) if found else (begin, end)
-        if number in numbers:
-            raise input_error(f"{numbers[number].name} and {file.name} are the same rank", str(file.parent))
-        numbers[number] = file
-    if max(numbers) >= _MAX_RANKS:
-        raise input_error(
-            f"{numbers[max(numbers)].name} would be one of more than {_MAX_RANKS:,} rank files",
-            str(files[0].parent),
-            "rename it if it is none: no release has so many",
-        )
-    width = min(len(file.name) for file in files) - len(begin + end)
-    missing = [f"{n:0{width}d}" for n in range(max(numbers)) if n not in numbers]
-    if missing:
-        raise input_error(
-            f"rank files are missing: {begin}{{{','.join(missing)}}}{end}",
-            str(files[0].parent),
-            "download them again: every rank holds a part of each tensor",
-        )
-    ordered = tuple(numbers[n] for n in sorted(numbers))
-    first, last = (numbers[n].name.removeprefix(begin).removesuffix(end) for n in (0, max(numbers)))
-    return _Group(f"{begin}{{{first}..{last}}}{end}", ordered, ranks=True)
+    name, ordered = in_order(files)
+    return _Group(name, ordered, ranks=True)
 
 
 def _numbered(stem: str, total: str, suffix: str, shards: list[Path]) -> _Group:
     """Shards named ``…-00001-of-00003…`` that no index lists."""
-    if int(total) > len(shards) + _MAX_RANKS:
+    if int(total) > len(shards) + MAX_RANKS:
         raise input_error(
             f"{len(shards)} of {int(total):,} shards are here", str(shards[0].parent), "download the rest"
         )

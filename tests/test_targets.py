@@ -37,6 +37,31 @@ LLAMA: dict[str, Any] = {
     "mlp_bias": False,
     "tie_word_embeddings": False,
 }
+MAMBA: dict[str, Any] = {
+    "architectures": ["MambaForCausalLM"],
+    "vocab_size": 40,
+    "hidden_size": 32,
+    "state_size": 8,
+    "num_hidden_layers": 2,
+    "expand": 2,
+    "conv_kernel": 3,
+    "time_step_rank": 5,
+    "use_bias": False,
+    "use_conv_bias": True,
+    "tie_word_embeddings": True,
+}
+MAMBA2: dict[str, Any] = {
+    **{key: value for key, value in MAMBA.items() if key != "time_step_rank"},
+    "architectures": ["Mamba2ForCausalLM"],
+    "num_heads": 4,
+    "head_dim": 16,
+    "n_groups": 2,
+}
+_OTHER = {"use_bias": True, "use_conv_bias": False, "tie_word_embeddings": False}
+_OLMOE: dict[str, Any] = {
+    **{key: value for key, value in LLAMA.items() if key != "head_dim"},
+    "architectures": ["OlmoeForCausalLM"],
+}
 
 OPT: dict[str, Any] = {
     "architectures": ["OPTForCausalLM"],
@@ -50,6 +75,17 @@ OPT: dict[str, Any] = {
 }
 
 CONFIGS: dict[str, dict[str, Any]] = {
+    "mamba": MAMBA,
+    "mamba_biases": {**MAMBA, **_OTHER},
+    "mamba_by_default": {
+        key: MAMBA[key] for key in ("architectures", "vocab_size", "hidden_size", "num_hidden_layers")
+    },
+    "mamba2": MAMBA2,
+    "mamba2_biases": {**MAMBA2, **_OTHER},
+    "mamba2_by_default": {
+        **{key: MAMBA2[key] for key in ("architectures", "vocab_size", "num_hidden_layers", "head_dim")},
+        "hidden_size": 1024,
+    },
     "gpt2_tied": GPT2,
     "gpt2_untied": {**GPT2, "tie_word_embeddings": False},
     "gpt2_narrow": {**GPT2, "n_inner": 24, "n_layer": 1},
@@ -94,6 +130,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "opt_350m": {**OPT, "word_embed_proj_dim": 8, "do_layer_norm_before": False},
     "opt_bare": {**OPT, "enable_bias": False, "layer_norm_elementwise_affine": False},
     "opt_no_last_norm": {**OPT, "_remove_final_layer_norm": True},
+    "Olmoe": {**_OLMOE, "num_experts": 3},
+    "Olmoe_by_default": {k: v for k, v in _OLMOE.items() if k not in ("num_key_value_heads", "tie_word_embeddings")},
+    "Olmoe_tied_biases": {**_OLMOE, "num_experts": 2, "tie_word_embeddings": True, "attention_bias": True},
     "llama_one_key_head": {**LLAMA, "num_key_value_heads": 1, "attention_bias": True, "tie_word_embeddings": True},
 }
 

