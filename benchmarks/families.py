@@ -63,13 +63,13 @@ class Row:
     prefill: float = 0.0
     decode: float = 0.0
     ratio: float = 0.0
-    back: bool = False
+    back: str = ""
     failed: str = ""
 
     @property
     def ok(self) -> bool:
         """Whether nothing failed, the round trip included."""
-        return self.back and not self.failed and all(value is not False for value in (self.checks or {}).values())
+        return bool(self.back) and not self.failed and all(value is not False for value in (self.checks or {}).values())
 
 
 def wanted(only: Sequence[str], containers: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -117,7 +117,7 @@ def table(rows: Sequence[Row]) -> str:
     for row in rows:
         numbers = [f"{row.prefill:.1e}", f"{row.decode:.1e}", f"{row.ratio:.1f}"] if row.checks else ["", "", ""]
         signs = [sign(row, check) for check in CHECKS]
-        cells = [row.family, row.title, row.container, *signs, *numbers, "✓" if row.back else "**✗**", row.held]
+        cells = [row.family, row.title, row.container, *signs, *numbers, row.back or "**✗**", row.held]
         lines.append("| " + " | ".join(cells) + " |")
     bad = [
         f"- {row.case}, {row.container}: {row.failed or 'the round trip lost something'}" for row in rows if not row.ok

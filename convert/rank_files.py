@@ -1,4 +1,4 @@
-"""The files of processes that shared a model, each of which holds a part of every tensor: their names and their order."""
+"""The files of processes that shared a model, each holding a part of every tensor: their names and their order."""
 
 from __future__ import annotations
 

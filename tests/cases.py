@@ -15,8 +15,11 @@ from mdl.convert.open import open_checkpoint
 from mdl.convert.prepare import Options, prepare
 from mdl.convert.stored import Files
 
+from . import checkpoints_gemma as gemma
+from . import checkpoints_llamas as llamas
 from . import checkpoints_mistral as mistral
-from . import gpts, hf, lit, servable, torchtune_cases
+from . import checkpoints_olmo as olmo
+from . import gpts, hf, lit, mambas, megatron, neox, olmoes, opts, servable, torchtune_cases
 from .containers import CONTAINERS, taken_apart
 
 
@@ -89,6 +92,47 @@ def _torchtune() -> Iterator[Case]:
         yield Case(case.arch, name, write, "torchtune 0.6.1", given, case.arch if case.tied else None)
 
 
+def _trainers() -> Iterator[Case]:
+    """Frameworks that train in parallel, and save what their processes hold."""
+    core, fairseq, held = "megatron-core 0.16.1", "fairseq 3d262bb", "transformers' GPTNeoX"
+    for row in ("llama", "llama_pairs", "llama_31", "qwen2", "qwen3", "gpt2"):
+        yield Case("megatron", f"{row}, TP 2, PP 2", lambda p, row=row: megatron.grid(p, row, 2, 2), core)
+    yield Case("megatron", "llama, torch_dist", lambda p: megatron.dist(p, "llama", stacked=False), core)
+    yield Case("megatron_stacked", "qwen2", lambda p: megatron.dist(p, "qwen2", stacked=True), core)
+    for row, ranks in (("parallel", 2), ("serial", 1), ("tied", 1)):
+        yield Case("gpt_neox", f"{row}, TP {ranks}", lambda p, r=row, n=ranks: neox.layers(p, r, n), held)
+    yield Case("opt", "one file", lambda p: opts.saved(p / "restored.pt", opts.state()), fairseq)
+    yield Case("opt", "two parts, fused", lambda p: opts.in_parts(p / "parts", opts.fused(opts.state())), fairseq)
+    lingua, tied = "lingua 437d680", {"weight_tying": True}
+    yield Case("lingua", "DCP folder", lambda p: llamas.lingua(p / "step", servable.llama_state()), lingua)
+    yield Case("lingua", "tied", lambda p: llamas.lingua_consolidated(p / "x", llamas.lingua_tied(), **tied), lingua)
+    given, titan = {"heads": "4", "context": "256"}, "torchtitan 0.3.0, f7084fc, 73a0e69"
+    yield Case("torchtitan", "names of 0.3", lambda p: llamas.titan(p / "step", llamas.titan_names()), titan, given)
+    yield Case("torchtitan", "fused q, k, v", lambda p: llamas.titan(p / "step", llamas.titan_fused()), titan, given)
+
+
+def _researchers() -> Iterator[Case]:
+    """What companies and institutes release in their own code's layout."""
+    google, ai2 = "gemma_pytorch 014acb7", "ai2-olmo-core"
+    for generation, said in gemma.GIVEN.items():
+
+        def write(p: Path, n: int = generation) -> Path:
+            return gemma.checkpoint(p / "gemma.ckpt", n, gemma.state(n, layers=6 if n == 3 else 2))
+
+        yield Case("gemma_pytorch", f"Gemma {generation}", write, google, said)
+    for name in olmo.CORE:
+        yield Case("olmo_core", name, lambda p, name=name: olmo.core(p / "step", name), ai2)
+    ssm = {"layer": "Mamba2", "headdim": 32, "d_state": mambas.STATE}
+    for groups in (1, 2):
+
+        def save(p: Path, n: int = groups) -> Path:
+            return mambas.saved(p / "raw", mambas.state(2, groups=n), {**ssm, "ngroups": n}, tie_embeddings=True)
+
+        yield Case("mamba2", f"groups: {groups}", save, "mamba_ssm e9594ce")
+    held = "transformers' Olmoe"
+    yield Case("olmoe", "stacks of megablocks", lambda p: olmoes.saved(p / "raw", olmoes.state()), held)
+
+
 def _all() -> Iterator[Case]:
     for name in hf.CLASSES:
         yield Case("huggingface", name, lambda p, name=name: hf.checkpoint(p / "folder", name), "transformers 5.19")
@@ -98,6 +142,8 @@ def _all() -> Iterator[Case]:
         yield Case("litgpt", row, lambda p, row=row: lit.checkpoint(p / "folder", row), "litgpt 0.5.13")
     yield from _mistrals()
     yield from _torchtune()
+    yield from _trainers()
+    yield from _researchers()
 
 
 WRITTEN = "as written"
@@ -131,16 +177,23 @@ def placed(case: Case, container: str, folder: Path) -> tuple[Path, Options]:
     return path, replace(case.options(**given), arch=case.family)
 
 
-def comes_back(source: Path, layout: Path) -> bool:
-    """Whether `mdl export` gives every weight back: names, order, types and bits. Raises MdlError."""
+WHOLE, SUMMED = "✓", "all but sums"
+"""What can come back: everything, or everything but what was summed over ranks and can't be taken apart again."""
+_NO_WEIGHT = ("buffer", "recomputed", "no weight", "not weights", "rotary table")
+
+
+def comes_back(source: Path, layout: Path) -> str:
+    """WHOLE or SUMMED if `mdl export` gives every other weight back: names, order, types and bits; "" if not. Raises
+    MdlError."""
     ranks = take_inventory(open_checkpoint(source)).ranks
     done = export(layout, layout.parent / ("back" if ranks > 1 else "back.pt"))
-    dropped = {
-        lost.what.partition(" was dropped: ")[0]: lost.what for lost in done.lost if " was dropped: " in lost.what
-    }
-    if not all("buffer" in what or "recomputed" in what for what in dropped.values()):
-        return False
-    return [item for item in values(source) if item[0] not in dropped] == values(Path(done.out))
+    lost = [problem.what for problem in done.lost if not problem.what.startswith("what lay beside")]
+    dropped = {what.split(" was dropped: ")[0] for what in lost if any(why in what for why in _NO_WEIGHT)}
+    summed = {what.split(": the ")[0] for what in lost if what.endswith("of rank files cannot be taken apart")}
+    kept = [item for item in values(source) if item[0] not in dropped | summed]
+    if len(dropped) + len(summed) != len(lost) or kept != values(Path(done.out)):
+        return ""
+    return SUMMED if summed else WHOLE
 
 
 def values(path: Path) -> list[tuple[str, list[tuple[Any, ...]]]]:

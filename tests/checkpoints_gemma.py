@@ -8,6 +8,25 @@ import torch
 
 from .checkpoints import State
 
+GIVEN: dict[int, dict[str, str]] = {
+    1: {"num_attention_heads": "4", "max_position_embeddings": "256"},
+    2: {
+        "num_attention_heads": "4",
+        "max_position_embeddings": "256",
+        "sliding_window_size": "24",
+        "query_pre_attn_scalar": "48",
+        "attn_logit_softcapping": "5",
+        "final_logit_softcapping": "3",
+    },
+    3: {
+        "max_position_embeddings": "256",
+        "sliding_window_size": "24",
+        "query_pre_attn_scalar": "48",
+        "rope_scaling_factor": "8",
+    },
+}
+"""What the user says of a model with sizes of its own."""
+
 
 def shapes(generation: int, layers: int = 3) -> dict[str, tuple[int, ...]]:
     """The parameters and buffers of GemmaForCausalLM, in the order of its state dict: 4 heads of 32, 2 key heads."""

@@ -22,28 +22,10 @@ from mdl.validate.client import Engine
 from mdl.validate.verify import Settings, verify
 
 from .. import checkpoints as make
-from ..checkpoints_gemma import checkpoint, shapes, state, without_tables
+from ..checkpoints_gemma import GIVEN, checkpoint, shapes, state, without_tables
 from ..converted import IDS, by_transformers, exact, layout, nmse
 
 CLASSES = {1: "GemmaForCausalLM", 2: "Gemma2ForCausalLM", 3: "Gemma3ForCausalLM"}
-GIVEN: dict[int, dict[str, str]] = {
-    1: {"num_attention_heads": "4", "max_position_embeddings": "256"},
-    2: {
-        "num_attention_heads": "4",
-        "max_position_embeddings": "256",
-        "sliding_window_size": "24",
-        "query_pre_attn_scalar": "48",
-        "attn_logit_softcapping": "5",
-        "final_logit_softcapping": "3",
-    },
-    3: {
-        "max_position_embeddings": "256",
-        "sliding_window_size": "24",
-        "query_pre_attn_scalar": "48",
-        "rope_scaling_factor": "8",
-    },
-}
-"""What the user says of a model with sizes of its own."""
 
 
 @pytest.mark.parametrize("generation", CLASSES)
