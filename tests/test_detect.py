@@ -14,7 +14,7 @@ from mdl.convert.inventory import take_inventory
 from mdl.convert.open import open_checkpoint
 
 from . import checkpoints as make
-from . import gpts, lit, opts
+from . import gpts, lit, opts, torch_gpts, xt
 
 
 def masked(state: make.State) -> make.State:
@@ -56,6 +56,12 @@ OWN: dict[str, tuple[str, Callable[[Path], Path]]] = {
     "ng_video_lecture": ("ng_video_lecture", lambda p: gpts.saved(p / "x.pt", gpts.lecture(head_bias=True))),
     "opt, whole": ("opt", lambda p: opts.saved(p / "restored.pt", opts.state())),
     "opt, parts": ("opt", lambda p: opts.in_parts(p / "parts", opts.fused(opts.state()))),
+    "x_transformers": ("x_transformers", lambda p: gpts.saved(p / "x.pt", xt.state(xt.CASES["grouped"]))),
+    "torch_encoder": ("torch_encoder", lambda p: gpts.saved(p / "x.pt", torch_gpts.model("stacked").state_dict())),
+    "torch_encoder, listed": (
+        "torch_encoder",
+        lambda p: gpts.saved(p / "x.pt", torch_gpts.model("listed").state_dict()),
+    ),
     "litgpt": ("litgpt", lambda p: lit.checkpoint(p / "folder", "llama")),
     "llama2c": ("llama2c", lambda p: make.llama2c(p / "x.pt")),
     "llama_meta": ("llama_meta", lambda p: meta(p / "release")),
