@@ -13,8 +13,8 @@ from .llama_meta import decoder_config
 
 _ATTENTION, _FFN = "attn_layers.layers.0.1.", "attn_layers.layers.1.1.ff."
 _NO_TRACE = (
-    "attn_qk_norm, attn_softclamp_logits, attn_sparse_topk, residual_attn, shift_tokens, l2norm_embed, attn_flash \
-with a window and rotary_interpolation_factor leave no trace in the weights: all as they are by default"
+    "attn_qk_norm, attn_softclamp_logits, attn_sparse_topk, attn_laser, residual_attn, shift_tokens, softclamp_output, "
+    "l2norm_embed and rotary_interpolation_factor leave no trace in the weights: all as they are by default"
 )
 _TABLES = {
     "pos_emb.emb.weight": ("learned positions", "rotary_pos_emb=True"),

@@ -69,6 +69,10 @@ LAYOUTS: dict[str, list[list[str]]] = {
         ["transformer.token_embeddings.weight", "transformer.layers.0.attn.qkv_proj.weight",
          "transformer.layers.0.ffn.proj_1.weight"],
     ],
+    "bloom": [
+        ["word_embeddings.weight", "word_embeddings.norm.weight", "word_embeddings.norm.bias"],
+        ["language_model.embedding.word_embeddings.weight", "language_model.embedding.word_embeddings.norm.weight"],
+    ],
     "mpt": [
         ["transformer.wte.weight", "transformer.blocks.0.norm_1.weight", "transformer.blocks.0.attn.Wqkv.weight",
          "transformer.blocks.0.ffn.up_proj.weight"],
