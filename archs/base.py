@@ -102,6 +102,10 @@ class Dims(Mapping[str, Value]):
         """The booleans: what a mapping's ``when`` may name."""
         return {k: v for k, v in self.items() if isinstance(v, bool)}
 
+    def words(self) -> dict[str, str]:
+        """The words: what a mapping's patterns may hold as a part of a name."""
+        return {k: v for k, v in self.items() if isinstance(v, str)}
+
     def having(self, name: str, dim: Dim) -> Dims:
         """The same dims with one entry added or replaced."""
         return replace(self, entries={**self.entries, name: dim})

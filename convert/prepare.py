@@ -82,7 +82,7 @@ def recognise(path: Path, options: Options | None = None) -> Recognised:
     target = expected_target(match.arch.hf_config(dims)) if names_target(mapping) else None
     if target:
         inventory = with_prefix_of(inventory, target)
-    expanded = expand(mapping, dims.sizes(), dims.flags(), target)
+    expanded = expand(mapping, dims.sizes(), dims.flags(), target, dims.words())
     said = dims.entries.get("tied") or _said_tied(tied)
     dims = dims.having("tied", tied_of(expanded, inventory, said, match.arch, dims))
     return Recognised(checkpoint, inventory, match, dims, mapping, expanded)

@@ -1,7 +1,8 @@
 """From patterns to finite lists: a mapping bound to one checkpoint's sizes.
 
 A pattern is its list of names: ``layers.{i}.wq.weight`` with ``i`` running over 0 … layers - 1, ``{layers+3}`` a
-constant, ``{each}`` written out. There is no search, so the order of rules does not matter and overlaps show.
+constant, ``{each}`` written out, ``{blocks}`` a word of the family's. There is no search, so the order of rules does
+not matter and overlaps show.
 """
 
 from __future__ import annotations
@@ -95,12 +96,19 @@ def names_target(mapping: Mapping) -> bool:
     return any(TARGET in section.keep or TIED in section.tie for section in sections)
 
 
-def expand(mapping: Mapping, sizes: Map[str, int], flags: Map[str, bool], target: Target | None = None) -> Expanded:
+def expand(
+    mapping: Mapping,
+    sizes: Map[str, int],
+    flags: Map[str, bool],
+    target: Target | None = None,
+    words: Map[str, str] | None = None,
+) -> Expanded:
     """Bind a mapping to sizes and flags. Problems (unknown names, unbalanced captures …) are collected, not raised.
 
-    ``target`` is needed by a mapping of which :func:`names_target` is true.
+    ``target`` is needed by a mapping of which :func:`names_target` is true. ``words`` are parts of names that the user
+    of the source code chose: a field that is one of them stands for it.
     """
-    work = _Expander(mapping, sizes, target or Target({}))
+    work = _Expander(mapping, sizes, target or Target({}), words or {})
     work.section(mapping.file.section, ())
     for condition, section in mapping.file.when.items():
         if work.holds(condition, flags):
@@ -111,8 +119,9 @@ def expand(mapping: Mapping, sizes: Map[str, int], flags: Map[str, bool], target
 
 
 class _Expander:
-    def __init__(self, mapping: Mapping, sizes: Map[str, int], target: Target) -> None:
+    def __init__(self, mapping: Mapping, sizes: Map[str, int], target: Target, words: Map[str, str]) -> None:
         self.mapping = mapping
+        self.words = words
         self.target = target
         self.sizes = sizes
         self.rules: list[Rule] = []
@@ -239,7 +248,7 @@ class _Expander:
 
     def _captures(self, patterns: Iterable[str], loc: Loc) -> set[str]:
         found: set[str] = set()
-        for pattern in patterns:
+        for pattern in map(self._worded, patterns):
             if any(brace in _FIELD.sub("", pattern) for brace in "{}"):
                 self._problem(loc, f"{pattern}: a brace has no partner")
             for field in _FIELD.findall(pattern):
@@ -273,6 +282,7 @@ class _Expander:
 
     def _run(self, pattern: str, captures: set[str], loc: Loc) -> list[str]:
         """One name per assignment. A run over the layers is most of a mapping, and is written out at once."""
+        pattern = self._worded(pattern)
         fields = _FIELD.findall(pattern)
         if len(captures) == 1 and captures == set(fields):
             text = _FIELD.sub("%d", pattern.replace("%", "%%"))
@@ -280,12 +290,15 @@ class _Expander:
         return [self._fill_in(pattern, values, loc) for values in self._assignments(captures)]
 
     def _fill_in(self, pattern: str, values: Map[str, int], loc: Loc) -> str:
-        known = {**self.sizes, **values}
+        known, pattern = {**self.sizes, **values}, self._worded(pattern)
         try:
             return _FIELD.sub(lambda m: str(expr.evaluate(m[1], known)), pattern)
         except expr.ExprError as error:
             self._problem(loc, f"{pattern}: {error}")
             return pattern
+
+    def _worded(self, pattern: str) -> str:
+        return _FIELD.sub(lambda m: self.words.get(m[1], m[0]), pattern) if self.words else pattern
 
     def _size(self, size: int | str, loc: Loc) -> int:
         try:

@@ -16,7 +16,7 @@ from mdl.convert.open import open_checkpoint
 from . import checkpoints as make
 from . import checkpoints_gemma as gemma
 from . import checkpoints_olmo as olmo
-from . import gpts, lit, mambas, megatron, neox, olmoes, opts
+from . import gpts, lit, mambas, megatron, neox, olmoes, opts, torch_gpts, xt
 from .checkpoints_llamas import lingua_consolidated, titan_fused, titan_names
 
 
@@ -61,6 +61,12 @@ OWN: dict[str, tuple[str, Callable[[Path], Path]]] = {
     "opt, parts": ("opt", lambda p: opts.in_parts(p / "parts", opts.fused(opts.state()))),
     **{f"gemma_pytorch, {n}": ("gemma_pytorch", lambda p, n=n: gemma.checkpoint(p / "x.ckpt", n)) for n in (1, 2, 3)},
     **{f"olmo_core, {case}": ("olmo_core", lambda p, case=case: olmo.core(p / "step", case)) for case in olmo.CORE},
+    "x_transformers": ("x_transformers", lambda p: gpts.saved(p / "x.pt", xt.state(xt.CASES["grouped"]))),
+    "torch_encoder": ("torch_encoder", lambda p: gpts.saved(p / "x.pt", torch_gpts.model("stacked").state_dict())),
+    "torch_encoder, listed": (
+        "torch_encoder",
+        lambda p: gpts.saved(p / "x.pt", torch_gpts.model("listed").state_dict()),
+    ),
     "litgpt": ("litgpt", lambda p: lit.checkpoint(p / "folder", "llama")),
     "llama2c": ("llama2c", lambda p: make.llama2c(p / "x.pt")),
     "llama_meta": ("llama_meta", lambda p: meta(p / "release")),

@@ -55,6 +55,19 @@ def test_the_target_s_names_are_whole_patterns() -> None:
     assert not names_target(parse_mapping("format: 1\ntitle: t\nkeep: [w]\n"))
 
 
+def test_a_word_is_a_part_of_a_name() -> None:
+    """What the author of the source chose; it may hold dots, and text that looks like a format."""
+    text = "format: 1\ntitle: t\nranges: {i: layers}\n"
+    text += "rename: {'{blocks}.{i}.w': 'h.{i}.w'}\ntransform: [{from: '{table}', to: t}]\ndrop: {'{mask}': a mask}\n"
+    words = {"blocks": "enc.%d.layers", "table": "pos.pe", "mask": "m"}
+
+    got = expand(parse_mapping(text, "m.yaml"), SIZES, {}, words=words)
+
+    assert not got.problems
+    assert pairs(got) == [((f"enc.%d.layers.{i}.w",), (f"h.{i}.w",)) for i in range(2)] + [(("pos.pe",), ("t",))]
+    assert list(got.drops) == ["m"]
+
+
 def test_each_writes_a_rule_several_times() -> None:
     got = bound("transform:\n  - {each: [x, y], from: 'h.{i}.{each}', ops: [transpose]}\n")
 

@@ -64,10 +64,13 @@ LAYOUTS: dict[str, list[list[str]]] = {
         ["layers.0.wte.weight", "layers.1.ln.weight", "layers.1.mixer.Wqkv.weight", "layers.25.linear.weight"],
         ["transformer.embd.wte.weight", "transformer.h.0.mixer.Wqkv.weight", "lm_head.ln.weight"],
     ],
-    "deepseek_inference": [["embed.weight", "layers.0.attn.wq_a.weight", "layers.0.attn.wkv_b.weight", "head.weight"]],
     "openelm": [
         ["transformer.token_embeddings.weight", "transformer.layers.0.attn.qkv_proj.weight",
          "transformer.layers.0.ffn.proj_1.weight"],
+    ],
+    "bloom": [
+        ["word_embeddings.weight", "word_embeddings.norm.weight", "word_embeddings.norm.bias"],
+        ["language_model.embedding.word_embeddings.weight", "language_model.embedding.word_embeddings.norm.weight"],
     ],
     "mpt": [
         ["transformer.wte.weight", "transformer.blocks.0.norm_1.weight", "transformer.blocks.0.attn.Wqkv.weight",
@@ -90,16 +93,11 @@ LAYOUTS: dict[str, list[list[str]]] = {
     "gpt_fast_quantised": [
         ["tok_embeddings.weight", "layers.0.attention.wqkv.weight", "layers.0.attention.wqkv.scales_and_zeros"],
     ],
-    "gemma_quantised": [
-        ["embedder.weight", "embedder.weight_scaler", "model.layers.0.self_attn.qkv_proj.weight",
-         "model.layers.0.self_attn.qkv_proj.weight_scaler"],
-    ],
     "torch_quantised": [[*_HF, "model.layers.0.self_attn.q_proj._packed_params.dtype"]],
     "multimodal": [
         ["vision_model.vision_encoder.conv1._linear.weight", "text_model.tok_embeddings.weight"],
         [*_LLAMA, "vision_encoder.patch_conv.weight", "vision_language_adapter.w_in.weight"],
         [*_LLAMA, "vision_embeddings.vision_encoder.class_embedding", "vision_projection.weight"],
-        ["siglip_vision_model.patch_embedding.weight", "mm_input_projection.weight", "model.norm.weight"],
         [*_HF, "model.vision_tower.vision_tower.vision_model.pre_layrnorm.weight", "model.mm_projector.0.weight"],
         ["language_model.model.norm.weight", "vision_tower.x.weight", "multi_modal_projector.linear_1.weight"],
         [*_HF, "audio_tower.conv1.weight"],
