@@ -81,9 +81,13 @@ def export(
 
 
 def _places(manifest: Manifest, out: Path) -> dict[str, Path]:
-    """Where the content of each of the checkpoint's files goes, by the file's name: shards become one file again."""
+    """Where the content of each of the checkpoint's files goes, by the file's name: shards become one file again.
+
+    Rank files that were safetensors become torch's own format as well, and are named so.
+    """
     files = {file for step in manifest.steps for source in step["sources"] for file in _homes(source)[1]}
-    return {file: out / file if manifest.source["ranks"] > 1 else out for file in files}
+    own = {file: Path(file).with_suffix(".pt") if Path(file).suffix in FOREIGN else file for file in files}
+    return {file: out / own[file] if manifest.source["ranks"] > 1 else out for file in files}
 
 
 def _check_places(places: Map[str, Path], out: Path, manifest: Manifest, force: bool) -> None:

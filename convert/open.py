@@ -20,7 +20,8 @@ from .sniff import LEGACY, ZIP, is_checkpoint, sniff
 from .torch_zip import read_torch_zip
 
 _SUFFIXES = frozenset({".pt", ".pth", ".bin", ".ckpt", ".safetensors"})
-_RANK = re.compile(r"consolidated\.(\d+)\.(?:pth|pt)")
+_RANK = re.compile(r"consolidated\.(\d+)\.(?:pth|pt)|model(\d+)-mp(\d+)\.safetensors")
+_META = "consolidated.%s.pth"
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.(safetensors|bin)")
 _MAX_RANKS = 1000
 _NOT_WEIGHTS = re.compile(
@@ -265,7 +266,7 @@ def _ranked(files: list[Path]) -> _Group:
     numbers: dict[int, Path] = {}
     for file in files:
         found = _RANK.fullmatch(file.name)
-        number = int(found[1]) if found else 0
+        number = int(found[1] or found[2]) if found else 0
         if number in numbers:
             raise input_error(f"{numbers[number].name} and {file.name} are the same rank", str(file.parent))
         numbers[number] = file
@@ -275,15 +276,33 @@ def _ranked(files: list[Path]) -> _Group:
             str(files[0].parent),
             "rename it if it is none: no release has so many",
         )
-    missing = [f"{n:02d}" for n in range(max(numbers)) if n not in numbers]
+    last, pattern = _whole(numbers)
+    missing = [f"{n:02d}" if pattern is _META else str(n) for n in range(last + 1) if n not in numbers]
     if missing:
+        listed = "{" + ",".join(missing) + "}"
         raise input_error(
-            f"rank files are missing: consolidated.{{{','.join(missing)}}}.pth",
+            f"rank files are missing: {pattern % listed}",
             str(files[0].parent),
             "download them again: every rank holds a part of each tensor",
         )
     ordered = tuple(numbers[n] for n in sorted(numbers))
-    return _Group(f"consolidated.{{00..{max(numbers):02d}}}.pth", ordered, ranks=True)
+    return _Group(pattern % (f"{{00..{last:02d}}}" if pattern is _META else f"{{0..{last}}}"), ordered, ranks=True)
+
+
+def _whole(numbers: dict[int, Path]) -> tuple[int, str]:
+    """The last rank of a set, as far as the names tell, and how they are written; DeepSeek's say how many there are."""
+    found = [_RANK.fullmatch(file.name) for file in numbers.values()]
+    totals = {match[3] for match in found if match and match[3]}
+    if not totals:
+        return max(numbers), _META
+    folder = next(iter(numbers.values())).parent
+    if len(totals) > 1 or len([1 for match in found if match and match[3]]) < len(numbers):
+        what = f"these are not ranks of one model: {', '.join(file.name for file in numbers.values())}"
+        raise input_error(what, str(folder), "give a folder with one set of rank files")
+    total = int(totals.pop())
+    if not max(numbers) < total <= _MAX_RANKS:
+        raise input_error(f"rank {max(numbers)} of {total} can't be", str(folder), "download the folder again")
+    return total - 1, f"model%s-mp{total}.safetensors"
 
 
 def _numbered(stem: str, total: str, suffix: str, shards: list[Path]) -> _Group:

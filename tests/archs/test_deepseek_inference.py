@@ -1,0 +1,151 @@
+"""DeepSeek-V3 from its inference code's rank files to the layout; its maths against transformers' own class."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mdl.archs.eager.huggingface import HuggingFace
+from mdl.convert.export import export
+from mdl.convert.prepare import Options, prepare
+from mdl.errors import MdlError
+from mdl.validate.client import Engine
+from mdl.validate.reference import builtin_reference
+
+from .. import checkpoints as make
+from .. import deepseeks
+from ..gpts_checks import is_green, layout, nmse
+
+IDS = torch.tensor([(7 * k * k + 11 * k + 3) % deepseeks.VOCAB for k in range(90)])
+
+
+def logits(raw: Path, given: dict[str, str] | None = None) -> torch.Tensor:
+    """[T, V] of the family's eager module in float64."""
+    prepared = prepare(raw, Options(given=given or {}))
+    prepared.plan.refuse()
+    reference = builtin_reference(prepared.arch, prepared.dims, prepared.plan)
+    return reference.logits(IDS.tolist(), "float64")
+
+
+def transformers_logits(out: Path, config: dict[str, Any]) -> torch.Tensor:
+    """[T, V] of transformers' class on a layout, in float64."""
+    model = HuggingFace(config)
+    model.load_state_dict({name: tensor.double() for name, tensor in make.saved(out).items()})
+    with torch.no_grad():
+        return model(IDS[None])[0]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("q_rank", [deepseeks.Q_RANK, 0], ids=["low rank", "straight"])
+def test_it_computes_what_transformers_computes_of_the_layout(ranks: int, q_rank: int, tmp_path: Path) -> None:
+    state = deepseeks.state(q_rank=q_rank)
+    raw = deepseeks.saved(tmp_path / "raw", state, ranks, q_lora_rank=q_rank)
+    prepared = layout(raw, tmp_path / "out")
+
+    assert (prepared.arch.name, prepared.inventory.ranks) == ("deepseek_inference", ranks)
+    assert (prepared.dims["heads"], prepared.dims["nope_dim"], prepared.dims["v_dim"]) == (2, 128, 128)
+    made = make.saved(tmp_path / "out")
+    assert len(made) == len(state)
+    assert made["model.layers.2.mlp.experts.7.down_proj.weight"].equal(state["layers.2.ffn.experts.7.w2.weight"])
+    assert made["model.layers.1.self_attn.o_proj.weight"].equal(state["layers.1.attn.wo.weight"])
+    wanted = transformers_logits(tmp_path / "out", prepared.config)
+    assert nmse(logits(raw), wanted) < 1e-12  # both have a float32 table, made in another order
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_there_and_back(ranks: int, tmp_path: Path) -> None:
+    state = deepseeks.state()
+    layout(deepseeks.saved(tmp_path / "raw", state, ranks), tmp_path / "out")
+
+    back = export(tmp_path / "out", tmp_path / ("back.pt" if ranks == 1 else "back"))
+
+    assert not [lost for lost in back.lost if "config" not in lost.what], back.lost
+    if ranks == 1:
+        make.same(torch.load(tmp_path / "back.pt"), state)
+        return
+    files = sorted((tmp_path / "back").iterdir())
+    assert [file.name for file in files] == ["model0-mp2.pt", "model1-mp2.pt"]
+    for file, held in zip(files, deepseeks.parts(state, ranks), strict=True):
+        make.same(torch.load(file), held)
+
+
+def test_mistakes_show(tmp_path: Path) -> None:
+    state = deepseeks.state()
+    prepared = layout(deepseeks.saved(tmp_path / "raw", state), tmp_path / "out")
+    wanted = transformers_logits(tmp_path / "out", prepared.config)
+
+    mistakes: tuple[dict[str, Any], ...] = (
+        {"original_seq_len": 256},  # no stretched rotations
+        {"n_limited_groups": 1},
+        {"route_scale": 1.0},
+        {"rope_theta": 50000.0},
+        {"mscale": 0.707},
+    )
+    for k, wrong in enumerate(mistakes):
+        assert nmse(logits(deepseeks.saved(tmp_path / f"wrong{k}", state, **wrong)), wanted) > 1e-6, wrong
+
+
+def test_without_config_json_its_values_are_asked_for(tmp_path: Path) -> None:
+    raw = deepseeks.saved(tmp_path / "raw", deepseeks.state())
+    (raw / "config.json").unlink()
+    with pytest.raises(MdlError) as caught:
+        prepare(raw)
+    for key in ("n_activated_experts", "n_expert_groups", "score_func", "route_scale", "rope_factor"):
+        assert f"--set {key}=VALUE" in str(caught.value)
+
+
+def test_float8_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    state = deepseeks.state() | {"layers.0.attn.wo.scale": torch.ones(1, 2)}
+    with pytest.raises(MdlError, match=r"1 matrices are float8 with a scale for each block.*fp8_cast_bf16.py"):
+        prepare(deepseeks.saved(tmp_path / "raw", state))
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"score_func": "softmax"}, "score_func is softmax"),
+        ({"n_expert_groups": 3}, "8 experts can't be divided into 3 groups"),
+        ({"n_heads": 4}, "heads is 2 by the tensors"),
+        ({"n_dense_layers": 2}, "dense_layers is 1 by the tensors"),
+    ],
+)
+def test_a_config_that_does_not_belong_to_it(config: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(MdlError, match=said):
+        prepare(deepseeks.saved(tmp_path / "raw", deepseeks.state(), **config))
+
+
+def test_v2_has_no_bias_of_the_gate(tmp_path: Path) -> None:
+    state = {name: t for name, t in deepseeks.state().items() if not name.endswith("gate.bias")}
+    with pytest.raises(MdlError, match="gate has no bias, so this is DeepSeek-V2"):
+        prepare(deepseeks.saved(tmp_path / "raw", state))
+
+
+def test_a_missing_rank_is_named(tmp_path: Path) -> None:
+    raw = deepseeks.saved(tmp_path / "raw", deepseeks.state(), 4)
+    (raw / "model3-mp4.safetensors").unlink()
+    (raw / "model1-mp4.safetensors").unlink()
+    with pytest.raises(MdlError, match=r"rank files are missing: model\{1,3\}-mp4.safetensors"):
+        prepare(raw)
+    (raw / "model1-mp2.safetensors").write_bytes((raw / "model0-mp4.safetensors").read_bytes())
+    with pytest.raises(MdlError, match="not ranks of one model"):
+        prepare(raw)
+
+
+def test_the_ranks_hold_what_the_program_cuts() -> None:
+    """The shares in these tests are those of DeepSeek's convert.py."""
+    state = deepseeks.state()
+    first, second = deepseeks.parts(state, 2)
+    assert first["embed.weight"].shape == (48, 128)
+    assert second["layers.0.ffn.w2.weight"].shape == (128, 40)
+    assert "layers.1.ffn.experts.3.w1.weight" in first
+    assert "layers.1.ffn.experts.4.w1.weight" in second
+    assert first["layers.1.ffn.gate.weight"].equal(second["layers.1.ffn.gate.weight"])
+
+
+@pytest.mark.engine
+def test_vllm_computes_it(tmp_path: Path, engine: Engine) -> None:
+    layout(deepseeks.saved(tmp_path / "raw", deepseeks.state(), 2), tmp_path / "out")
+    is_green(tmp_path / "out", engine)
