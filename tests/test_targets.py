@@ -105,6 +105,18 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "Gemma_biases": {**LLAMA, "architectures": ["GemmaForCausalLM"], "attention_bias": True},
     "Gemma2_biases": {**LLAMA, "architectures": ["Gemma2ForCausalLM"], "attention_bias": True},
     "Mixtral": {**LLAMA, "architectures": ["MixtralForCausalLM"], "num_local_experts": 3},
+    "Qwen3Moe": {**LLAMA, "architectures": ["Qwen3MoeForCausalLM"], "num_experts": 3, "moe_intermediate_size": 24},
+    "Qwen3Moe_biases": {
+        **{**LLAMA, "architectures": ["Qwen3MoeForCausalLM"], "num_experts": 2, "tie_word_embeddings": True},
+        "attention_bias": True,
+    },
+    "StableLm": {**_OLMOE, "architectures": ["StableLmForCausalLM"]},
+    "StableLm_tied_biases": {
+        **_OLMOE,
+        "architectures": ["StableLmForCausalLM"],
+        "use_qkv_bias": True,
+        "tie_word_embeddings": True,
+    },
     "Olmoe": {**_OLMOE, "num_experts": 3},
     "Olmoe_by_default": {k: v for k, v in _OLMOE.items() if k not in ("num_key_value_heads", "tie_word_embeddings")},
     "Olmoe_tied_biases": {**_OLMOE, "num_experts": 2, "tie_word_embeddings": True, "attention_bias": True},
