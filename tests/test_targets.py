@@ -107,7 +107,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "Mixtral": {**LLAMA, "architectures": ["MixtralForCausalLM"], "num_local_experts": 3},
     "Qwen3Moe": {**LLAMA, "architectures": ["Qwen3MoeForCausalLM"], "num_experts": 3, "moe_intermediate_size": 24},
     "Qwen3Moe_biases": {
-        **{**LLAMA, "architectures": ["Qwen3MoeForCausalLM"], "num_experts": 2, "tie_word_embeddings": True},
+        **LLAMA,
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "num_experts": 2,
+        "tie_word_embeddings": True,
         "attention_bias": True,
     },
     "StableLm": {**_OLMOE, "architectures": ["StableLmForCausalLM"]},
