@@ -83,7 +83,8 @@ def export(
 
 def _places(manifest: Manifest, out: Path) -> dict[str, Path]:
     """Where the content of each of the checkpoint's files goes: shards become one file again, and parts of a grid
-    (ranks, pipeline stages) files in the folders that they lay in."""
+    (ranks, pipeline stages) files in the folders that they lay in. Those that were safetensors become torch's own format
+    as well, and are named so."""
     files = {file for step in manifest.steps for source in step["sources"] for file in _homes(source)[1]}
     if not _many(manifest):
         return dict.fromkeys(files, out)
@@ -95,7 +96,8 @@ def _places(manifest: Manifest, out: Path) -> dict[str, Path]:
         below = {}
     if len(below) < len(files) or any(".." in path.parts for path in below.values()):
         raise input_error(f"{NAME} names a file outside the folder of its checkpoint", do="convert again")
-    return {file: out / path for file, path in below.items()}
+    own = {file: path.with_suffix(".pt") if path.suffix in FOREIGN else path for file, path in below.items()}
+    return {file: out / path for file, path in own.items()}
 
 
 def _many(manifest: Manifest) -> bool:

@@ -95,6 +95,17 @@ ROWS: dict[str, dict[str, Any]] = {
     "qwen3": {**_LLAMA, "norm_qk": True, "head_size": 64},
     "mistral": {**_LLAMA, "sliding_window_size": 24, "sliding_window_indices": [1, 1]},
     "mixtral": {**_LLAMA, "mlp_class_name": "LLaMAMoE", "n_expert": 4, "n_expert_per_token": 2},
+    "qwen3_moe": {
+        **_LLAMA,
+        "norm_qk": True,
+        "head_size": 64,
+        "mlp_class_name": "LLaMAMoE",
+        "n_expert": 6,
+        "n_expert_per_token": 2,
+        "moe_intermediate_size": 48,
+    },
+    "stablelm": {**_LLAMA, "norm_class_name": "LayerNorm", "rotary_percentage": 0.25},
+    "stablelm_bias": {**_LLAMA, "norm_class_name": "LayerNorm", "rotary_percentage": 0.5, "attn_bias": True},
     "neox": {},
     "neox_serial": {"parallel_residual": False, "rotary_percentage": 0.5},
     "gemma": _GEMMA,
@@ -168,7 +179,7 @@ def _linear(name: str, rows: int, columns: int, *, bias: bool) -> dict[str, tupl
 
 
 def _mlp(c: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    hidden, ffn, made = c["n_embd"], c["intermediate_size"], {}
+    hidden, ffn, made = c["n_embd"], c["moe_intermediate_size"] or c["intermediate_size"], {}
     ups = ("fc",) if c["mlp_class_name"] == "GptNeoxMLP" else ("fc_1", "fc_2")
     places = ["mlp"]
     if c["mlp_class_name"] == "LLaMAMoE":

@@ -16,7 +16,7 @@ from mdl.convert.open import open_checkpoint
 from . import checkpoints as make
 from . import checkpoints_gemma as gemma
 from . import checkpoints_olmo as olmo
-from . import gpts, lit, mambas, megatron, neox, olmoes, opts, torch_gpts, xt
+from . import deepseeks, gpts, lit, mambas, megatron, neox, olmoes, opts, torch_gpts, xt
 from .checkpoints_llamas import lingua_consolidated, titan_fused, titan_names
 
 
@@ -83,6 +83,7 @@ OWN: dict[str, tuple[str, Callable[[Path], Path]]] = {
     "mamba": ("mamba", lambda p: mambas.saved(p / "folder", mambas.state(1), {})),
     "mamba2": ("mamba2", lambda p: mambas.saved(p / "folder", mambas.state(2), {"layer": "Mamba2"})),
     "mamba2, bare": ("mamba2", lambda p: gpts.saved(p / "x.pt", mambas.state(2))),
+    "deepseek_inference": ("deepseek_inference", lambda p: deepseeks.saved(p / "folder", deepseeks.state(), 2)),
     "olmoe": ("olmoe", lambda p: olmoes.saved(p / "folder", olmoes.state())),
     "olmoe, bare": ("olmoe", lambda p: gpts.saved(p / "x.pt", olmoes.state())),
     "huggingface": ("huggingface", lambda p: gpt2(p / "folder")),

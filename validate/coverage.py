@@ -7,7 +7,8 @@ they are written into a parameter; a name that never arrives was read and thrown
 
 What was watched is then used backwards, to pull the weights out of the model again: every copy into a parameter is
 remembered as a pair of regions, so a fused parameter comes apart into the stored tensors it was made of, and each is
-compared with its file, bit for bit, before vLLM repacks anything.
+compared with its file, bit for bit, before vLLM repacks anything. What a loader makes of a parameter's own values in
+its place (A = -exp(A_log) in Mamba) can't be compared so, and only the logits speak for it.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class Audit(TorchDispatchMode):
         self._stored_nan: list[str] = []
         self._clones: dict[int, str] = {}
         self._copies: dict[str, list[tuple[torch.Tensor, Region]]] = {}
+        self._made_of: dict[int, int] = {}
         for name, tensor in [*model.named_buffers(), *model.named_parameters()]:
             self._owners[_address(tensor)] = name
         self._owners.pop(0, None)  # tensors without elements have no address
@@ -72,12 +74,23 @@ class Audit(TorchDispatchMode):
         inputs = {_address(t) for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor)}
         origin = _NOBODY.union(*(self._origin.get(address, _NOBODY) for address in inputs))
         if func is torch.ops.aten.copy_.default:
+            self._forget_remade(args[0], args[1])
             self._remember_copy(args[0], args[1])
         changed = args[0] if func._schema.is_mutable and args and out is None else out
+        owners = {address if address in self._owners else self._made_of.get(address, 0) for address in inputs}
+        maker = owners.pop() if len(owners) == 1 else 0
         for tensor in tree_iter(changed):
             if isinstance(tensor, torch.Tensor):
+                self._made_of[_address(tensor)] = maker
                 self._arrive(tensor, origin, shared=_address(tensor) in inputs)
         return out
+
+    def _forget_remade(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """What was computed of a parameter's values, and of nothing else, takes their place there."""
+        if _address(target) not in self._owners or self._made_of.get(_address(source)) != _address(target):
+            return
+        for copies in self._copies.values():
+            copies[:] = [(held, region) for held, region in copies if not _same_place(held, target)]
 
     def _remember_copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """A copy straight from a stored tensor, or a view of one, into a parameter: the two regions."""
@@ -142,6 +155,11 @@ class Audit(TorchDispatchMode):
 
 def _address(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
+
+
+def _same_place(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors are the same view of the same memory."""
+    return (a.data_ptr(), a.shape, a.stride()) == (b.data_ptr(), b.shape, b.stride())
 
 
 def _differing(a: torch.Tensor, b: torch.Tensor) -> int:

@@ -19,8 +19,10 @@ _UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "routed_scaling_factor": ((None, 1, 1.0), "scaled experts (DeepSeek)"),
     "rope_interleave": ((None, False), "rotation of neighbouring pairs (DeepSeek)"),
 }
-_LLAMA_LIKE = {"Llama", "Mistral", "Mixtral", "Qwen2", "Qwen3", "Gemma", "Gemma2", "Gemma3", "Olmo2"}
-_MODEL_TYPES = {"Gemma3": "gemma3_text", "GPTNeoX": "gpt_neox"}
+_MIXTURES = {"Mixtral", "Qwen3Moe"}
+_LLAMA_LIKE = {"Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2", "Gemma3", "Olmo2", "StableLm", *_MIXTURES}
+_LAYERNORM = {"GPTNeoX", "Phi", "StableLm"}
+_MODEL_TYPES = {"Gemma3": "gemma3_text", "GPTNeoX": "gpt_neox", "Qwen3Moe": "qwen3_moe"}
 
 
 def choose(m: Measure, config: Mapping[str, Any]) -> None:
@@ -56,16 +58,40 @@ def _even(rotary: Value, size: Value) -> bool:
     return isinstance(rotary, int) and isinstance(size, int) and 0 < rotary <= size and rotary % 2 == 0
 
 
+def _plain(m: Measure) -> bool:
+    """Whether it has something that no class with LayerNorm has."""
+    found = (m["attention_softcap"], m["logit_softcap"], m["scale_embeddings"], m["norm_qk"], _windowed(m))
+    return any(bool(one) for one in found)
+
+
+def _stablelm(m: Measure) -> tuple[str, str]:
+    return "StableLm", _first(
+        (m["bias"] or m["lm_head_bias"], "biases outside norms, q, k and v"),
+        (m["parallel_residual"] or m["shared_attention_norm"], "attention and MLP side by side"),
+        (m["post_attention_norm"] or m["post_mlp_norm"] or not m["norm_1"] or not m["norm_2"], "norms in other places"),
+        (not _even(m["rotary"], m["head_dim"]), f"a rotation of {m['rotary']} of {m['head_dim']} channels"),
+        (_plain(m), "softcaps, scaled embeddings, normed q and k or windows"),
+        (m["attention_scalar"] != m["head_dim"], "attention_scores_scalar"),
+        (not _divides(m), "heads that are not the width divided by their number"),
+    )
+
+
+def _divides(m: Measure) -> bool:
+    heads, size = m["heads"], m["head_dim"]
+    return isinstance(heads, int) and isinstance(size, int) and heads * size == m["hidden"]
+
+
 def _with_layernorm(m: Measure) -> tuple[str, str]:
+    if m["mlp"] == "LLaMAMLP" and "OLMo" not in str(m["name"]):
+        return _stablelm(m)
     name = "Phi" if m["shared_attention_norm"] else "GPTNeoX"
-    plain = m["attention_softcap"] or m["logit_softcap"] or m["scale_embeddings"] or m["norm_qk"] or _windowed(m)
     return name, _first(
         ("OLMo" in str(m["name"]), "litgpt's norms have no weights where the name holds OLMo"),
-        (m["mlp"] != "GptNeoxMLP", f"LayerNorm with {m['mlp']} (as in StableLM)"),
+        (m["mlp"] != "GptNeoxMLP", f"LayerNorm with {m['mlp']}"),
         (not m["bias"] or not m["qkv_bias"], "matrices without biases (as in Falcon)"),
         (m["post_attention_norm"] or m["post_mlp_norm"] or not m["norm_1"], "norms in other places"),
         (not _even(m["rotary"], m["head_dim"]), f"a rotation of {m['rotary']} of {m['head_dim']} channels"),
-        (plain, "softcaps, scaled embeddings, normed q and k or windows"),
+        (_plain(m), "softcaps, scaled embeddings, normed q and k or windows"),
         (m["attention_scalar"] != m["head_dim"], "attention_scores_scalar"),
         (name == "Phi" and not m["parallel_residual"], "a shared norm without parallel_residual"),
         (name == "Phi" and not m["lm_head_bias"], "a shared norm with a head that has no bias"),
@@ -96,6 +122,7 @@ def _like_llama(m: Measure) -> tuple[str, str]:
     name = "Llama"
     if m["norm_qk"]:
         name = "Qwen3" if m["norm_qk_type"] == "default" else "Olmo2"
+        name = "Qwen3Moe" if name == "Qwen3" and m["mlp"] == "LLaMAMoE" else name
     elif m["qkv_bias"]:
         name = "Qwen2"
     elif m["mlp"] == "LLaMAMoE":
@@ -108,7 +135,7 @@ def _like_llama(m: Measure) -> tuple[str, str]:
         *_rms(m, offset=False),
         ((*before, *after) != places, "norms in other places"),
         (m["norm_qk"] and m["qkv_bias"], "both normed and biased q and k"),
-        (m["mlp"] == "LLaMAMoE" and name != "Mixtral", "experts with normed or biased q and k (as in Qwen3-MoE)"),
+        (m["mlp"] == "LLaMAMoE" and name not in _MIXTURES, "experts with biased or wholly normed q and k"),
         (m["attention_softcap"] or m["logit_softcap"], "softcaps"),
         (m["attention_scalar"] != m["head_dim"], "attention_scores_scalar"),
         (m["rope_local_theta"], "rope_local_base_freq"),
@@ -149,8 +176,10 @@ def flags(m: Measure) -> dict[str, bool]:
         "llama_like": like_llama,
         "untied_allowed": like_llama and not gemma,
         "always_tied": gemma,
-        "gated": like_llama and name != "Mixtral",
+        "gated": like_llama and name not in _MIXTURES,
         "mixture": name == "Mixtral",
+        "mixture_qwen": name == "Qwen3Moe",
+        "norm_biases": name == "StableLm",
         "norms_before": like_llama and name not in ("Gemma2", "Gemma3", "Olmo2"),
         "norms_after": name == "Olmo2",
         "norms_around": name in ("Gemma2", "Gemma3"),
@@ -174,7 +203,7 @@ def hf_config(d: Dims) -> dict[str, Any]:
         "rope_parameters": _rope_parameters(d, name),
         "attention_dropout": 0.0,
         "tie_word_embeddings": d["tied"],
-        **(_layernorm_fields(d, name) if name in ("GPTNeoX", "Phi") else _rms_fields(d, name)),
+        **(_layernorm_fields(d, name) if name in _LAYERNORM else _rms_fields(d, name)),
     }
 
 
@@ -186,7 +215,7 @@ def _rope_parameters(d: Dims, name: str) -> dict[str, Any]:
     if scaling == "llama3":
         rope |= {key: d[f"rope_{key}"] for key in ("low_freq_factor", "high_freq_factor")}
         rope["original_max_position_embeddings"] = d["rope_original_context"]
-    if name in ("GPTNeoX", "Phi"):
+    if name in _LAYERNORM:
         rope["partial_rotary_factor"] = d["rotary_percentage"]
     if name != "Gemma3":
         return rope
@@ -199,6 +228,9 @@ def _layernorm_fields(d: Dims, name: str) -> dict[str, Any]:
     fields: dict[str, Any] = {"layer_norm_eps": d["norm_eps"], "hidden_act": "gelu_new" if tanh else "gelu"}
     if name == "Phi":
         return {**fields, "num_key_value_heads": d["kv_heads"], "qk_layernorm": False}
+    if name == "StableLm":
+        more = {"hidden_act": "silu", "use_qkv_bias": d["qkv_bias"], "use_parallel_residual": False}
+        return {**fields, "num_key_value_heads": d["kv_heads"], "qk_layernorm": False, "hidden_dropout": 0.0, **more}
     return {**fields, "use_parallel_residual": d["parallel_residual"], "attention_bias": True}
 
 
@@ -229,4 +261,8 @@ def _rms_fields(d: Dims, name: str) -> dict[str, Any]:
         fields["mlp_bias"] = False
     if name == "Mixtral":
         fields |= {"num_local_experts": d["experts"], "num_experts_per_tok": d["experts_per_token"]}
+    if name == "Qwen3Moe":
+        fields |= {"num_experts": d["experts"], "num_experts_per_tok": d["experts_per_token"]}
+        fields |= {"moe_intermediate_size": d["ffn"], "decoder_sparse_step": 1, "mlp_only_layers": []}
+        fields |= {"norm_topk_prob": True, "use_sliding_window": False}  # litgpt's softmax is over the chosen ones
     return fields

@@ -1,4 +1,4 @@
-"""litgpt's forward pass: one GPT whose fields make it Llama, Qwen, Gemma, OLMo 2, Mixtral, GPT-NeoX or Phi.
+"""litgpt's forward pass: one GPT whose fields make it Llama, Qwen, Gemma, OLMo 2, Mixtral, StableLM and more.
 
 Source of every formula: Lightning-AI/litgpt, litgpt/model.py. Module paths and ``state_dict()`` keys are those of its
 checkpoints, before and since release 0.5.5.

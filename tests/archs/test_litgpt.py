@@ -37,6 +37,9 @@ TARGETS = {
     "qwen3": "Qwen3ForCausalLM",
     "mistral": "MistralForCausalLM",
     "mixtral": "MixtralForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "stablelm": "StableLmForCausalLM",
+    "stablelm_bias": "StableLmForCausalLM",
     "neox": "GPTNeoXForCausalLM",
     "neox_serial": "GPTNeoXForCausalLM",
     "gemma": "GemmaForCausalLM",
@@ -87,6 +90,8 @@ def test_rows_that_are_taken_for_the_other_layout_show(row: str, tmp_path: Path)
 
 CHANGED: dict[str, tuple[str, dict[str, str]]] = {
     "rotary share of GPT-NeoX": ("neox", {"rotary_percentage": "0.5"}),
+    "rotary share of StableLM": ("stablelm", {"rotary_percentage": "0.5"}),
+    "experts per token": ("qwen3_moe", {"n_expert_per_token": "3"}),
     "rotary share of Phi": ("phi", {"rotary_percentage": "0.25"}),
     "residuals": ("neox", {"parallel_residual": "false"}),
     "rotary base": ("llama", {"rope_base": "500000"}),
@@ -212,7 +217,9 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "Falcon": ("neox", {"bias": False}, r"matrices without biases \(as in Falcon\)"),
     "shared key heads": ("neox", {"n_query_groups": 2}, "query heads that share key heads"),
     "OLMo 1": ("neox", {"name": "OLMo-1B-hf"}, "no weights where the name holds OLMo"),
-    "Qwen3-MoE": ("mixtral", {"norm_qk": True}, "experts with normed or biased q and k"),
+    "experts and biases": ("mixtral", {"attn_bias": True}, "experts with biased or wholly normed q and k"),
+    "StableLM side by side": ("stablelm", {"parallel_residual": True}, "attention and MLP side by side"),
+    "StableLM with wide heads": ("stablelm", {"head_size": 64}, "heads that are not the width divided"),
     "some windows": ("mistral", {"sliding_window_indices": [1, 0]}, "windows in some layers"),
     "a name of Gemma": ("llama", {"name": "my-Gemma"}, "norms that multiply by 1 \\+ weight"),
     "no name of Gemma": ("gemma", {"name": "mine"}, "where the name does not hold Gemma"),
@@ -290,7 +297,9 @@ def test_litgpt_reads_the_older_layout_as_written_here(row: str) -> None:
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize(("row", "old"), [("llama_31", True), ("neox", False)])
+@pytest.mark.parametrize(
+    ("row", "old"), [("llama_31", True), ("neox", False), ("qwen3_moe", True), ("stablelm_bias", False)]
+)
 def test_vllm_computes_what_litgpt_computes(row: str, old: bool, tmp_path: Path, engine: Engine) -> None:
     layout(lit.checkpoint(tmp_path / "in", row, old=old), tmp_path / "out")
 
