@@ -16,7 +16,7 @@ from ..errors import MdlError, input_error, machine_error, usage_error
 from .base import Arch, Inventory, Match
 from .guard import blamed, guarded
 
-_NOT_FAMILIES = {"__init__", "base", "guard", "registry"}
+_NOT_FAMILIES = {"__init__", "base", "given", "guard", "registry"}
 GROUP = "mdl.archs"
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..archs.given import ConfigFile
 from ..convert.check import unreadable
 from ..convert.config import read_config
 from ..convert.locks import reading
@@ -38,15 +39,16 @@ UNASKED = Checked()
 class Settings:
     """How to verify.
 
-    ``against`` and ``arch`` overrule the checkpoint's path and the family (a name, or the path of a file) in the
-    manifest; ``prompts`` are texts; ``seed`` is 0 unless given, or a golden file's own; ``dtype`` is the serving type,
-    by default the layout's own. The reference is the family's eager module, or the user's ``reference``
-    (FILE.py:FUNCTION, in another environment's ``reference_python`` if given, which may take ``reference_timeout``
-    seconds), or what ``golden`` recorded of it.
+    ``against``, ``arch`` and ``config`` overrule the checkpoint's path, the family (a name, or the path of a file) and
+    the file of hyperparameters in the manifest; ``prompts`` are texts; ``seed`` is 0 unless given, or a golden file's
+    own; ``dtype`` is the serving type, by default the layout's own. The reference is the family's eager module, or the
+    user's ``reference`` (FILE.py:FUNCTION, in another environment's ``reference_python`` if given, which may take
+    ``reference_timeout`` seconds), or what ``golden`` recorded of it.
     """
 
     against: Path | None = None
     arch: str | None = None
+    config: ConfigFile | None = None
     reference: str | None = None
     reference_python: str | None = None
     reference_timeout: float | None = None
@@ -168,8 +170,7 @@ def judge_layout(
     begin = time.perf_counter()
     manifest = read_manifest(layout)
     say("checking files, hashes and shapes")
-    problems = [*layout_problems(layout, manifest, side.prepared), *tokenizer.problems]
-    found = [checks.layout_check(problems, manifest)]
+    found = [checks.layout_check([*layout_problems(layout, manifest, side.prepared), *tokenizer.problems], manifest)]
     seconds = {"layout": time.perf_counter() - begin}
     say("running vLLM in float32")
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
@@ -180,7 +181,7 @@ def judge_layout(
             say(f"running both in {dtype}")
             found.append(_serving_type(layout, side, settings, engine, Path(folder), dtype))
             seconds[dtype] = time.perf_counter() - begin - sum(seconds.values())
-    located, noted = None, (*tokenizer.notes, *_workers_note(settings), *mapping_note(manifest, side.prepared))
+    located, noted = None, (*_noted(side.prepared, manifest, settings), *tokenizer.notes)
     if settings.locate and any(c.ok is False and c.name in ("prefill", "decode") for c in found):
         say("locating the fault")
         located = _locate(layout, side, engine, scratch, evidence)
@@ -205,6 +206,10 @@ def judge_layout(
         evidence=evidence,
         located=located,
     )
+
+
+def _noted(prepared: Prepared, manifest: Manifest, settings: Settings) -> tuple[str, ...]:
+    return (*prepared.inventory.remarks, *_workers_note(settings), *mapping_note(manifest, prepared))
 
 
 def _workers_note(settings: Settings) -> tuple[str, ...]:
