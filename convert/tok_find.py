@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,6 +68,11 @@ def find_source(source: str | Path) -> Source:
 def is_named(source: str | Path | None) -> bool:
     """Whether a source is ``bytes`` or ``bytes:bos=256,…``, which no file holds."""
     return isinstance(source, str) and source.partition(":")[0] == tok_bytes.KIND
+
+
+def is_pair(files: Sequence[str]) -> bool:
+    """Whether files are the two that make one tokenizer together."""
+    return tuple(Path(file).name for file in files) in tok_gpt2.PAIRS
 
 
 def find_beside(checkpoint: Path) -> Source | None:

@@ -16,15 +16,18 @@ from ..errors import input_error
 from . import tok_find, tok_ready
 from .tok_base import Built
 from .tok_check import Checked, check_tokenizer, examine_tokenizer
-from .tok_find import Source, find_beside, is_named
+from .tok_find import Source, find_beside, is_named, is_pair
+from .tok_ready import KIND as READY
 
 __all__ = [
+    "READY",
     "Checked",
     "TokenizerInfo",
     "check_tokenizer",
     "examine_tokenizer",
     "find_beside",
     "is_named",
+    "is_pair",
     "write_tokenizer",
 ]
 

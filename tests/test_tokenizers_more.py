@@ -367,3 +367,29 @@ def test_texts_are_the_same_for_the_same_seed(ranks: dict[bytes, int]) -> None:
     assert "<|x|>" in together
     assert all(any(c in text for text in first) for c in ("\0", "\u3000", "  ", "\u200d", "\U0001f469"))
     together.encode()  # no surrogates
+
+
+# which one lies beside a checkpoint
+
+
+def test_a_ready_file_goes_before_what_it_was_made_from(ranks: dict[bytes, int], tmp_path: Path) -> None:
+    from mdl.convert.finish import choose_tokenizer
+    from mdl.convert.open import open_checkpoint
+
+    from . import checkpoints as make
+
+    checkpoint = make.nanogpt(tmp_path / "ckpt.pt")
+    nanochat_file(tmp_path / "tokenizer.pkl", ranks, NANOCHAT)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    chosen, (note,) = choose_tokenizer(open_checkpoint(checkpoint), None)
+    assert chosen == str(tmp_path / "tokenizer.json")
+    assert "tokenizer.pkl beside it was not read" in note
+    (tmp_path / "tokenizer.json").unlink()
+    tekken_file(tmp_path / "tekken.json", ranks)
+    with pytest.raises(MdlError, match="several tokenizers lie beside"):
+        choose_tokenizer(open_checkpoint(checkpoint), None)
+    for name in ("tokenizer.pkl", "tekken.json"):
+        (tmp_path / name).unlink()
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / name).write_text("{}")
+    assert choose_tokenizer(open_checkpoint(checkpoint), None)[0] == str(tmp_path / "vocab.json")
