@@ -16,6 +16,7 @@ from .options import (
     ArchOption,
     BenchmarkOption,
     Checkpoint,
+    ConfigOption,
     DtypeOption,
     FlushOption,
     ForceOption,
@@ -75,6 +76,7 @@ def inspect(
     checkpoint: Checkpoint,
     arch: ArchOption = None,
     set_: SetOption = None,
+    config: ConfigOption = None,
     weights: WeightsOption = None,
     json: Json = False,
 ) -> None:
@@ -83,7 +85,7 @@ def inspect(
     from . import views
     from .convert.prepare import recognise
 
-    recognised = recognise(checkpoint, said(arch, set_, weights, None))
+    recognised = recognise(checkpoint, said(arch, set_, weights, None, config))
     _show(json, lambda: views.inspection(recognised), lambda: views.show_inspection(recognised))
 
 
@@ -92,6 +94,7 @@ def plan(
     checkpoint: Checkpoint,
     arch: ArchOption = None,
     set_: SetOption = None,
+    config: ConfigOption = None,
     weights: WeightsOption = None,
     dtype: DtypeOption = None,
     reverse: Annotated[
@@ -104,7 +107,7 @@ def plan(
     from . import views
     from .convert.prepare import prepare
 
-    prepared = prepare(checkpoint, said(arch, set_, weights, dtype))
+    prepared = prepare(checkpoint, said(arch, set_, weights, dtype, config))
     _show(json, lambda: views.planned(prepared), lambda: views.show_plan(prepared, reverse=reverse))
     if json:
         _exit(3 if prepared.plan.problems else 0)  # the document lists them
@@ -117,6 +120,7 @@ def convert(
     out: Annotated[Path, typer.Argument(help="Folder to write; it must not exist yet.")],
     arch: ArchOption = None,
     set_: SetOption = None,
+    config: ConfigOption = None,
     weights: WeightsOption = None,
     dtype: DtypeOption = None,
     tokenizer: TokenizerOption = None,
@@ -142,7 +146,7 @@ def convert(
 
     limit = parse_size(max_shard_size)
     mode = Mode(workers, fsync, parse_part(part) if part else None, ray, benchmark)
-    options = said(arch, set_, weights, dtype)
+    options = said(arch, set_, weights, dtype, config)
     prepared = prepare(checkpoint, options)
     with render.byte_progress("converting", prepared.plan.nbytes, quiet=state.quiet or json) as progress:
         done = convert_in(
@@ -165,6 +169,7 @@ def verify(
     layout: Layout,
     against: Annotated[Path | None, typer.Option("--against", help="The raw checkpoint, if it was moved.")] = None,
     arch: Annotated[str | None, typer.Option("--arch", help="Your .py file with the family, if it was moved.")] = None,
+    config: ConfigOption = None,
     reference: ReferenceOption = None,
     reference_python: PythonOption = None,
     reference_timeout: TimeoutOption = None,
@@ -189,9 +194,11 @@ def verify(
     from .validate.verify import verify as run
 
     views.check_reports(junit, html)
+    options = said(arch, config=config)
     settings = Settings(
         against=against,
-        arch=said(arch, None, None, None).arch,
+        arch=options.arch,
+        config=options.config,
         reference=reference,
         reference_python=reference_python,
         reference_timeout=reference_timeout,
@@ -226,6 +233,7 @@ def record(
     reference_timeout: TimeoutOption = None,
     arch: ArchOption = None,
     set_: SetOption = None,
+    config: ConfigOption = None,
     weights: WeightsOption = None,
     dtype: DtypeOption = None,
     seed: SeedOption = 0,
@@ -237,7 +245,7 @@ def record(
     from . import views
     from .validate.golden import TIMEOUT, record_checkpoint
 
-    options = said(arch, set_, weights, dtype)
+    options = said(arch, set_, weights, dtype, config)
     with render.steps(quiet=state.quiet or json) as say:
         say("running the reference")
         done = record_checkpoint(
@@ -264,6 +272,7 @@ def serve(
     unverified: Annotated[bool, typer.Option("--unverified", help="Serve although no verification passed.")] = False,
     arch: ArchOption = None,
     set_: SetOption = None,
+    config: ConfigOption = None,
     weights: WeightsOption = None,
     dtype: DtypeOption = None,
     tokenizer: TokenizerOption = None,
@@ -271,13 +280,13 @@ def serve(
 ) -> None:
     """Start vLLM's OpenAI-compatible server on a verified layout. What follows `--` goes to vLLM.
 
-    A raw checkpoint is converted first: --arch, --set, --weights, --dtype and --tokenizer are as in `mdl convert`.
+    A raw checkpoint is converted first: --arch, --set, --config, --weights, --dtype, --tokenizer as in `mdl convert`.
     """
     state.json = json
     from .serve import serve as run
     from .validate.ready import ready_layout
 
-    options = said(arch, set_, weights, dtype)
+    options = said(arch, set_, weights, dtype, config)
     with render.steps(quiet=state.quiet or json) as say:
         ready = ready_layout(layout, unverified=unverified, say=say, options=options, tokenizer=tokenizer)
     _exit(

@@ -17,6 +17,9 @@ Layout = Annotated[Path, typer.Argument(help="A folder that `mdl convert` wrote.
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
 ArchOption = Annotated[str | None, typer.Option("--arch", help="Family (see `mdl archs`), or a .py file with yours.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE that is not in the checkpoint.")]
+ConfigOption = Annotated[
+    Path | None, typer.Option("--config", help="File of hyperparameters: params.json, config.json, yaml, dumped args.")
+]
 WeightsOption = Annotated[str | None, typer.Option("--weights", help="Which state dict, where a file holds several.")]
 DtypeOption = Annotated[str | None, typer.Option("--dtype", help="Round weights: float32, bfloat16 or float16.")]
 TokenizerOption = Annotated[
@@ -51,8 +54,16 @@ PromptsOption = Annotated[list[str] | None, typer.Option("--prompt", help="Also 
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of the test inputs.")]
 
 
-def said(arch: str | None, given: list[str] | None, weights: str | None, dtype: str | None) -> Options:
-    """What the user said about a checkpoint. Raises MdlError (USAGE) for a --set that sets nothing."""
+def said(
+    arch: str | None,
+    given: list[str] | None = None,
+    weights: str | None = None,
+    dtype: str | None = None,
+    config: Path | None = None,
+) -> Options:
+    """What the user said about a checkpoint. Raises MdlError (USAGE) for a --set that sets nothing, or a file that
+    can't be read."""
+    from .convert.config_file import read_config_file
     from .convert.prepare import Options
 
     pairs = [text.partition("=") for text in given or ()]
@@ -61,4 +72,5 @@ def said(arch: str | None, given: list[str] | None, weights: str | None, dtype: 
         raise usage_error(f"--set {wrong[0]}: expected NAME=VALUE", do="for example --set n_head=12")
     if arch is not None and arch.endswith(".py"):
         arch = str(Path(arch).resolve())
-    return Options(arch, {name: value for name, _, value in pairs}, weights, dtype)
+    read = read_config_file(config) if config else None
+    return Options(arch, {name: value for name, _, value in pairs}, weights, dtype, read)

@@ -39,7 +39,7 @@ def inspection(r: Recognised) -> dict[str, Any]:
         "because": r.match.because,
         "dims": r.dims.entries,
         "tokenizers": r.checkpoint.tokenizers,
-        "notes": inv.notes,
+        "notes": (*inv.notes, *inv.remarks),
         "tensors": Each(_listed, (info for infos in inv.tensors.values() for info in infos)),
     }
 
@@ -61,7 +61,7 @@ def show_inspection(r: Recognised) -> None:
         ("architecture", f"{r.arch.name}: {r.arch.title} ({r.arch.source}) → {r.target}"),
         ("because", r.match.because),
         ("tokenizer", [render.shown(p) for p in r.checkpoint.tokenizers] or ("none beside it",)),
-        ("notes", inv.notes or ("nothing was unwrapped or ignored",)),
+        ("notes", (*inv.notes, *inv.remarks) or ("nothing was unwrapped or ignored",)),
     ]
     console.print(render.facts(lines))
     console.print()
@@ -88,6 +88,7 @@ def planned(p: Prepared) -> dict[str, Any]:
         "nbytes": p.plan.nbytes,
         "dtype": p.plan.dtype,
         "config": p.config,
+        "notes": p.inventory.remarks,
         "steps": Each(describe_step, p.plan.steps),
         "problems": p.plan.problems,
     }
@@ -102,6 +103,8 @@ def show_plan(p: Prepared, *, reverse: bool) -> None:
     console = render.out()
     console.print(made)
     console.print(f"\n{_total_back(p) if reverse else _total(p)}")
+    for remark in p.inventory.remarks:
+        console.print(render.text(remark))
 
 
 def _total(p: Prepared) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import Kind, MdlError, Problem, input_error
 from ..mappings.tensors import Shape, TensorInfo
+from .given import Given
 
 Value = int | float | str | bool | list[Any] | dict[str, Any] | None
 """What a dimension or a semantic constant may be: what JSON can say."""
@@ -22,8 +23,8 @@ class Inventory:
     ``tensors`` maps the family's own name of a tensor to one entry per rank file that holds it, in rank order.
     ``extras`` holds what lay beside the weights (``model_args``, ``params.json`` as ``params``, ``config`` …) as
     plain values; ``wrapper`` is the path to the state dict inside the file (``("model",)`` for nanoGPT);
-    ``notes`` says in sentences what was unwrapped, stripped or ignored; ``parts`` is how many files along the layers
-    (pipeline stages) each rank has.
+    ``notes`` says in sentences what was unwrapped, stripped or ignored, ``remarks`` what plans and reports say too;
+    ``parts`` is how many files along the layers (pipeline stages) each rank has.
     """
 
     path: str
@@ -36,6 +37,7 @@ class Inventory:
     format: str = ""
     files: tuple[str, ...] = ()
     parts: int = 1
+    remarks: tuple[str, ...] = ()
 
     def __contains__(self, name: object) -> bool:
         return name in self.tensors
@@ -114,13 +116,16 @@ class Dims(Mapping[str, Value]):
 class Measure:
     """Collects the dims of one checkpoint: the user's word first, then shapes, then files, then defaults.
 
+    The user's word is ``given`` (``--set``) and, after that, the file ``config`` (``--config``).
+
     Two sources that contradict each other are a problem, never a silent choice. What no source knows is asked
     for, with the ``--set`` that answers it. All problems are raised together by :meth:`done`.
     """
 
-    def __init__(self, inventory: Inventory, given: Mapping[str, str]) -> None:
+    def __init__(self, inventory: Inventory, given: Mapping[str, str], config: Given | None = None) -> None:
         self.inventory = inventory
         self._given = dict(given)
+        self._config = config
         self._entries: dict[str, Dim] = {}
         self._aliases: dict[str, str] = {}
         self._problems: list[Problem] = []
@@ -151,10 +156,10 @@ class Measure:
         """
         keys = tuple(path.rpartition(".")[2] for path in file)
         self._aliases |= dict.fromkeys((name, *keys), name)
+        told = self._from_config(name, keys, kind, file)
+        beside = None if told else self._from_file(name, kind, file)  # the user's file may have become an extra too
         found = [
-            dim
-            for dim in (self._from_user(name, keys, kind), self._from_shape(shape), self._from_file(name, kind, file))
-            if dim is not None
+            dim for dim in (self._from_user(name, keys, kind), told, self._from_shape(shape), beside) if dim is not None
         ]
         self._contradictions(name, found)
         if not found and default is not None:
@@ -175,6 +180,8 @@ class Measure:
         """
         self._aliases |= dict.fromkeys((name, *also), name)
         self._entries[name] = Dim(value, "file", because)
+        for key, said in (self._config.find(name, also) if self._config else {}).items():
+            self._entries[name] = Dim(said, "user", f"{key} in {self._config.file.name} (--config)")
         for key in (name, *also):
             if key in self._given:
                 self._entries[name] = Dim(_json_or_text(self._given[key]), "user", f"--set {key}={self._given[key]}")
@@ -204,6 +211,27 @@ class Measure:
         if len({str(dim.value) for dim in said.values()}) > 1:
             self.problem(" and ".join(d.because for d in said.values()), do=f"both are {name}: give one of them")
         return next(iter(said.values()), None)
+
+    def _from_config(
+        self, name: str, keys: tuple[str, ...], kind: Callable[[str], Value], paths: tuple[str, ...]
+    ) -> Dim | None:
+        """What the user's file says. Texts count too: yaml takes 1e-5 for one, and so do dumps of arguments."""
+        if self._config is None:
+            return None
+        said: list[Dim] = []
+        for key, value in self._config.find(name, keys, paths).items():
+            if kind is int and value == -1:  # "ask the tokenizer", "as many as heads": no size, in anybody's settings
+                continue
+            because = f"{key} in {self._config.file.name} (--config)"
+            typed = _typed(value, kind)
+            if typed is None:
+                self.problem(f"{because} is {value!r}: not a value for {name}", do=f"expected {_kind_name(kind)}")
+            else:
+                said.append(Dim(typed, "user", because))
+        if len({str(dim.value) for dim in said}) > 1:
+            both = " and ".join(f"{dim.value} by {dim.because}" for dim in said)
+            self.problem(f"{name} is {both}", do=f"pass --set {keys[0] if keys else name}=VALUE, or leave one of them")
+        return said[0] if said else None
 
     def _from_shape(self, shape: tuple[Value, str] | None) -> Dim | None:
         return Dim(shape[0], "shapes", shape[1]) if shape is not None and shape[0] is not None else None
@@ -241,6 +269,20 @@ def _finite(value: Value) -> Value:
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(value)
     return value
+
+
+def _typed(value: Any, kind: Callable[[str], Value]) -> Value:
+    """A value as ``kind`` has it, read from text where it is one; None where it is none."""
+    expected = _TYPES.get(kind, bool)
+    if isinstance(value, str) and expected is not str:
+        try:
+            return _finite(kind(value))
+        except ValueError:
+            return None
+    if kind is float and type(value) is int:
+        value = float(value)
+    fits = type(value) is expected and (expected is not float or math.isfinite(value))
+    return value if fits else None
 
 
 def _json_or_text(text: str) -> Value:

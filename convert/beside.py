@@ -45,7 +45,7 @@ def find_sidecars(folder: Path, weights: str) -> dict[str, Any]:
     for file in files:
         stem = "meta" if file.name.startswith("meta_") else file.stem
         try:
-            found[file.name if stem in found else stem] = _parse(file)
+            found[file.name if stem in found else stem] = parse_settings(file)
         except (ValueError, OSError) as error:
             problems.append(Problem(f"{file.name} can't be parsed ({error})", str(file), "mend or remove it"))
     if problems:
@@ -87,7 +87,8 @@ def _yaml_table(file: Path) -> dict[Any, Any]:
     return content
 
 
-def _parse(file: Path) -> Any:
+def parse_settings(file: Path) -> Any:
+    """The table of settings in a .json or .yaml file. Raises ValueError or OSError."""
     if file.suffix == ".json":
         # transformers itself writes Infinity into config.json, for example as the end of Mamba's time_step_limit.
         content = read_json(file, limit=MAX_JSON, infinite=file.name in _FROM_TRANSFORMERS)

@@ -30,6 +30,8 @@ def write_configs(
     ids |= {key: config[key] for key in ids if config.get(key) is not None}
     _dump(out / "config.json", {**config, **ids})
     known = {key: value for key, value in ids.items() if value is not None}
+    if tokenizer.stops:
+        known["eos_token_id"] = list(tokenizer.stops)
     given = {key: value for key, value in (generation or {}).items() if key != "transformers_version"}
     _dump(out / "generation_config.json", {"_from_model_config": False, **known, **given})
     return ("config.json", "generation_config.json")

@@ -83,8 +83,8 @@ def export(
 
 def _places(manifest: Manifest, out: Path) -> dict[str, Path]:
     """Where the content of each of the checkpoint's files goes: shards become one file again, and parts of a grid
-    (ranks, pipeline stages) files in the folders that they lay in. Those that were safetensors become torch's own format
-    as well, and are named so."""
+    (ranks, pipeline stages) files in the folders that they lay in. Those that were safetensors become torch's own
+    format as well, and are named so."""
     files = {file for step in manifest.steps for source in step["sources"] for file in _homes(source)[1]}
     if not _many(manifest):
         return dict.fromkeys(files, out)

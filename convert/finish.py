@@ -22,7 +22,7 @@ from .open import Checkpoint
 from .prepare import Options, Prepared
 from .receipts import Written
 from .shards import Entry, Shard, index_json
-from .tokenizer import TokenizerInfo, write_tokenizer
+from .tokenizer import READY, TokenizerInfo, is_pair, write_tokenizer
 from .values_judged import Allow, judge
 
 
@@ -109,11 +109,14 @@ def choose_tokenizer(checkpoint: Checkpoint, given: str | None) -> tuple[str, tu
     found = checkpoint.tokenizers
     if not found:
         return "none", ("no tokenizer lies beside the checkpoint: the layout takes token ids (give --tokenizer PATH)",)
-    only, *others = found
-    if others:
+    ready = [file for file in found if Path(file).name == READY]
+    if len(found) > 1 and not ready and not is_pair(found):
         what = f"several tokenizers lie beside the checkpoint: {', '.join(found)}"
         raise input_error(what, checkpoint.path, "choose one with --tokenizer PATH")
-    return only, (f"tokenizer: {Path(only).name}, found beside the checkpoint",)
+    only = (ready or found)[0]
+    others = [Path(file).name for file in found if file != only]
+    left = f"; it is ready, so {', '.join(others)} beside it was not read" if ready and others else ""
+    return only, (f"tokenizer: {Path(only).name}, found beside the checkpoint{left}",)
 
 
 @contextlib.contextmanager

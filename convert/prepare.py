@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from ..archs.base import Arch, Dim, Dims, Inventory, Match, Measure, boolean
+from ..archs.given import ConfigFile, Given
 from ..archs.refused import refuse
 from ..archs.registry import detect, evidence, load_arch, mapping_path
 from ..errors import input_error, usage_error
 from ..mappings.expand import Expanded, expand, names_target
 from ..mappings.parse import Mapping, load_mapping
+from .config_file import with_extras, with_remark
 from .expected import expected_target, expected_tensors
 from .inventory import take_inventory, with_prefix_of
 from .open import Checkpoint, open_checkpoint
@@ -33,6 +35,7 @@ class Options:
     given: Map[str, str] = field(default_factory=dict[str, str])
     weights: str | None = None
     dtype: str | None = None
+    config: ConfigFile | None = None
 
 
 @dataclass(frozen=True)
@@ -72,18 +75,25 @@ def recognise(path: Path, options: Options | None = None) -> Recognised:
     options = options or Options()
     checkpoint = open_checkpoint(path)
     inventory = take_inventory(checkpoint, weights=options.weights)
+    config = Given(options.config) if options.config else None
+    if config:
+        inventory = with_extras(inventory, config)
     match = _match(inventory, options.arch)
     mapping = load_mapping(mapping_path(match.arch))
     refuse_strangers(mapping, inventory, match.arch)
     given = dict(options.given)
     tied = given.pop("tied", None)
-    measure = Measure(inventory, given)
-    dims = _measured(match.arch, measure)
+    if config:
+        config.forget()
+    dims = _measured(match.arch, Measure(inventory, given, config))
+    told = _said_tied(tied) or (_told_tied(config) if config else None)
+    if config:
+        inventory = with_remark(inventory, config)
     target = expected_target(match.arch.hf_config(dims)) if names_target(mapping) else None
     if target:
         inventory = with_prefix_of(inventory, target)
     expanded = expand(mapping, dims.sizes(), dims.flags(), target, dims.words())
-    said = dims.entries.get("tied") or _said_tied(tied)
+    said = dims.entries.get("tied") or told
     dims = dims.having("tied", tied_of(expanded, inventory, said, match.arch, dims))
     return Recognised(checkpoint, inventory, match, dims, mapping, expanded)
 
@@ -124,6 +134,13 @@ def _match(inventory: Inventory, name: str | None) -> Match:
     if not arch.file:  # a user's own family may well be one that mdl's can't be
         refuse(inventory)
     return Match(arch, evidence(arch, inventory) or (f"--arch {name} says so",))
+
+
+def _told_tied(config: Given) -> Dim | None:
+    for key, value in config.find("tied").items():
+        if isinstance(value, bool):
+            return Dim(value, "user", f"{key} in {config.file.name} (--config)")
+    return None
 
 
 def _said_tied(given: str | None) -> Dim | None:

@@ -125,7 +125,7 @@ def requested(
     prepared.plan.refuse()
     _keep_source(prepared.inventory.files, out)
     source, notes = choose_tokenizer(prepared.checkpoint, tokenizer)
-    return Request(prepared, options, source, notes, allow, sync)
+    return Request(prepared, options, source, (*notes, *prepared.inventory.remarks), allow, sync)
 
 
 def _keep_source(files: tuple[str, ...], out: Path) -> None:

@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Built:
-    """A tokenizer in the form that vLLM reads, with the texts of its special tokens and the choices made."""
+    """A tokenizer in the form that vLLM reads, with the texts of its special tokens and the choices made.
+
+    ``stops`` are the tokens at which generation ends, where they are more than ``eos``.
+    """
 
     kind: str
     tokenizer: Tokenizer
@@ -26,6 +29,7 @@ class Built:
     pad: str | None = None
     unk: str | None = None
     notes: tuple[str, ...] = ()
+    stops: tuple[str, ...] = ()
 
 
 @cache
@@ -56,18 +60,19 @@ def unspell(text: str) -> bytes:
 
 
 def every_split(ids: Mapping[str, int], order: Mapping[str, float]) -> list[tuple[str, str]]:
-    """All ways to make each token of ``order`` from two tokens of ``ids``: lowest order first, then by the parts' ids.
+    """All ways to make each token of ``order`` from two tokens of ``ids``: lowest order first, then by the parts.
 
     Encoders that merge "the neighbours whose union ranks best" don't ask how the union was first learnt, so one
-    split per token is not enough to do what they do.
+    split per token is not enough to do what they do. Unions of one order (Llama's runs of spaces all have one score)
+    are merged from the left by such encoders: what stands leftmost grows first, so a longer left part goes first.
     """
-    pairs: list[tuple[float, int, int, str, str]] = []
+    pairs: list[tuple[float, int, int, int, str, str]] = []
     for token, rank in order.items():
         for i in range(1, len(token)):
             left, right = token[:i], token[i:]
             if left in ids and right in ids:
-                pairs.append((rank, ids[left], ids[right], left, right))
-    return [(left, right) for _, _, _, left, right in sorted(pairs)]
+                pairs.append((rank, -i, ids[left], ids[right], left, right))
+    return [(left, right) for *_, left, right in sorted(pairs)]
 
 
 def special(texts: Iterable[str]) -> list[Any]:

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import input_error
-from . import tok_char, tok_gpt2, tok_ready, tok_sentencepiece, tok_tiktoken
+from . import tok_bytes, tok_char, tok_gpt2, tok_pickle, tok_ready, tok_sentencepiece, tok_tekken, tok_tiktoken
 from .tok_base import Built
 
 NONE = "none"
 GPT2 = "gpt2"
 _DO = (
-    "name one with --tokenizer PATH: tokenizer.json; meta.pkl of nanoGPT; a SentencePiece .model; Llama 3's "
-    "tokenizer.model or another tiktoken rank file; a directory with vocab.json and merges.txt; or --tokenizer none"
+    "name one with --tokenizer PATH: tokenizer.json; meta.pkl of nanoGPT; a SentencePiece .model; Llama's "
+    "tokenizer.model or another tiktoken rank file; tekken.json; tokenizer.pkl of nanochat; a directory with "
+    "vocab.json and merges.txt; --tokenizer bytes where every byte is a token; or --tokenizer none"
 )
 
 
 @dataclass(frozen=True)
 class Source:
-    """A tokenizer that was found: its kind (as in ``TokenizerInfo``) and the files that make it."""
+    """A tokenizer that was found: its kind (as in ``TokenizerInfo``) and the files that make it, or what was said."""
 
     kind: str
     files: tuple[Path, ...]
+    said: str = ""
 
     @property
     def directory(self) -> Path | None:
@@ -31,15 +34,17 @@ class Source:
 
 
 def find_source(source: str | Path) -> Source:
-    """The tokenizer at ``source``: a file, a directory with exactly one, or the names ``none`` and ``gpt2``.
+    """The tokenizer at ``source``: a file, a directory with exactly one, or a name: ``none``, ``gpt2``, ``bytes``.
 
-    A file or directory that bears such a name is meant by ``./none`` or ``./gpt2``.
+    A file or directory that bears such a name is meant by ``./none``, ``./gpt2`` or ``./bytes``.
 
     Raises:
         MdlError: INPUT when there is none or more than one; MACHINE when ``gpt2`` is not on this machine.
     """
     if source == NONE:
         return Source(NONE, ())
+    if is_named(source):
+        return Source(tok_bytes.KIND, (), str(source))
     if source == GPT2:
         files = tok_gpt2.find_on_machine()
         return Source(tok_gpt2.KIND if len(files) == 2 else tok_tiktoken.KIND, files)
@@ -60,6 +65,16 @@ def find_source(source: str | Path) -> Source:
     return candidates[0]
 
 
+def is_named(source: str | Path | None) -> bool:
+    """Whether a source is ``bytes`` or ``bytes:bos=256,…``, which no file holds."""
+    return isinstance(source, str) and source.partition(":")[0] == tok_bytes.KIND
+
+
+def is_pair(files: Sequence[str]) -> bool:
+    """Whether files are the two that make one tokenizer together."""
+    return tuple(Path(file).name for file in files) in tok_gpt2.PAIRS
+
+
 def find_beside(checkpoint: Path) -> Source | None:
     """The tokenizer that lies beside a checkpoint (in it, if it is a directory), or None if there is none.
 
@@ -72,8 +87,14 @@ def find_beside(checkpoint: Path) -> Source | None:
 
 def build(source: Source, model_vocab: int) -> Built:
     """The tokenizer of a found source other than ``none``; ``model_vocab`` is the rows of the model's embedding."""
+    if source.kind == tok_bytes.KIND:
+        return tok_bytes.build(source.said, model_vocab)
     first = source.files[0]
     match source.kind:
+        case tok_tekken.KIND:
+            return tok_tekken.build(first)
+        case tok_pickle.KIND:
+            return tok_pickle.build(first)
         case tok_ready.KIND:
             return tok_ready.build(first)
         case tok_char.KIND:
@@ -88,7 +109,7 @@ def build(source: Source, model_vocab: int) -> Built:
 
 def _in_directory(directory: Path) -> list[Source]:
     """Every tokenizer in a directory; a tokenizer.json comes first, because it is ready and says the most."""
-    paths = [directory / "tokenizer.json", directory / "meta.pkl"]
+    paths = [directory / name for name in ("tokenizer.json", "meta.pkl", "tokenizer.pkl", "tekken.json")]
     for pattern in ("*.model", "tokenizer.model.v*", "*.tiktoken"):
         paths += sorted(directory.glob(pattern))
     found = [s for s in (_file(p) for p in paths if p.is_file()) if s is not None]
@@ -99,10 +120,12 @@ def _in_directory(directory: Path) -> list[Source]:
 
 
 def _file(path: Path) -> Source | None:
-    if path.suffix == ".pkl":
-        return Source(tok_char.KIND, (path,))
     with path.open("rb") as file:
         head = file.read(4096)
+    if path.suffix == ".pkl":
+        return Source(tok_pickle.KIND if tok_pickle.looks_like_encoding(head) else tok_char.KIND, (path,))
+    if tok_tekken.looks_like_tekken(head):
+        return Source(tok_tekken.KIND, (path,))
     if path.suffix == ".json" or path.name in ("merges.txt", "vocab.bpe"):
         return _json(path)
     if tok_tiktoken.looks_like_ranks(head):

@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
 from ..errors import input_error, machine_error
-from .tok_base import Built, byte_letters, read_json_object, special
+from .tok_base import Built, byte_letters, read_json_object, special, spell
 
 KIND = "gpt2"
 PAIRS = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 END = "<|endoftext|>"
+_JOINED = " "
+"""Marks what was merged in this round; no letter of a byte-level vocabulary is a space."""
 
 # tiktoken names a cached file by the SHA-1 of the address that it came from.
 _CACHED_PAIR = ("6c7ea1a7e38e3a7f062df639a5b80947f075ffe6", "6d1cbeee0f20b3d9449abfede4726ed8212e3aee")
@@ -61,23 +65,54 @@ def build(vocab_file: Path, merges_file: Path) -> Built:
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    vocab = _vocab(vocab_file)
-    merges = _merges(merges_file)
-    _check(vocab, merges, vocab_file, merges_file)
+    vocab, merges = read_pair(vocab_file, merges_file)
     tokenizer = Tokenizer(models.BPE(vocab, merges))
     tokenizer.pre_tokenizer = cast(Any, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True))
     tokenizer.decoder = cast(Any, decoders.ByteLevel())
-    loose = sorted(vocab.keys() - set(byte_letters()) - {a + b for a, b in merges}, key=lambda t: vocab[t])
-    marked = [t for t in loose if (t[0], t[-1]) in {("<", ">"), ("[", "]")}]
-    tokenizer.add_special_tokens(special(marked))
-    notes = [f"special tokens, because no merge makes them: {', '.join(marked[:8])}"] if marked else []
-    dead = [t for t in loose if t not in marked]
+    loose, signs = _loose(vocab, merges), marked(vocab, merges)
+    tokenizer.add_special_tokens(special(signs))
+    notes = [f"special tokens, because no merge makes them: {', '.join(signs[:8])}"] if signs else []
+    dead = [t for t in loose if t not in signs]
     if dead:
         notes.append(f"{len(dead)} entries that no text encodes to ({', '.join(map(repr, dead[:5]))}) can be decoded")
-    end = END if END in marked else None
+    end = END if END in signs else None
     if end is None:
         notes.append(f"there is no {END}: generation ends at max_tokens or at a stop string")
     return Built(KIND, tokenizer, bos=end, eos=end, notes=tuple(notes))
+
+
+def read_pair(vocab_file: Path, merges_file: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Ids and merges of two files that fit together, in the letters of byte-level vocabularies. Raises MdlError."""
+    vocab, merges = _vocab(vocab_file), _merges(merges_file)
+    _check(vocab, merges, vocab_file, merges_file)
+    return vocab, merges
+
+
+def marked(vocab: dict[str, int], merges: list[tuple[str, str]]) -> list[str]:
+    """Tokens that no merge makes and that look like special ones."""
+    return [t for t in _loose(vocab, merges) if (t[0], t[-1]) in {("<", ">"), ("[", "]")}]
+
+
+def _loose(vocab: dict[str, int], merges: list[tuple[str, str]]) -> list[str]:
+    return sorted(vocab.keys() - set(byte_letters()) - {a + b for a, b in merges}, key=lambda t: vocab[t])
+
+
+def encode(vocab: dict[str, int], order: Mapping[tuple[str, str], int], piece: bytes) -> list[int]:
+    """The original code's encoding of one piece of cut text, written plainly: the pair that was learnt first is merged
+    everywhere, then the next. ``order`` numbers the merges."""
+    parts = list(spell(piece))
+    while len(parts) > 1:
+        pair = min(pairwise(parts), key=lambda p: order.get(p, len(order)))
+        if pair not in order:
+            break
+        made: list[str] = []
+        for part in parts:
+            if made and not made[-1].endswith(_JOINED) and (made[-1], part) == pair:
+                made[-1] += part + _JOINED
+            else:
+                made.append(part)
+        parts = [part.removesuffix(_JOINED) for part in made]
+    return [vocab[part] for part in parts]
 
 
 def _vocab(path: Path) -> dict[str, int]:

@@ -8,6 +8,7 @@ leading or a double space survives); and the tokenizer class written beside it n
 from __future__ import annotations
 
 import re
+import unicodedata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
 KIND = "sentencepiece"
 MARK = "\u2581"
 """U+2581, which SentencePiece writes for a space."""
+BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
+_JOINING = re.compile("[\u1100-\u11ff\ua960-\ua97c\ud7b0-\ud7fb\u200c\u200d\uff9e\uff9f\U0001f3fb-\U0001f3ff]")
+"""Letters and signs, other than marks, that join the character before them."""
 
 
 def build(path: Path) -> Built:
@@ -120,7 +124,7 @@ def _prefix(model: SpmModel) -> Any:
     """
     from tokenizers import Regex, normalizers
 
-    whole = [re.escape(text) for text in _findable(model)]
+    whole = [re.escape(text) for text in findable(model)]
     if not whole:
         return normalizers.Prepend(MARK)
     return normalizers.Replace(Regex(rf"\A(?!(?:{'|'.join(whole)})?\z)"), MARK)
@@ -137,14 +141,19 @@ def _decoder(model: SpmModel) -> Any:
     return decoders.Sequence(steps)
 
 
+def joins(text: str) -> bool:
+    """Whether a text holds characters made of several code points: marks, emoji with modifiers, Korean letters."""
+    return _JOINING.search(text) is not None or any(unicodedata.category(c)[0] == "M" for c in text)
+
+
 def _add_pieces(tokenizer: Tokenizer, model: SpmModel) -> None:
     from tokenizers import AddedToken
 
     tokenizer.add_special_tokens(special(model.texts(UNKNOWN, CONTROL)))
-    tokenizer.add_tokens([AddedToken(text, normalized=True) for text in _findable(model)])
+    tokenizer.add_tokens([AddedToken(text, normalized=True) for text in findable(model)])
 
 
-def _findable(model: SpmModel) -> list[str]:
+def findable(model: SpmModel) -> list[str]:
     """User-defined pieces that a text can hold. One with a plain space never matches, for spaces are marked before."""
     return [text for text in model.texts(USER_DEFINED) if " " not in text]
 
@@ -157,12 +166,17 @@ def _notes(model: SpmModel, bos: str | None) -> list[str]:
     notes.append(f"{bos} is put before every text" if bos else "the model has no beginning-of-text piece: none is put")
     if model.dummy_prefix:
         notes.append("text after a control piece gets its own space prefix, as when each turn is encoded by itself")
-    if model.dummy_prefix and _findable(model):
+    if model.dummy_prefix and findable(model):
         notes.append("a text that is exactly one user-defined piece is encoded without the space prefix")
     if not model.byte_fallback:
         notes.append("characters outside the vocabulary become the unknown piece, as in SentencePiece")
     if model.charsmap or model.squeeze:
         notes.append("the model normalises text (characters or spaces), so decoding need not give the same text back")
+    if model.charsmap:
+        notes.append(
+            "where the model rewrites a letter that marks or modifiers follow, tokenizers leaves those out which "
+            "SentencePiece keeps: such texts get other ids, and are not compared"
+        )
     if model.model_type == UNIGRAM and model.texts(BYTE):
         notes.append("a text that spells out a byte piece, such as <0x0A>, is read as that byte")
     return notes

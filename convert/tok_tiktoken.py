@@ -12,13 +12,24 @@ import binascii
 import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import input_error
 from .tok_base import Built, every_split, prepend_bos, read_json_object, special, spell
+from .tok_schemes import (
+    HARMONY_ROWS,
+    LLAMA3_SPECIALS,
+    LLAMA4_SPECIALS,
+    O200K_SHA256,
+    PUBLISHED,
+    Scheme,
+    for_oniguruma,
+    harmony,
+    llama3,
+    llama4,
+)
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -26,47 +37,6 @@ if TYPE_CHECKING:
 KIND = "tiktoken"
 LLAMA3_RANKS = 128_000
 LLAMA4_RANKS = 200_000
-LLAMA3_SPECIALS = 256
-
-# These cut text as tiktoken's possessive patterns do. Oniguruma, which `tokenizers` uses, reads `{1,3}+` and `$`
-# differently, so tiktoken's own spelling must not be copied.
-GPT2_CUT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_LLAMA3_CUT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_CL100K_SPECIALS = {
-    "<|endoftext|>": 100257,
-    "<|fim_prefix|>": 100258,
-    "<|fim_middle|>": 100259,
-    "<|fim_suffix|>": 100260,
-    "<|endofprompt|>": 100276,
-}
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """What a rank file does not say about itself."""
-
-    title: str
-    cut: str
-    specials: Mapping[str, int]
-    bos: str | None = None
-    eos: str | None = None
-    pad: str | None = None
-    prepend: bool = False
-    notes: tuple[str, ...] = ()
-
-
-_PUBLISHED = {
-    "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930": Scheme(
-        "r50k_base (GPT-2)", GPT2_CUT, {"<|endoftext|>": 50256}, "<|endoftext|>", "<|endoftext|>"
-    ),
-    "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7": Scheme(
-        "cl100k_base", _LLAMA3_CUT, _CL100K_SPECIALS, eos="<|endoftext|>"
-    ),
-}
-"""By SHA-256 of the file."""
 
 
 def looks_like_ranks(head: bytes) -> bool:
@@ -114,11 +84,16 @@ def build(path: Path, *, model_vocab: int) -> Built:
     if taken or len(set(scheme.specials.values())) != len(scheme.specials):
         what = f"special tokens share ids with each other or with ranks: {sorted(taken)[:5]}"
         raise input_error(what, str(path), "correct the ids in the JSON file beside it")
-    tokenizer = byte_level(ranks, scheme.cut, scheme.specials)
+    return built_by(KIND, ranks, scheme)
+
+
+def built_by(kind: str, ids: Mapping[bytes, int], scheme: Scheme) -> Built:
+    """The tokenizer that a scheme makes of byte strings and their ids."""
+    tokenizer = byte_level(ids, scheme.cut, scheme.specials)
     if scheme.prepend and scheme.bos:
         prepend_bos(tokenizer, scheme.bos)
     notes = (f"taken for {scheme.title}", *scheme.notes)
-    return Built(KIND, tokenizer, scheme.bos, scheme.eos, scheme.pad, None, notes)
+    return Built(kind, tokenizer, scheme.bos, scheme.eos, scheme.pad, None, notes, scheme.stops)
 
 
 def byte_level(ranks: Mapping[bytes, int], cut: str, specials: Mapping[str, int]) -> Tokenizer:
@@ -128,8 +103,13 @@ def byte_level(ranks: Mapping[bytes, int], cut: str, specials: Mapping[str, int]
     ids = {spell(token): rank for token, rank in ranks.items()}
     merges = every_split(ids, ids)
     tokenizer = Tokenizer(models.BPE({**ids, **specials}, merges, ignore_merges=True))
+    try:
+        expression = Regex(cut)
+    except Exception as e:  # the library raises plain Exception
+        what = f"text is cut by a regular expression that tokenizers can't read ({e}): {cut}"
+        raise input_error(what, do="bring a tokenizer.json instead") from e
     steps: list[Any] = [
-        pre_tokenizers.Split(Regex(cut), "isolated"),
+        pre_tokenizers.Split(expression, "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ]
     tokenizer.pre_tokenizer = cast(Any, pre_tokenizers.Sequence(steps))
@@ -156,15 +136,16 @@ def find_scheme(path: Path, ranks: Mapping[bytes, int], model_vocab: int) -> Sch
     beside = path.with_name(path.name + ".json")
     if beside.is_file():
         return _stated(beside)
-    known = _PUBLISHED.get(hashlib.sha256(path.read_bytes()).hexdigest())
-    if known is not None:
-        return known
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if digest in PUBLISHED:
+        return harmony() if digest == O200K_SHA256 and model_vocab == HARMONY_ROWS else PUBLISHED[digest]
     count = len(ranks)
-    if count == LLAMA3_RANKS or (path.suffix == ".model" and model_vocab == count + LLAMA3_SPECIALS):
+    of_meta = path.suffix == ".model"
+    if count == LLAMA3_RANKS or (of_meta and model_vocab == count + LLAMA3_SPECIALS):
         return _llama3(path, count)
+    if of_meta and (count == LLAMA4_RANKS or model_vocab == count + LLAMA4_SPECIALS):
+        return llama4(count)
     what = f"{path.name} holds {count} ranks, but not how text is cut before merging nor the special tokens"
-    if count == LLAMA4_RANKS:
-        what = f"{path.name} looks like Llama 4's, whose special tokens are not known here"
     do = (
         f"bring the tokenizer.json of this model, or write {beside.name} beside the file: "
         '{"pat_str": "…", "special_tokens": {"<|…|>": id}, "bos": null, "eos": "<|…|>", "pad": null}'
@@ -177,55 +158,18 @@ def _stated(path: Path) -> Scheme:
     cut, specials = given.get("pat_str"), cast("dict[str, Any]", given.get("special_tokens", {}))
     if not isinstance(cut, str) or not all(type(i) is int for i in specials.values()):
         raise input_error("pat_str must be a text and special_tokens a map of texts to ids", str(path))
-    if re.search(r"\{\d*,?\d*\}\+|\$", cut):
-        what = "pat_str uses `}+` or `$`, which mean something else to the regular expressions of tokenizers"
-        raise input_error(what, str(path), r"write the plain form: {1,3} for {1,3}+, and leave out |\s++$")
     names = {key: cast("str | None", given.get(key)) for key in ("bos", "eos", "pad")}
     wrong = [f"{key} {name!r}" for key, name in names.items() if name is not None and name not in specials]
     if wrong:
         raise input_error(f"not among special_tokens: {', '.join(wrong)}", str(path), "add them with their ids")
-    return Scheme(f"the scheme stated in {path.name}", cut, specials, names["bos"], names["eos"], names["pad"])
+    title, plain = f"the scheme stated in {path.name}", for_oniguruma(cut, str(path))
+    return Scheme(title, plain, specials, names["bos"], names["eos"], names["pad"], pattern=cut)
 
 
 def _llama3(path: Path, first: int) -> Scheme:
-    """Meta's scheme; both releases put the special tokens right after the ranks and differ only in a few names."""
     params = path.with_name("params.json")
     old = params.is_file() and not read_json_object(params).get("use_scaled_rope", False)
     why = (
         f"params.json {'does not scale' if old else 'scales'} rope" if params.is_file() else "no params.json beside it"
     )
-    names = _llama3_names(old=old)
-    pad = None if old else "<|finetune_right_pad_id|>"
-    return Scheme(
-        f"Llama {'3.0' if old else '3.1 or later'}",
-        _LLAMA3_CUT,
-        {name: first + i for i, name in enumerate(names)},
-        "<|begin_of_text|>",
-        "<|end_of_text|>",
-        pad,
-        prepend=True,
-        notes=(
-            f"special tokens are named as in {'3.0' if old else '3.1 and later'} ({why}); the releases differ in the "
-            f"names of ids {first + 4}, {first + 5}, {first + 8} and from {first + 10} on, in no id of the others",
-            "<|begin_of_text|> is put before every text, as Meta's encode(bos=True) does",
-            f"the end of text is <|end_of_text|> ({first + 1}); an instruct model also stops at <|eot_id|> "
-            f"({first + 9}), which nothing in the files tells: state it in generation_config.json",
-            "special tokens spelled out in a text are read as such, so that chat templates work",
-        ),
-    )
-
-
-def _llama3_names(*, old: bool) -> list[str]:
-    """The 256 special tokens in the order of their ids (meta-llama/llama3 and meta-llama/llama-models)."""
-    names = ["begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1"]
-    if old:
-        names += ["reserved_special_token_2", "reserved_special_token_3", "start_header_id", "end_header_id"]
-        names += ["reserved_special_token_4", "eot_id"]
-        reserved = 5
-    else:
-        names += ["finetune_right_pad_id", "step_id", "start_header_id", "end_header_id"]
-        names += ["eom_id", "eot_id", "python_tag", "image"]
-        reserved = 2
-    spare = LLAMA3_SPECIALS - len(names)
-    names += [f"reserved_special_token_{reserved + i}" for i in range(spare)]
-    return [f"<|{name}|>" for name in names]
+    return llama3(first, old=old, why=why)

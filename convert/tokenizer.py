@@ -15,10 +15,21 @@ from typing import Any
 from ..errors import input_error
 from . import tok_find, tok_ready
 from .tok_base import Built
-from .tok_check import check_tokenizer
-from .tok_find import Source, find_beside
+from .tok_check import Checked, check_tokenizer, examine_tokenizer
+from .tok_find import Source, find_beside, is_named, is_pair
+from .tok_ready import KIND as READY
 
-__all__ = ["TokenizerInfo", "check_tokenizer", "find_beside", "write_tokenizer"]
+__all__ = [
+    "READY",
+    "Checked",
+    "TokenizerInfo",
+    "check_tokenizer",
+    "examine_tokenizer",
+    "find_beside",
+    "is_named",
+    "is_pair",
+    "write_tokenizer",
+]
 
 
 @dataclass(frozen=True)
@@ -33,13 +44,16 @@ class TokenizerInfo:
     pad: int | None
     files: tuple[str, ...]
     notes: tuple[str, ...]
+    stops: tuple[int, ...] = ()
+    """Ids at which generation ends, where they are more than ``eos``."""
 
 
 def write_tokenizer(source: str | Path, out: Path, *, model_vocab: int, context: int | None) -> TokenizerInfo:
     """Writes tokenizer.json, tokenizer_config.json and, where the source has one, chat_template.jinja into ``out``.
 
     Args:
-        source: a file, a directory that holds one tokenizer, ``none`` (token ids only), or ``gpt2``.
+        source: a file, a directory that holds one tokenizer, or a name: ``none`` (token ids only), ``gpt2``, or
+            ``bytes`` (a token per byte; see :mod:`.tok_bytes`).
         out: a directory; made when it is missing.
         model_vocab: rows of the model's embedding.
         context: the longest sequence in tokens, or None when it is unknown.
@@ -54,7 +68,7 @@ def write_tokenizer(source: str | Path, out: Path, *, model_vocab: int, context:
         return TokenizerInfo(tok_find.NONE, str(source), 0, None, None, None, (), (note,))
     built = tok_find.build(found, model_vocab)
     used = sorted(built.tokenizer.get_vocab(with_added_tokens=True).values())
-    where = str(found.files[0])
+    where = str(found.files[0]) if found.files else found.said
     if not used or used[-1] >= model_vocab:
         what = f"the tokenizer has ids up to {used[-1] if used else -1}, but the model has {model_vocab} rows"
         raise input_error(what, where, "this tokenizer belongs to another model; name the right one: --tokenizer PATH")
@@ -68,6 +82,7 @@ def write_tokenizer(source: str | Path, out: Path, *, model_vocab: int, context:
         pad=_id(built, built.pad),
         files=files,
         notes=(*built.notes, *_rows_without_token(used, model_vocab)),
+        stops=tuple(built.tokenizer.get_vocab()[text] for text in built.stops),
     )
 
 

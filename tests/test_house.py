@@ -163,24 +163,25 @@ def test_every_command_and_option_has_help_and_every_command_is_in_the_readme() 
 
 
 COMMANDS = {
-    "inspect": {"checkpoint", "--arch", "--set", "--weights", "--json"},
-    "plan": {"checkpoint", "--arch", "--set", "--weights", "--dtype", "--reverse", "--json"},
+    "inspect": {"checkpoint", "--arch", "--set", "--config", "--weights", "--json"},
+    "plan": {"checkpoint", "--arch", "--set", "--config", "--weights", "--dtype", "--reverse", "--json"},
     "convert": {
-        "checkpoint", "out", "--arch", "--set", "--weights", "--dtype", "--tokenizer", "--max-shard-size", "--force",
-        "--allow-nonfinite", "--allow-flush", "--workers", "--fsync", "--part", "--ray", "--benchmark", "--json",
+        "checkpoint", "out", "--arch", "--set", "--config", "--weights", "--dtype", "--tokenizer", "--max-shard-size",
+        "--force", "--allow-nonfinite", "--allow-flush", "--workers", "--fsync", "--part", "--ray", "--benchmark",
+        "--json",
     },
     "verify": {
-        "layout", "--against", "--arch", "--reference", "--reference-python", "--reference-timeout", "--golden",
-        "--prompt", "--seed", "--dtype", "--tensor-parallel-size", "--pipeline-parallel-size", "--mutate", "--locate",
-        "--junit", "--html", "--json",
+        "layout", "--against", "--arch", "--config", "--reference", "--reference-python", "--reference-timeout",
+        "--golden", "--prompt", "--seed", "--dtype", "--tensor-parallel-size", "--pipeline-parallel-size", "--mutate",
+        "--locate", "--junit", "--html", "--json",
     },
     "record": {
         "checkpoint", "--reference", "--out", "--reference-python", "--reference-timeout", "--arch", "--set",
-        "--weights", "--dtype", "--seed", "--force", "--json",
+        "--config", "--weights", "--dtype", "--seed", "--force", "--json",
     },
     "serve": {
-        "layout", "--host", "--port", "--prompt", "--max-tokens", "--unverified", "--arch", "--set", "--weights",
-        "--dtype", "--tokenizer", "--json",
+        "layout", "--host", "--port", "--prompt", "--max-tokens", "--unverified", "--arch", "--set", "--config",
+        "--weights", "--dtype", "--tokenizer", "--json",
     },
     "export": {"layout", "out", "--force", "--json"},
     "check": {"layout", "--json"},

@@ -14,9 +14,9 @@ import pytest
 import tiktoken
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from mdl.convert import tok_gpt2, tok_tiktoken
+from mdl.convert import tok_gpt2, tok_schemes, tok_tiktoken
 from mdl.convert.tok_base import byte_letters, unspell
-from mdl.convert.tok_check import random_texts
+from mdl.convert.tok_texts import random_texts
 from mdl.convert.tokenizer import TokenizerInfo, check_tokenizer, write_tokenizer
 from mdl.errors import Kind, MdlError
 
@@ -120,8 +120,14 @@ def test_other_ranks_need_their_scheme_beside_them(ranks: dict[bytes, int], tmp_
     assert (info.vocab_size, info.bos, info.eos) == (501, 500, None)
     assert any("ids below 500 have no token" in note for note in info.notes)
     assert check_tokenizer(tmp_path / "out", source) == []
-    beside.write_text(json.dumps({**scheme, "pat_str": r"\p{N}{1,3}+|\s++$"}))
-    with pytest.raises(MdlError, match="mean something else"):
+    beside.write_text(json.dumps({**scheme, "pat_str": r"\p{N}{1,3}+| ?\p{L}++|[^\s\p{L}\p{N}]+|\s++$|\s+(?!\S)|\s"}))
+    write(source, tmp_path / "tiktokens", 600)
+    assert check_tokenizer(tmp_path / "tiktokens", source, samples=2000) == []
+    beside.write_text(json.dumps({**scheme, "pat_str": r"(?:\p{N}){1,3}+|."}))
+    with pytest.raises(MdlError, match="repeats a group possessively"):
+        write(source, tmp_path / "out", 600)
+    beside.write_text(json.dumps({**scheme, "pat_str": r"\p{Nonsense}+"}))
+    with pytest.raises(MdlError, match="can't read"):
         write(source, tmp_path / "out", 600)
     beside.write_text(json.dumps({**scheme, "special_tokens": {"<|bos|>": 5}}))
     with pytest.raises(MdlError, match="share ids"):
@@ -163,7 +169,7 @@ def test_gpt2_files(gpt2_files: Path, tmp_path: Path) -> None:
     assert (info.kind, info.vocab_size, info.bos, info.eos) == ("gpt2", end + 1, end, end)
     ranks = {unspell(t): i for t, i in vocab.items() if t != tok_gpt2.END}
     truth = tiktoken.Encoding(
-        "tiny", pat_str=tok_tiktoken.GPT2_CUT, mergeable_ranks=ranks, special_tokens={tok_gpt2.END: end}
+        "tiny", pat_str=tok_schemes.GPT2_CUT, mergeable_ranks=ranks, special_tokens={tok_gpt2.END: end}
     )
     for text in [
         *random_texts(Tokenizer.from_file(str(out / "tokenizer.json")), 100, 1),

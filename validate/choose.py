@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..archs.given import ConfigFile
 from ..convert.manifest import Manifest, fingerprint
 from ..convert.prepare import DTYPES, Options, Prepared, prepare
 from ..errors import input_error, usage_error
@@ -39,14 +41,20 @@ def source_of(manifest: Manifest, settings: Settings) -> Prepared:
     path = settings.against or Path(manifest.source["path"])
     if not path.exists():
         raise input_error("the checkpoint of this layout is not there any more", str(path), "give it: --against CKPT")
-    said = manifest.options
-    options = Options(_arch(manifest, settings), said.get("given", {}), said.get("weights"), said.get("dtype"))
-    prepared = prepare(path, options)
+    prepared = prepare(path, replace(said_before(manifest, settings.config), arch=_arch(manifest, settings)))
     now = [fingerprint(Path(file)) for file in prepared.inventory.files]
     before = manifest.source["files"]
     if [(f["size"], f["xxh3_ends"]) for f in now] != [(f["size"], f["xxh3_ends"]) for f in before]:
         raise input_error("is not the checkpoint that this layout was made from", str(path), "convert it again")
     return prepared
+
+
+def said_before(manifest: Manifest, config: ConfigFile | None = None) -> Options:
+    """The options that a layout was made with; ``config`` in place of the file that was named then."""
+    said = manifest.options
+    recorded = said.get("config")
+    config = config or (ConfigFile(recorded["path"], recorded["values"]) if recorded else None)
+    return Options(said.get("arch"), said.get("given", {}), said.get("weights"), said.get("dtype"), config)
 
 
 def _arch(manifest: Manifest, settings: Settings) -> str | None:

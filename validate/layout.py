@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import xxhash
 
@@ -14,7 +13,7 @@ from ..convert.expected import expected_tensors
 from ..convert.manifest import Manifest
 from ..convert.prepare import Prepared
 from ..convert.stored import Files
-from ..convert.tokenizer import check_tokenizer
+from ..convert.tokenizer import Checked, examine_tokenizer, is_named
 from ..convert.write import BLOCK, lazy_targets
 from ..errors import MdlError, Problem
 
@@ -22,8 +21,8 @@ from ..errors import MdlError, Problem
 def layout_problems(
     layout: Path, manifest: Manifest, prepared: Prepared, progress: Callable[[int], None] = lambda _: None
 ) -> list[Problem]:
-    """Everything wrong with the folder: files and hashes, values against the checkpoint, names and shapes against
-    the class, tokenizer."""
+    """Everything wrong with the folder but for its tokenizer: files and hashes, values against the checkpoint, names
+    and shapes against the class."""
     problems = [*check_layout(layout, manifest, progress), *source_problems(manifest, prepared)]
     config_path = str(layout / "config.json")
     try:
@@ -51,12 +50,11 @@ def layout_problems(
         Problem(f"{name} is in the files, but {config['architectures'][0]} has no such parameter", config_path)
         for name in have.keys() - want.keys()
     ]
-    problems += [
+    return problems + [
         Problem(f"{name} is {list(have[name])}, {config['architectures'][0]} has {list(want[name])}", config_path)
         for name in want.keys() & have.keys()
         if want[name] != have[name]
     ]
-    return [*problems, *_tokenizer_problems(layout, manifest.tokenizer)]
 
 
 def source_problems(manifest: Manifest, prepared: Prepared) -> list[Problem]:
@@ -75,8 +73,9 @@ def source_problems(manifest: Manifest, prepared: Prepared) -> list[Problem]:
     return problems
 
 
-def _tokenizer_problems(layout: Path, tokenizer: Any) -> list[Problem]:
-    if tokenizer.get("kind") in (None, "none"):
-        return []
-    source = Path(str(tokenizer["source"]))
-    return check_tokenizer(layout, source if source.exists() else None)
+def tokenizer_checked(layout: Path, manifest: Manifest) -> Checked:
+    """The layout's tokenizer against its source, on random texts; nothing where there is none."""
+    kind, source = manifest.tokenizer.get("kind"), str(manifest.tokenizer.get("source"))
+    if kind in (None, "none"):
+        return Checked()
+    return examine_tokenizer(layout, source if is_named(source) or Path(source).exists() else None)

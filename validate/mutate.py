@@ -24,10 +24,11 @@ from ..convert.config import read_config
 from ..convert.locks import reading
 from ..convert.manifest import NAME as MANIFEST
 from ..convert.manifest import Manifest
-from ..convert.prepare import Options, prepare
+from ..convert.prepare import prepare
 from ..convert.run import convert
 from ..convert.values_judged import Allow
 from ..errors import Kind, MdlError, Problem, usage_error
+from .choose import said_before
 from .client import Engine
 from .kills import ControlRow, MutationRow, MutationTable
 from .mutations import Mutation, catalogue
@@ -211,8 +212,9 @@ def _rounded(run: _Run) -> ControlRow:
     name, description = "bfloat16", "converted with --dtype bfloat16, the reference rounded alike"
     if run.settings.reference or run.settings.golden:
         return ControlRow(name, description, skipped="needs mdl's own reference: yours holds the weights unrounded")
-    said, tokenizer = run.manifest.options, run.manifest.tokenizer
-    options = Options(run.settings.arch or said.get("arch"), said.get("given", {}), said.get("weights"), "bfloat16")
+    tokenizer = run.manifest.tokenizer
+    before = said_before(run.manifest, run.settings.config)
+    options = replace(before, arch=run.settings.arch or before.arch, dtype="bfloat16")
     source = "none" if tokenizer.get("kind") in (None, "none") else str(tokenizer["source"])
 
     def act() -> Report:

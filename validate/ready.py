@@ -36,7 +36,10 @@ def ready_layout(
         return _from_checkpoint(path, options or Options(), tokenizer, unverified=unverified, say=say)
     if tokenizer is not None or (options or Options()) != Options():
         what = "this is a layout: its family, values and tokenizer were settled when it was converted"
-        do = "leave --arch, --set, --weights, --dtype and --tokenizer out, or convert the checkpoint again with them"
+        do = (
+            "leave --arch, --set, --config, --weights, --dtype and --tokenizer out, or convert the checkpoint again "
+            "with them"
+        )
         raise usage_error(what, str(path), do)
     _check(path, say)
     green, why = green_report(path)
@@ -88,7 +91,8 @@ def _cache() -> Path:
 def _key(prepared: Prepared, options: Options, tokenizer: str | None) -> str:
     """Names the checkpoint's content, what was said of it, and mdl's version, so that none can change unnoticed."""
     facts = [own_version(), [fingerprint(Path(file)) for file in prepared.inventory.files]]
-    said = [options.arch, dict(options.given), options.weights, options.dtype, tokenizer]
+    values = dict(options.config.values) if options.config else None
+    said = [options.arch, dict(options.given), options.weights, options.dtype, tokenizer, *([values] if values else [])]
     if any(said):  # a user's own family changes while it is written; a named tokenizer is told by its files' dates
         own = [fingerprint(Path(prepared.arch.file))] if prepared.arch.file else []
         facts += [said, own, prepared.mapping.sha256, _dates(tokenizer)]

@@ -10,11 +10,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..archs.given import ConfigFile
 from ..convert.check import unreadable
 from ..convert.config import read_config
 from ..convert.locks import reading
 from ..convert.manifest import Manifest, read_manifest
 from ..convert.prepare import Prepared
+from ..convert.tokenizer import Checked
 from ..errors import Kind, MdlError, Problem, input_error
 from . import checks, facts, scenarios
 from .checks import Expected
@@ -23,27 +25,30 @@ from .client import Engine, EngineFailure, EngineResult, Scenario
 from .compare import Distance, distance
 from .faults import known_faults, naming_faults
 from .inputs import Inputs, make_inputs
-from .layout import layout_problems
+from .layout import layout_problems, tokenizer_checked
 from .reference import Reference
 from .report import Check, Evidence, Located, Report, manifest_hash
 
 TIERS = ("prefill", "decode", "generate")
 Say = Callable[[str], None]
+UNASKED = Checked()
+"""What is known of a tokenizer that nobody looked at."""
 
 
 @dataclass(frozen=True)
 class Settings:
     """How to verify.
 
-    ``against`` and ``arch`` overrule the checkpoint's path and the family (a name, or the path of a file) in the
-    manifest; ``prompts`` are texts; ``seed`` is 0 unless given, or a golden file's own; ``dtype`` is the serving type,
-    by default the layout's own. The reference is the family's eager module, or the user's ``reference``
-    (FILE.py:FUNCTION, in another environment's ``reference_python`` if given, which may take ``reference_timeout``
-    seconds), or what ``golden`` recorded of it.
+    ``against``, ``arch`` and ``config`` overrule the checkpoint's path, the family (a name, or the path of a file) and
+    the file of hyperparameters in the manifest; ``prompts`` are texts; ``seed`` is 0 unless given, or a golden file's
+    own; ``dtype`` is the serving type, by default the layout's own. The reference is the family's eager module, or the
+    user's ``reference`` (FILE.py:FUNCTION, in another environment's ``reference_python`` if given, which may take
+    ``reference_timeout`` seconds), or what ``golden`` recorded of it.
     """
 
     against: Path | None = None
     arch: str | None = None
+    config: ConfigFile | None = None
     reference: str | None = None
     reference_python: str | None = None
     reference_timeout: float | None = None
@@ -94,7 +99,9 @@ def _verify(layout: Path, settings: Settings, engine: Engine | None, say: Say) -
         say("running the reference in float32 and float64")
         side = reference_side(layout, prepared, settings, Path(scratch))
         spent = time.perf_counter() - begin
-        report = judge_layout(layout, side, settings, running, Path(scratch), say)
+        say("comparing the tokenizer with its source")
+        tokenizer = tokenizer_checked(layout, manifest)
+        report = judge_layout(layout, side, settings, running, Path(scratch), say, tokenizer)
         return replace(report, seconds={"reference": round(spent, 2), **report.seconds})
 
 
@@ -147,12 +154,23 @@ def run_reference(reference: Reference, inputs: Inputs, scratch: Path, vocab: in
     return Expected(reference.name, inputs, tuple(files), tuple(floors), reference.exact)
 
 
-def judge_layout(layout: Path, side: Side, settings: Settings, engine: Engine, scratch: Path, say: Say) -> Report:
-    """The layout's side: its files, then vLLM in float32 in every way, then in the serving type."""
+def judge_layout(
+    layout: Path,
+    side: Side,
+    settings: Settings,
+    engine: Engine,
+    scratch: Path,
+    say: Say,
+    tokenizer: Checked = UNASKED,
+) -> Report:
+    """The layout's side: its files, then vLLM in float32 in every way, then in the serving type.
+
+    ``tokenizer`` is what its comparison found, which takes seconds and is the same for every copy of a layout.
+    """
     begin = time.perf_counter()
     manifest = read_manifest(layout)
     say("checking files, hashes and shapes")
-    found = [checks.layout_check(layout_problems(layout, manifest, side.prepared), manifest)]
+    found = [checks.layout_check([*layout_problems(layout, manifest, side.prepared), *tokenizer.problems], manifest)]
     seconds = {"layout": time.perf_counter() - begin}
     say("running vLLM in float32")
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
@@ -163,7 +181,7 @@ def judge_layout(layout: Path, side: Side, settings: Settings, engine: Engine, s
             say(f"running both in {dtype}")
             found.append(_serving_type(layout, side, settings, engine, Path(folder), dtype))
             seconds[dtype] = time.perf_counter() - begin - sum(seconds.values())
-    located, noted = None, (*_workers_note(settings), *mapping_note(manifest, side.prepared))
+    located, noted = None, (*_noted(side.prepared, manifest, settings), *tokenizer.notes)
     if settings.locate and any(c.ok is False and c.name in ("prefill", "decode") for c in found):
         say("locating the fault")
         located = _locate(layout, side, engine, scratch, evidence)
@@ -188,6 +206,10 @@ def judge_layout(layout: Path, side: Side, settings: Settings, engine: Engine, s
         evidence=evidence,
         located=located,
     )
+
+
+def _noted(prepared: Prepared, manifest: Manifest, settings: Settings) -> tuple[str, ...]:
+    return (*prepared.inventory.remarks, *_workers_note(settings), *mapping_note(manifest, prepared))
 
 
 def _workers_note(settings: Settings) -> tuple[str, ...]:
