@@ -180,8 +180,9 @@ class Measure:
         """
         self._aliases |= dict.fromkeys((name, *also), name)
         self._entries[name] = Dim(value, "file", because)
-        for key, said in (self._config.find(name, also) if self._config else {}).items():
-            self._entries[name] = Dim(said, "user", f"{key} in {self._config.file.name} (--config)")
+        if self._config is not None:
+            for key, said in self._config.find(name, also).items():
+                self._entries[name] = Dim(said, "user", f"{key} in {self._config.file.name} (--config)")
         for key in (name, *also):
             if key in self._given:
                 self._entries[name] = Dim(_json_or_text(self._given[key]), "user", f"--set {key}={self._given[key]}")

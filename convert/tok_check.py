@@ -55,8 +55,10 @@ def examine_tokenizer(layout: Path, source: str | Path | None, *, samples: int =
     except MdlError as e:
         return Checked(e.problems)
     where = str(layout / "tokenizer.json")
-    given = {"specials": truth.specials, "lossy": truth.lossy} if truth else {}
-    texts = random_texts(tokenizer, samples, seed, **given)
+    if truth is None:
+        texts = random_texts(tokenizer, samples, seed)
+    else:
+        texts = random_texts(tokenizer, samples, seed, specials=truth.specials, lossy=truth.lossy)
     problems += _not_restored(tokenizer, texts[:RESTORED], where)
     if truth is None:
         note = "the tokenizer is a copy" if source is not None else "its source is gone: ids were compared with nothing"
