@@ -141,10 +141,10 @@ def _positions(m: Measure) -> None:
     m.set("position", kind=str, file=file, shape=shape, default=default, ask=f"rope? {_ASK}")
     rope = m["position"] == "rope"
     why = "Megatron's default" if rope else "there are no rotary positions"
-    at = _arg if rope else lambda *_: ()
-    m.set("rope_theta", kind=float, file=at("rotary_base"), default=(10000.0, why))
-    m.set("rotary_percent", kind=float, file=at("rotary_percent"), default=(1.0, why))
-    m.set("interleaved", kind=boolean, file=at("rotary_interleaved"), default=(False, why))
+    theta, share, pairs = (_arg(key) if rope else () for key in ("rotary_base", "rotary_percent", "rotary_interleaved"))
+    m.set("rope_theta", kind=float, file=theta, default=(10000.0, why))
+    m.set("rotary_percent", kind=float, file=share, default=(1.0, why))
+    m.set("interleaved", kind=boolean, file=pairs, default=(False, why))
     _scaling(m, rope)
 
 

@@ -26,9 +26,9 @@ _RANK = re.compile(r"mp_rank_(\d\d)(?:_(\d\d\d))?(_\d\d\d)?")
 _FILES = ("model_optim_rng.pt", "model_rng.pt")
 _LATEST = "latest_checkpointed_iteration.txt"
 _LATEST_DEEPSPEED = "latest"
-_LAYER_FILE = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
+_LAYER_FILE = re.compile(r"layer_(\d{2,4})-model_(\d{2,3})-model_states\.pt")
 _LAYER = re.compile(r"((?:.*\.)?(?:decoder|encoder|transformer)\.layers\.)(\d+)(\..*)")
-_CHUNK = re.compile(r"model(\d+)")
+_CHUNK = re.compile(r"model(\d{1,3})")
 _COPY = "copy the folder again: every file holds a part of the model"
 
 

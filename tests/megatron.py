@@ -11,7 +11,7 @@ import enum
 import json
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -29,10 +29,22 @@ from .gpts import Draw
 State = dict[str, Tensor]
 LAYERS, HEADS, SIZE, FFN, VOCAB, CONTEXT = 4, 4, 32, 160, 96, 128
 HIDDEN = HEADS * SIZE
-_LLAMA: dict[str, Any] = {"group_query_attention": True, "num_query_groups": 2, "swiglu": True}
-_LLAMA |= {"normalization": "RMSNorm", "add_bias_linear": False, "position_embedding_type": "rope"}
-_PLAIN: dict[str, Any] = {"group_query_attention": False, "num_query_groups": 1, "swiglu": False}
-_PLAIN |= {"normalization": "LayerNorm", "add_bias_linear": True, "position_embedding_type": "learned_absolute"}
+_LLAMA: dict[str, Any] = {
+    "group_query_attention": True,
+    "num_query_groups": 2,
+    "swiglu": True,
+    "normalization": "RMSNorm",
+    "add_bias_linear": False,
+    "position_embedding_type": "rope",
+}
+_PLAIN: dict[str, Any] = {
+    "group_query_attention": False,
+    "num_query_groups": 1,
+    "swiglu": False,
+    "normalization": "LayerNorm",
+    "add_bias_linear": True,
+    "position_embedding_type": "learned_absolute",
+}
 ROWS: dict[str, dict[str, Any]] = {
     "llama": _LLAMA,
     "llama_pairs": _LLAMA | {"rotary_interleaved": True},
@@ -119,7 +131,7 @@ def load(path: Path) -> Any:
 
 
 @contextmanager
-def _importable() -> Iterator[None]:
+def _importable() -> Generator[None]:
     name = "megatron.core.transformer.enums"
     fakes = {part: ModuleType(part) for part in (name.rsplit(".", k)[0] for k in range(3, -1, -1))}
     vars(fakes[name])["AttnBackend"] = AttnBackend
@@ -175,7 +187,7 @@ def grid(root: Path, row: str, ranks: int = 1, stages: int = 1, runs: int = 1, *
 
 def dist(root: Path, row: str, *, stacked: bool, **more: Any) -> Path:
     """A torch_dist folder: norms inside the matrices, layers one by one or stacked, the arguments in common.pt."""
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict_saver import save as save_dcp
 
     tensors = state(row, fused=True)
     if stacked:
@@ -187,7 +199,7 @@ def dist(root: Path, row: str, *, stacked: bool, **more: Any) -> Path:
     folder.mkdir(parents=True)
     with warnings.catch_warnings():  # of saving without other processes, which is meant
         warnings.simplefilter("ignore")
-        dcp.save(tensors, checkpoint_id=folder, no_dist=True)
+        save_dcp(tensors, checkpoint_id=folder, no_dist=True)
     save(
         folder / "common.pt",
         {k: v for k, v in document(row, {}, **more).items() if k not in ("optimizer", "rng_state")},

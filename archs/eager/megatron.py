@@ -68,8 +68,8 @@ def rotary_table(sizes: Sizes, length: int) -> tuple[Tensor, Tensor]:
     if sizes["rope_scaling"] == "linear":
         at = at * (1 / take(sizes, "rope_factor", float))
     elif sizes["rope_scaling"] == "llama3":
-        factors = (take(sizes, f"rope_{key}factor", float) for key in ("", "low_freq_", "high_freq_"))
-        freqs = stretched(freqs, Scaling(*factors, take(sizes, "rope_original_context", int)))
+        factor, low, high = (take(sizes, f"rope_{key}factor", float) for key in ("", "low_freq_", "high_freq_"))
+        freqs = stretched(freqs, Scaling(factor, low, high, take(sizes, "rope_original_context", int)))
     angles = torch.outer(at, freqs)
     return angles.cos(), angles.sin()
 
@@ -105,9 +105,9 @@ class NormedLinear(Linear):
         self.layer_norm_weight = nn.Parameter(torch.empty(width))
         self.layer_norm_bias = nn.Parameter(torch.empty(width)) if sizes["norm"] == "LayerNorm" else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - nn.Linear's name for it
         """Hidden states [B, T, C] to [B, T, rows]."""
-        return super().forward(normed(x, self.layer_norm_weight, self.layer_norm_bias, self.eps))
+        return super().forward(normed(input, self.layer_norm_weight, self.layer_norm_bias, self.eps))
 
 
 def _up(sizes: Sizes, rows: int, *, bias: bool) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -113,25 +114,38 @@ def _renumbered(root: Path, add: int) -> None:
         megatron.save(file, held | {"model": moved})
 
 
-BROKEN: dict[str, tuple[Any, str]] = {
-    "a rank": (lambda root: _without(root, "mp_rank_01_001"), "files are missing: rank 1 of part 1"),
-    "a stage": (
-        lambda root: (_without(root, "mp_rank_00_001"), _without(root, "mp_rank_01_001")),
-        "pipeline_model_parallel_size is 2 in args, but there are files of 1",
-    ),
-    "the save": (
-        lambda root: (root / "latest_checkpointed_iteration.txt").write_text("6"),
-        "names iter_0000006, which is not there",
-    ),
-    "the number": (
-        lambda root: (root / "latest_checkpointed_iteration.txt").write_text("last"),
-        "holds 'last', neither a number nor 'release'",
-    ),
-    "numbers": (lambda root: _renumbered(root, 1), r"its layers are numbered \[1, 2\], neither from 0 nor from 2"),
-    "experts": (
-        lambda root: (root / "iter_0000005/mp_rank_00_000").rename(root / "iter_0000005/mp_rank_00_000_000"),
-        "save it with --ckpt-format torch_dist",
-    ),
+def _without_rank(root: Path) -> None:
+    _without(root, "mp_rank_01_001")
+
+
+def _without_stage(root: Path) -> None:
+    for rank in range(2):
+        _without(root, f"mp_rank_{rank:02d}_001")
+
+
+def _another_save(root: Path) -> None:
+    (root / "latest_checkpointed_iteration.txt").write_text("6")
+
+
+def _no_number(root: Path) -> None:
+    (root / "latest_checkpointed_iteration.txt").write_text("last")
+
+
+def _hole(root: Path) -> None:
+    _renumbered(root, 1)
+
+
+def _experts(root: Path) -> None:
+    (root / "iter_0000005/mp_rank_00_000").rename(root / "iter_0000005/mp_rank_00_000_000")
+
+
+BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
+    "a rank": (_without_rank, "files are missing: rank 1 of part 1"),
+    "a stage": (_without_stage, "pipeline_model_parallel_size is 2 in args, but there are files of 1"),
+    "the save": (_another_save, "names iter_0000006, which is not there"),
+    "the number": (_no_number, "holds 'last', neither a number nor 'release'"),
+    "numbers": (_hole, r"its layers are numbered \[1, 2\], neither from 0 nor from 2"),
+    "experts": (_experts, "save it with --ckpt-format torch_dist"),
 }
 
 
