@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..mappings.tensors import Shape
-from .base import Arch, Inventory, Measure, boolean
+from .base import Arch, Inventory, Measure, Value, boolean
 from .nanogpt import head_count, hf_config
 
 _FIRST = ".0.self_attn.in_proj_weight"
@@ -142,8 +142,8 @@ def _untraced(m: Measure) -> None:
         m.problem("the embedding is multiplied by C**0.5, which GPT-2 can't say", do=_SCALED)
 
 
-def _asked(m: Measure, name: str, kind: Callable[[str], object], ask: str, choices: tuple[object, ...]) -> None:
-    m.set(name, kind=kind, ask=ask, choices=choices)  # type: ignore[arg-type]  # both are among Value
+def _asked(m: Measure, name: str, kind: Callable[[str], Value], ask: str, choices: tuple[Value, ...]) -> None:
+    m.set(name, kind=kind, ask=ask, choices=choices)
 
 
 ARCH = Arch(

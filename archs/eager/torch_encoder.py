@@ -18,9 +18,6 @@ from ..base import Value
 from .gpt import GELUS, Sizes, activation, attend, sizes_of
 from .parts import Embedding, Linear, TiedHead, take
 
-_FORMS = {"rows": lambda t, c: (t, c), "first": lambda t, c: (1, t, c), "second": lambda t, c: (t, 1, c)}
-"""The shapes in which positions are kept, by the dim ``position_form``."""
-
 
 def build(dims: Mapping[str, Value]) -> nn.Module:
     """The model without weights, on the meta device: give it some with ``load_state_dict(..., assign=True)``.
@@ -41,7 +38,7 @@ class Model(nn.Module):
         self.at = {name: take(dims, name, str).removesuffix(".weight") for name in names}
         self.context = sizes.context
         self.table = take(dims, "positions", str)
-        shape = _FORMS[take(dims, "position_form", str)](sizes.context, sizes.hidden)
+        shape = _shape(take(dims, "position_form", str), sizes)
         *path, leaf = self.table.split(".")
         _owner(self, path).register_parameter(leaf, nn.Parameter(torch.empty(shape)))
         norm = nn.LayerNorm(sizes.hidden, eps=sizes.norm_eps, bias=take(dims, "last_bias", bool))
@@ -54,7 +51,7 @@ class Model(nn.Module):
     def _put(self, name: str, module: nn.Module) -> None:
         *path, leaf = self.at[name].split(".")
         owner = _owner(self, path)
-        if leaf not in owner._modules:  # a head that is the embedding's own module is there already
+        if leaf not in dict(owner.named_children()):  # a head that is the embedding's own module is there already
             owner.add_module(leaf, module)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -73,10 +70,18 @@ class Model(nn.Module):
         return head(x, embedding.weight) if isinstance(head, TiedHead) else head(x)
 
 
+def _shape(form: str, sizes: Sizes) -> tuple[int, ...]:
+    """The shape in which positions are kept: [T, C], or with a 1 in the first or the second place."""
+    shape = [sizes.context, sizes.hidden]
+    if form != "rows":
+        shape.insert(0 if form == "first" else 1, 1)
+    return tuple(shape)
+
+
 def _owner(root: nn.Module, path: list[str]) -> nn.Module:
     """The module at a path below ``root``, with empty ones on the way to it where there are none."""
     for part in path:
-        if part not in root._modules:
+        if part not in dict(root.named_children()):
             root.add_module(part, nn.Module())
         root = root.get_submodule(part)
     return root

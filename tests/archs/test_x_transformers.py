@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -55,8 +56,8 @@ def test_it_computes_what_transformers_computes(checkpoint: Path, case: Case) ->
     if case.rotary != 32:
         pytest.skip("transformers' Llama turns all channels; upstream and vLLM hold the rest")
     prepared = prepare(checkpoint, Options(given=case.given))
-    config = LlamaConfig(**{**prepared.config, "rms_norm_eps": 0.0, "attn_implementation": "eager"})
-    model = LlamaForCausalLM(config).eval().double()
+    fields: dict[str, Any] = {**prepared.config, "rms_norm_eps": 0.0, "attn_implementation": "eager"}
+    model = LlamaForCausalLM(LlamaConfig(**fields)).eval().double()
     model.load_state_dict({k: t.double() for k, t in llama_of(state(case), case).items()})
     with torch.no_grad():
         wanted = model(gpts.IDS[None]).logits[0]
