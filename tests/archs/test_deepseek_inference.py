@@ -1,4 +1,8 @@
-"""DeepSeek-V3 from its inference code's rank files to the layout; its maths against transformers' own class."""
+"""DeepSeek-V3 from its inference code's rank files to the layout; its maths against transformers' own class.
+
+DeepSeek's inference/model.py at 9b4e978 needs a GPU as it stands. By hand, with its kernels stubbed and its weights in
+float32, both of its attentions gave mdl's logits: NMSE 1.5e-12 to 2.7e-12, up to 200 positions, stretched rotations.
+"""
 
 from __future__ import annotations
 

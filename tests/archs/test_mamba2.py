@@ -1,4 +1,8 @@
-"""Mamba 2 from mamba_ssm's folder to the layout and back; its maths by the dual form, one group and several."""
+"""Mamba 2 from mamba_ssm's folder to the layout and back; its maths by the dual form, one group and several.
+
+mamba_ssm at e9594ce needs a GPU as it stands. By hand, with its own ssd_minimal_discrete and rms_norm_ref in the place
+of its kernels, it gave mdl's logits: NMSE 1.5e-13 to 3.4e-13 in float32, for 1, 2 and 4 groups.
+"""
 
 from __future__ import annotations
 
