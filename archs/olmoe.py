@@ -82,10 +82,10 @@ def _experts(m: Measure) -> None:
     inv, hidden = m.inventory, m["hidden"]
     rows = (inv.shape(_ROUTER) or (None,))[0]
     experts = m.set("experts", file=_at("moe_num_experts"), shape=(rows, "rows of ffn.router.layer"))
-    stack = inv.shape(_STACK) or ()
+    stack = list(inv.shape(_STACK) or ())
     fits = len(stack) == 2 and isinstance(experts, int) and experts > 0 and stack[0] % experts == 0
     if not fits or stack[1] != hidden:
-        what = f"ffn.experts.mlp.w1 has the shape {list(stack)}, not [{experts} x rows of an expert, {hidden}]"
+        what = f"ffn.experts.mlp.w1 has the shape {stack}, not [{experts} x rows of an expert, {hidden}]"
         m.problem(what, do="so megablocks stacks the experts of a dropless mixture; no other is carried over")
     elif isinstance(experts, int):
         m.set("ffn", shape=(stack[0] // experts, f"{stack[0]} rows of ffn.experts.mlp.w1 / {experts} experts"))

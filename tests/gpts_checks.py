@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mdl.archs.eager.huggingface import HuggingFace
 from mdl.convert.export import export
 from mdl.convert.prepare import Options, Prepared, prepare
 from mdl.convert.run import convert
@@ -15,6 +16,7 @@ from mdl.validate.client import Engine
 from mdl.validate.reference import builtin_reference
 from mdl.validate.verify import verify
 
+from . import checkpoints as make
 from . import gpts
 
 
@@ -33,12 +35,20 @@ def back(out: Path, lost: str = "mask buffer") -> Any:
     return torch.load(out.with_suffix(".pt"), weights_only=True)
 
 
-def eager(checkpoint: Path, given: dict[str, str] | None = None) -> Tensor:
-    """Logits [T, V] of the family's eager module for :data:`gpts.IDS`, in float64."""
+def eager(checkpoint: Path, given: dict[str, str] | None = None, ids: Tensor = gpts.IDS) -> Tensor:
+    """Logits [T, V] of the family's eager module for ``ids``, in float64."""
     prepared = prepare(checkpoint, Options(given=given or {}))
     prepared.plan.refuse()
     reference = builtin_reference(prepared.arch, prepared.dims, prepared.plan)
-    return reference.logits(gpts.IDS.tolist(), "float64")
+    return reference.logits(ids.tolist(), "float64")
+
+
+def by_transformers(out: Path, prepared: Prepared, ids: Tensor) -> Tensor:
+    """Logits [T, V] of transformers' class on a layout, in float64: code that shares nothing with mdl's."""
+    model = HuggingFace(prepared.config)
+    model.load_state_dict({name: tensor.double() for name, tensor in make.saved(out).items()})
+    with torch.no_grad():
+        return model(ids[None])[0]
 
 
 def nmse(measured: Tensor, wanted: Tensor) -> float:

@@ -21,7 +21,8 @@ _UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 _MIXTURES = {"Mixtral", "Qwen3Moe"}
 _LLAMA_LIKE = {"Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2", "Gemma3", "Olmo2", "StableLm", *_MIXTURES}
-_LAYERNORM = {"GPTNeoX", "Phi", "StableLm"}
+_LAYERNORM = {"GPTNeoX", "Phi", "StableLm", "Falcon"}
+_PARTIAL = {"GPTNeoX", "Phi", "StableLm"}
 _MODEL_TYPES = {"Gemma3": "gemma3_text", "GPTNeoX": "gpt_neox", "Qwen3Moe": "qwen3_moe"}
 
 
@@ -76,6 +77,24 @@ def _stablelm(m: Measure) -> tuple[str, str]:
     )
 
 
+def _falcon(m: Measure) -> tuple[str, str]:
+    ffn, hidden, shared = m["ffn"], m["hidden"], m["shared_attention_norm"]
+    return "Falcon", _first(
+        ("OLMo" in str(m["name"]), "litgpt's norms have no weights where the name holds OLMo"),
+        (m["lm_head_bias"], "a head with a bias"),
+        (not m["parallel_residual"], "attention and MLP one after the other"),
+        (m["post_attention_norm"] or m["post_mlp_norm"] or not m["norm_1"], "norms in other places"),
+        (not shared and not m["norm_2"], "no norm_2"),
+        (shared and m["kv_heads"] != 1, "a shared norm with several key heads"),
+        (m["rotary"] != m["head_dim"], f"a rotation of {m['rotary']} of {m['head_dim']} channels"),
+        (_plain(m), "softcaps, scaled embeddings, normed q and k or windows"),
+        (m["attention_scalar"] != m["head_dim"], "attention_scores_scalar"),
+        (not _divides(m), "heads that are not the width divided by their number"),
+        (not (isinstance(hidden, int) and ffn == 4 * hidden), "an MLP that is not four times as wide"),
+        (m["gelu_approximate"] != "none", "GELU by the tanh approximation"),
+    )
+
+
 def _divides(m: Measure) -> bool:
     heads, size = m["heads"], m["head_dim"]
     return isinstance(heads, int) and isinstance(size, int) and heads * size == m["hidden"]
@@ -84,11 +103,13 @@ def _divides(m: Measure) -> bool:
 def _with_layernorm(m: Measure) -> tuple[str, str]:
     if m["mlp"] == "LLaMAMLP" and "OLMo" not in str(m["name"]):
         return _stablelm(m)
+    if m["mlp"] == "GptNeoxMLP" and not m["bias"] and not m["qkv_bias"]:
+        return _falcon(m)
     name = "Phi" if m["shared_attention_norm"] else "GPTNeoX"
     return name, _first(
         ("OLMo" in str(m["name"]), "litgpt's norms have no weights where the name holds OLMo"),
         (m["mlp"] != "GptNeoxMLP", f"LayerNorm with {m['mlp']}"),
-        (not m["bias"] or not m["qkv_bias"], "matrices without biases (as in Falcon)"),
+        (not m["bias"] or not m["qkv_bias"], "biases in some matrices only"),
         (m["post_attention_norm"] or m["post_mlp_norm"] or not m["norm_1"], "norms in other places"),
         (not _even(m["rotary"], m["head_dim"]), f"a rotation of {m['rotary']} of {m['head_dim']} channels"),
         (_plain(m), "softcaps, scaled embeddings, normed q and k or windows"),
@@ -164,13 +185,18 @@ def _gemma(m: Measure) -> tuple[str, str]:
 def flags(m: Measure) -> dict[str, bool]:
     """What the mapping's ``when`` asks: which of the layouts it knows this checkpoint and its target have."""
     name = str(m["target"])
-    neox, like_llama, gemma = name == "GPTNeoX", name in _LLAMA_LIKE, name.startswith("Gemma")
+    neox, falcon, like_llama, gemma = name == "GPTNeoX", name == "Falcon", name in _LLAMA_LIKE, name.startswith("Gemma")
     groups, bias = bool(m["grouped_rows"]), bool(m["qkv_bias"])
     return {
-        "qkv_rows": not neox and not groups,
+        "qkv_rows": not neox and not falcon and not groups,
         "qkv_rows_bias": not neox and not groups and bias,
-        "qkv_groups": not neox and groups,
+        "qkv_groups": not neox and not falcon and groups,
         "qkv_groups_bias": not neox and groups and bias,
+        "falcon": falcon,
+        "falcon_rows": falcon and not groups,
+        "falcon_groups": falcon and groups,
+        "falcon_shared_norm": falcon and bool(m["shared_attention_norm"]),
+        "falcon_two_norms": falcon and not m["shared_attention_norm"],
         "neox_rows": neox and not groups,
         "neox_groups": neox and groups,
         "llama_like": like_llama,
@@ -215,7 +241,7 @@ def _rope_parameters(d: Dims, name: str) -> dict[str, Any]:
     if scaling == "llama3":
         rope |= {key: d[f"rope_{key}"] for key in ("low_freq_factor", "high_freq_factor")}
         rope["original_max_position_embeddings"] = d["rope_original_context"]
-    if name in _LAYERNORM:
+    if name in _PARTIAL:
         rope["partial_rotary_factor"] = d["rotary_percentage"]
     if name != "Gemma3":
         return rope
@@ -228,10 +254,30 @@ def _layernorm_fields(d: Dims, name: str) -> dict[str, Any]:
     fields: dict[str, Any] = {"layer_norm_eps": d["norm_eps"], "hidden_act": "gelu_new" if tanh else "gelu"}
     if name == "Phi":
         return {**fields, "num_key_value_heads": d["kv_heads"], "qk_layernorm": False}
+    if name == "Falcon":
+        return _falcon_fields(d)
     if name == "StableLm":
         more = {"hidden_act": "silu", "use_qkv_bias": d["qkv_bias"], "use_parallel_residual": False}
         return {**fields, "num_key_value_heads": d["kv_heads"], "qk_layernorm": False, "hidden_dropout": 0.0, **more}
     return {**fields, "use_parallel_residual": d["parallel_residual"], "attention_bias": True}
+
+
+def _falcon_fields(d: Dims) -> dict[str, Any]:
+    """One norm before both halves in Falcon 7B, which has one key head; two norms and key heads in groups since."""
+    shared = bool(d["shared_attention_norm"])
+    return {
+        "layer_norm_epsilon": d["norm_eps"],
+        "activation": "gelu",
+        "num_kv_heads": d["kv_heads"],
+        "ffn_hidden_size": d["ffn"],
+        "new_decoder_architecture": not shared,
+        "num_ln_in_parallel_attn": None if shared else 2,
+        "multi_query": True,
+        "parallel_attn": True,
+        "alibi": False,
+        "bias": False,
+        "hidden_dropout": 0.0,
+    }
 
 
 def _rms_fields(d: Dims, name: str) -> dict[str, Any]:

@@ -126,10 +126,10 @@ class Convolution(nn.Conv1d):
     def reset_parameters(self) -> None:
         """Leave the weights to the checkpoint."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the base class's name of it
         """Channels [B, T, D] to the same shape."""
-        length = x.shape[1]
-        return functional.silu(super().forward(x.transpose(1, 2))[..., :length]).transpose(1, 2)
+        length = input.shape[1]
+        return functional.silu(super().forward(input.transpose(1, 2))[..., :length]).transpose(1, 2)
 
 
 class Mixer(nn.Module):

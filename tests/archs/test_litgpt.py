@@ -40,6 +40,8 @@ TARGETS = {
     "qwen3_moe": "Qwen3MoeForCausalLM",
     "stablelm": "StableLmForCausalLM",
     "stablelm_bias": "StableLmForCausalLM",
+    "falcon_7b": "FalconForCausalLM",
+    "falcon_40b": "FalconForCausalLM",
     "neox": "GPTNeoXForCausalLM",
     "neox_serial": "GPTNeoXForCausalLM",
     "gemma": "GemmaForCausalLM",
@@ -214,7 +216,9 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "latent attention": ("llama", {"latent_attention": {"q_lora_rank": 8}}, "multi-head latent attention"),
     "neighbouring pairs": ("llama", {"rope_interleave": True}, "rotation of neighbouring pairs"),
     "StableLM": ("neox", {"norm_class_name": "RMSNorm"}, "norm is 'LayerNorm' by the tensors"),
-    "Falcon": ("neox", {"bias": False}, r"matrices without biases \(as in Falcon\)"),
+    "Falcon with part of a head": ("neox", {"bias": False}, "Falcon describes it but for this: a rotation of 8 of 32"),
+    "Falcon of another width": ("falcon_40b", {"intermediate_size": 160}, "an MLP that is not four times as wide"),
+    "some biases": ("neox", {"bias": False, "attn_bias": True}, "biases in some matrices only"),
     "shared key heads": ("neox", {"n_query_groups": 2}, "query heads that share key heads"),
     "OLMo 1": ("neox", {"name": "OLMo-1B-hf"}, "no weights where the name holds OLMo"),
     "experts and biases": ("mixtral", {"attn_bias": True}, "experts with biased or wholly normed q and k"),
@@ -298,7 +302,8 @@ def test_litgpt_reads_the_older_layout_as_written_here(row: str) -> None:
 
 @pytest.mark.engine
 @pytest.mark.parametrize(
-    ("row", "old"), [("llama_31", True), ("neox", False), ("qwen3_moe", True), ("stablelm_bias", False)]
+    ("row", "old"),
+    [("llama_31", True), ("neox", False), ("qwen3_moe", True), ("falcon_40b", False), ("stablelm_bias", False)],
 )
 def test_vllm_computes_what_litgpt_computes(row: str, old: bool, tmp_path: Path, engine: Engine) -> None:
     layout(lit.checkpoint(tmp_path / "in", row, old=old), tmp_path / "out")

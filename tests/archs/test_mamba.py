@@ -11,39 +11,21 @@ from typing import Any
 import pytest
 import torch
 
-from mdl.archs.eager.huggingface import HuggingFace
 from mdl.convert.export import export
-from mdl.convert.prepare import Options, prepare
+from mdl.convert.prepare import prepare
 from mdl.errors import Kind, MdlError
 from mdl.validate.client import Engine
-from mdl.validate.reference import builtin_reference
 from mdl.validate.verify import verify
 
 from .. import checkpoints as make
 from .. import mambas
-from ..gpts_checks import layout, nmse
+from ..gpts_checks import by_transformers, eager, layout, nmse
 
 
 def checkpoint(folder: Path, **given: Any) -> Path:
     """A folder as save_pretrained writes it; d_state and dt_rank are Mamba 1's defaults or said by ssm_cfg."""
     ssm = {"layer": "Mamba1", "dt_rank": mambas.RANK}
     return mambas.saved(folder, mambas.state(1, **given), ssm, tie_embeddings=given.get("tied", True))
-
-
-def transformers_logits(out: Path, config: dict[str, Any]) -> torch.Tensor:
-    """[T, V] of transformers' class on a layout, in float64."""
-    model = HuggingFace(config)
-    model.load_state_dict({name: tensor.double() for name, tensor in make.saved(out).items()})
-    with torch.no_grad():
-        return model(mambas.IDS[None])[0]
-
-
-def logits(raw: Path) -> torch.Tensor:
-    """[T, V] of the family's eager module in float64."""
-    prepared = prepare(raw, Options())
-    prepared.plan.refuse()
-    reference = builtin_reference(prepared.arch, prepared.dims, prepared.plan)
-    return reference.logits(mambas.IDS.tolist(), "float64")
 
 
 @pytest.fixture(params=[(True, False), (False, True)], ids=["released", "biases, own head"])
@@ -72,12 +54,12 @@ def test_it_computes_what_transformers_computes_of_the_layout(given: dict[str, A
     raw = checkpoint(tmp_path / "raw", **given)
     prepared = layout(raw, tmp_path / "out")
 
-    wanted = transformers_logits(tmp_path / "out", prepared.config)
-    assert nmse(logits(raw), wanted) < 1e-24
+    wanted = by_transformers(tmp_path / "out", prepared, mambas.IDS)
+    assert nmse(eager(raw, ids=mambas.IDS), wanted) < 1e-24
     turned = mambas.state(1, **given)
     name = "backbone.layers.0.mixer.in_proj.weight"
     turned[name] = turned[name].roll(mambas.INNER, 0)  # the gate before the channels
-    assert nmse(logits(mambas.saved(tmp_path / "turned", turned, {})), wanted) > 1e-3
+    assert nmse(eager(mambas.saved(tmp_path / "turned", turned, {}), ids=mambas.IDS), wanted) > 1e-3
 
 
 def test_no_config_is_needed(tmp_path: Path) -> None:

@@ -8,34 +8,16 @@ from typing import Any
 import pytest
 import torch
 
-from mdl.archs.eager.huggingface import HuggingFace
 from mdl.convert.export import export
-from mdl.convert.prepare import Options, prepare
+from mdl.convert.prepare import prepare
 from mdl.errors import MdlError
 from mdl.validate.client import Engine
-from mdl.validate.reference import builtin_reference
 
 from .. import checkpoints as make
 from .. import olmoes
-from ..gpts_checks import is_green, layout, nmse
+from ..gpts_checks import by_transformers, eager, is_green, layout, nmse
 
 IDS = torch.tensor([(7 * k * k + 11 * k + 3) % olmoes.VOCAB for k in range(40)])
-
-
-def logits(raw: Path, given: dict[str, str] | None = None) -> torch.Tensor:
-    """[T, V] of the family's eager module in float64."""
-    prepared = prepare(raw, Options(given=given or {}))
-    prepared.plan.refuse()
-    reference = builtin_reference(prepared.arch, prepared.dims, prepared.plan)
-    return reference.logits(IDS.tolist(), "float64")
-
-
-def transformers_logits(out: Path, config: dict[str, Any]) -> torch.Tensor:
-    """[T, V] of transformers' class on a layout, in float64."""
-    model = HuggingFace(config)
-    model.load_state_dict({name: tensor.double() for name, tensor in make.saved(out).items()})
-    with torch.no_grad():
-        return model(IDS[None])[0]
 
 
 # a square expert is no riddle: these names are those of one class of megablocks, which stacks rows
@@ -50,7 +32,7 @@ def test_there_and_back(given: dict[str, Any], tmp_path: Path) -> None:
     assert sizes == {"num_experts": 6, "num_experts_per_tok": 2, "num_key_value_heads": 1}
     third = state["transformer.blocks.1.ffn.experts.mlp.w2"].chunk(olmoes.EXPERTS)[2]
     assert make.saved(tmp_path / "out")["model.layers.1.mlp.experts.2.down_proj.weight"].equal(third.T)
-    assert nmse(logits(raw), transformers_logits(tmp_path / "out", prepared.config)) < 1e-13  # its table is float32's
+    assert nmse(eager(raw, ids=IDS), by_transformers(tmp_path / "out", prepared, IDS)) < 1e-13  # its table is float32's
     export(tmp_path / "out", tmp_path / "back.pt")
     back = torch.load(tmp_path / "back.pt")
     make.same(back, state)
@@ -60,17 +42,17 @@ def test_there_and_back(given: dict[str, Any], tmp_path: Path) -> None:
 def test_mistakes_show(tmp_path: Path) -> None:
     state = olmoes.state()
     prepared = layout(olmoes.saved(tmp_path / "raw", state), tmp_path / "out")
-    wanted = transformers_logits(tmp_path / "out", prepared.config)
+    wanted = by_transformers(tmp_path / "out", prepared, IDS)
 
     raw = olmoes.saved(tmp_path / "bare", state, **dict.fromkeys(olmoes.CONFIG))
     right = {"n_heads": "4", "moe_top_k": "2", "max_sequence_length": "128"}
-    assert nmse(logits(raw, right), wanted) < 1e-13
+    assert nmse(eager(raw, right, ids=IDS), wanted) < 1e-13
     for wrong in ({"moe_top_k": "1"}, {"moe_top_k": "3"}, {"rope_theta": "500000"}):
-        assert nmse(logits(raw, {**right, **wrong}), wanted) > 1e-4
+        assert nmse(eager(raw, {**right, **wrong}, ids=IDS), wanted) > 1e-4
     for i in range(olmoes.LAYERS):
         at = f"transformer.blocks.{i}.ffn.experts.mlp."
         state[at + "w1"], state[at + "v1"] = state[at + "v1"], state[at + "w1"]
-    assert nmse(logits(olmoes.saved(tmp_path / "turned", state)), wanted) > 1e-4
+    assert nmse(eager(olmoes.saved(tmp_path / "turned", state), ids=IDS), wanted) > 1e-4
 
 
 def test_what_no_shape_tells_is_asked_for(tmp_path: Path) -> None:
