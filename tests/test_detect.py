@@ -14,7 +14,7 @@ from mdl.convert.inventory import take_inventory
 from mdl.convert.open import open_checkpoint
 
 from . import checkpoints as make
-from . import gpts, lit
+from . import gpts, lit, torchtune_cases
 from .checkpoints_llamas import lingua_consolidated, titan_fused, titan_names
 
 
@@ -42,6 +42,11 @@ def meta(folder: Path) -> Path:
     return make.meta(folder, state, make.params(state), ranks=2)
 
 
+def tune(case: str) -> make.State:
+    """A state dict of torchtune's."""
+    return torchtune_cases.state(torchtune_cases.CASES[case])
+
+
 OWN: dict[str, tuple[str, Callable[[Path], Path]]] = {
     "nanogpt": ("nanogpt", lambda p: make.nanogpt(p / "x.pt")),
     "nanogpt, bare": ("nanogpt", lambda p: gpts.saved(p / "x.pt", make.nanogpt_state())),
@@ -61,6 +66,9 @@ OWN: dict[str, tuple[str, Callable[[Path], Path]]] = {
     "lingua": ("lingua", lambda p: lingua_consolidated(p / "folder", make.llama_state())),
     "torchtitan": ("torchtitan", lambda p: gpts.saved(p / "x.pt", titan_names())),
     "torchtitan, fused": ("torchtitan", lambda p: gpts.saved(p / "x.pt", titan_fused())),
+    "torchtune_qwen3": ("torchtune_qwen3", lambda p: gpts.saved(p / "x.pt", tune("qwen3"))),
+    "torchtune_qwen3, tied": ("torchtune_qwen3", lambda p: gpts.saved(p / "x.pt", tune("qwen3_tied"))),
+    "torchtune_gemma2": ("torchtune_gemma2", lambda p: gpts.saved(p / "x.pt", tune("gemma2"))),
     "huggingface": ("huggingface", lambda p: gpt2(p / "folder")),
 }
 

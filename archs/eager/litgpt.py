@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from ...errors import input_error
 from ..base import Value
-from .parts import Embedding, Linear, TiedHead, take
+from .parts import Embedding, Linear, TiedHead, softcap, take
 from .rotary import Scaling, stretched
 
 Sizes = Mapping[str, Any]
@@ -81,11 +81,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     a, b, rest = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
     a, b, cos, sin = a.to(wide), b.to(wide), cos.to(x.device, wide), sin.to(x.device, wide)
     return torch.cat(((a * cos - b * sin).to(x.dtype), (b * cos + a * sin).to(x.dtype), rest), dim=-1)
-
-
-def softcap(x: Tensor, limit: float) -> Tensor:
-    """``limit · tanh(x / limit)``; 0 for no limit."""
-    return torch.tanh(x / limit) * limit if limit else x
 
 
 class RMSNorm(nn.Module):
