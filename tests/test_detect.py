@@ -15,7 +15,7 @@ from mdl.convert.open import open_checkpoint
 
 from . import checkpoints as make
 from . import gpts, lit, torchtune_cases
-from .checkpoints_llamas import lingua_consolidated, titan_fused, titan_names
+from .checkpoints_llamas import lingua_consolidated, titan_fused, titan_names, titan_qwen3
 
 
 def masked(state: make.State) -> make.State:
@@ -65,7 +65,8 @@ OWN: dict[str, tuple[str, Callable[[Path], Path]]] = {
     "llama_meta": ("llama_meta", lambda p: meta(p / "release")),
     "lingua": ("lingua", lambda p: lingua_consolidated(p / "folder", make.llama_state())),
     "torchtitan": ("torchtitan", lambda p: gpts.saved(p / "x.pt", titan_names())),
-    "torchtitan, fused": ("torchtitan", lambda p: gpts.saved(p / "x.pt", titan_fused())),
+    "torchtitan, fused": ("torchtitan", lambda p: gpts.saved(p / "x.pt", titan_fused(titan_names()))),
+    "torchtitan_qwen3": ("torchtitan_qwen3", lambda p: gpts.saved(p / "x.pt", titan_qwen3())),
     "torchtune_qwen3": ("torchtune_qwen3", lambda p: gpts.saved(p / "x.pt", tune("qwen3"))),
     "torchtune_qwen3, tied": ("torchtune_qwen3", lambda p: gpts.saved(p / "x.pt", tune("qwen3_tied"))),
     "torchtune_gemma2": ("torchtune_gemma2", lambda p: gpts.saved(p / "x.pt", tune("gemma2"))),
