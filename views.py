@@ -88,6 +88,7 @@ def planned(p: Prepared) -> dict[str, Any]:
         "nbytes": p.plan.nbytes,
         "dtype": p.plan.dtype,
         "config": p.config,
+        "deviations": p.dims.deviations,
         "steps": Each(describe_step, p.plan.steps),
         "problems": p.plan.problems,
     }
@@ -102,6 +103,8 @@ def show_plan(p: Prepared, *, reverse: bool) -> None:
     console = render.out()
     console.print(made)
     console.print(f"\n{_total_back(p) if reverse else _total(p)}")
+    if p.dims.deviations:
+        console.print(render.facts([("deviates", p.dims.deviations)]))
 
 
 def _total(p: Prepared) -> str:

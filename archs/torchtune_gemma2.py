@@ -60,6 +60,10 @@ def _caps(m: Measure) -> None:
         "instead, so its own logits differ, and those of weights that it trained long do so most"
     )
     m.set("softcap_of", kind=str, default=("logits", place), choices=("logits",))
+    m.deviation(
+        "served as Google's Gemma 2: torchtune's own logits differ, for it limits the last hidden state by 50 where "
+        "Gemma 2 limits the logits by 30, and attention scores by 30 where Gemma 2 has 50"
+    )
 
 
 def hf_config(d: Dims) -> dict[str, Any]:

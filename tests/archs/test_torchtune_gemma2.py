@@ -11,13 +11,14 @@ import torch
 from mdl.convert.prepare import Options, prepare
 from mdl.convert.run import convert
 from mdl.errors import MdlError
+from mdl.views import show_plan
 
 from ..torchtune_cases import CASES, IDS, eager_logits, nmse, options, prepared, state
 
 CASE = CASES["gemma2"]
 
 
-def test_where_torchtune_is_not_gemma_2_is_said_out_loud(tmp_path: Path) -> None:
+def test_where_torchtune_is_not_gemma_2_is_said_out_loud(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save(state(CASE), tmp_path / "x.pt")
 
     made = prepare(tmp_path / "x.pt", Options(given={"heads": "4"}))
@@ -26,6 +27,10 @@ def test_where_torchtune_is_not_gemma_2_is_said_out_loud(tmp_path: Path) -> None
     assert "30 for the scores and 50 at the end" in because["attention_softcap"]
     assert because["attention_softcap"] == because["logit_softcap"]
     assert "torchtune limits the last hidden state instead" in because["softcap_of"]
+    (deviation,) = made.dims.deviations
+    assert deviation.startswith("served as Google's Gemma 2: torchtune's own logits differ")
+    show_plan(made, reverse=False)
+    assert "deviates" in capsys.readouterr().out
     said = {key: made.config[key] for key in ("attn_logit_softcapping", "final_logit_softcapping", "sliding_window")}
     assert said == {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "sliding_window": 4096}
     assert made.config["layer_types"] == ["sliding_attention", "full_attention"]
