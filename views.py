@@ -89,6 +89,7 @@ def planned(p: Prepared) -> dict[str, Any]:
         "dtype": p.plan.dtype,
         "config": p.config,
         "notes": p.inventory.remarks,
+        "deviations": p.dims.deviations,
         "steps": Each(describe_step, p.plan.steps),
         "problems": p.plan.problems,
     }
@@ -105,6 +106,8 @@ def show_plan(p: Prepared, *, reverse: bool) -> None:
     console.print(f"\n{_total_back(p) if reverse else _total(p)}")
     for remark in p.inventory.remarks:
         console.print(render.text(remark))
+    if p.dims.deviations:
+        console.print(render.facts([("deviates", p.dims.deviations)]))
 
 
 def _total(p: Prepared) -> str:

@@ -69,10 +69,12 @@ class Dim:
 class Dims(Mapping[str, Value]):
     """Every size and semantic constant of one checkpoint, each with its provenance.
 
-    Reads as a mapping of plain values (``dims["heads"]``); the provenance is in :attr:`entries`.
+    Reads as a mapping of plain values (``dims["heads"]``); the provenance is in :attr:`entries`. ``deviations`` says in
+    sentences where what is served is not what the code that wrote the checkpoint computes.
     """
 
     entries: Mapping[str, Dim]
+    deviations: tuple[str, ...] = ()
 
     def __getitem__(self, name: str) -> Value:
         return self.entries[name].value
@@ -129,6 +131,7 @@ class Measure:
         self._entries: dict[str, Dim] = {}
         self._aliases: dict[str, str] = {}
         self._problems: list[Problem] = []
+        self._deviations: list[str] = []
 
     def __getitem__(self, name: str) -> Value:
         return self._entries[name].value if name in self._entries else None
@@ -136,6 +139,10 @@ class Measure:
     def problem(self, what: str, where: str = "", do: str = "") -> None:
         """Report something that makes the checkpoint unfit for this family."""
         self._problems.append(Problem(what, where or self.inventory.path, do))
+
+    def deviation(self, what: str) -> None:
+        """Say where what is served is not what the code that wrote the checkpoint computes: `mdl plan` shows it."""
+        self._deviations.append(what)
 
     def set(
         self,
@@ -198,7 +205,7 @@ class Measure:
             self._problems.append(Problem(f"--set {key}=…: this family has no such value", do=f"it has: {names}"))
         if self._problems:
             raise MdlError(Kind.INPUT, self._problems)
-        return Dims(self._entries)
+        return Dims(self._entries, tuple(self._deviations))
 
     def _from_user(self, name: str, keys: tuple[str, ...], kind: Callable[[str], Value]) -> Dim | None:
         said: dict[str, Dim] = {}

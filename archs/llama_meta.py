@@ -26,9 +26,9 @@ def detect(inv: Inventory) -> list[str]:
 
 
 def meta_names(inv: Inventory) -> bool:
-    """Whether the tensors carry the names that Meta's code and llama2.c share."""
+    """Whether the tensors carry the names that Meta's code and llama2.c share, which have no norms of q and k."""
     needed = ("tok_embeddings.weight", "norm.weight", "layers.0.attention.wq.weight", "layers.0.feed_forward.w1.weight")
-    return all(name in inv for name in needed)
+    return all(name in inv for name in needed) and "layers.0.attention.q_norm.weight" not in inv
 
 
 def params_of(inv: Inventory) -> dict[str, Any]:

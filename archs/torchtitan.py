@@ -24,6 +24,7 @@ _HEADS = (
     "torchtitan saves no hyperparameters; it is n_heads of the flavor in torchtitan/models/llama3/__init__.py: "
     "16 for debugmodel, 32 for 1B and 8B, 24 for 3B, 64 for 70B, 128 for 405B"
 )
+CONTEXT = "no tensor tells; it is training.seq_len of the job"
 _SCALED = (
     "torchtitan computes llama3 scaling always since October 2025 (v0.2.0), and none before; the names of these "
     "tensors are those of both"
@@ -33,9 +34,7 @@ _MIXTURE = "torchtitan's own scripts/checkpoint_conversion/convert_to_hf.py make
 
 def detect(inv: Inventory) -> list[str]:
     """torchtitan's names; its old ones are Meta's, and without any hyperparameters beside them mdl asks."""
-    if inv.ranks > 1 or not all(name in inv for name in _NEEDED):
-        return []
-    if f"{_ATT}q_norm.weight" in inv or any(lookup(inv.extras, key) is not None for key in ("params", "model_args")):
+    if not block_names(inv) or f"{_ATT}q_norm.weight" in inv:
         return []
     if f"{_ATT}qkv_linear.wq.weight" in inv or f"{_ATT}qkv_linear.wqkv.weight" in inv:
         return ["layers.N.attention.qkv_linear beside attention.wo and feed_forward.w1 is torchtitan's name"]
@@ -49,8 +48,28 @@ def detect(inv: Inventory) -> list[str]:
     return because
 
 
+def block_names(inv: Inventory) -> bool:
+    """Whether the tensors carry the names that torchtitan's dense decoders share, with nobody else's words beside."""
+    said = any(lookup(inv.extras, key) is not None for key in ("params", "model_args"))
+    return inv.ranks == 1 and not said and all(name in inv for name in _NEEDED)
+
+
 def dims(m: Measure) -> None:
     """Sizes from shapes; what all flavors agree on is said as such, and what no tensor tells is asked for."""
+    inv = m.inventory
+    block_sizes(m)
+    wo, freqs = inv.shape(f"{_ATT}wo.weight") or (0, 0), inv.shape("freqs_cis")
+    told = (wo[1] // (2 * freqs[1]), f"{wo[1]} columns of wo / 2 x {freqs[1]} columns of freqs_cis") if freqs else None
+    block_heads(m, told, _HEADS)
+    m.set("norm_eps", kind=float, default=(1e-5, "all of torchtitan's Llama 3 flavors"))
+    theta = "all of torchtitan's Llama 3 flavors; a flavor of your own that left it out has 10000"
+    m.set("rope_theta", kind=float, default=(500_000.0, theta))
+    m.set("context", shape=(freqs[0] if freqs else None, "rows of freqs_cis"), ask=CONTEXT)
+    _scaling(m)
+
+
+def block_sizes(m: Measure) -> None:
+    """Sizes that shapes tell, and which of its names torchtitan used: what the mapping and the forward go by."""
     inv = m.inventory
     vocab, width = inv.shape("tok_embeddings.weight") or (None, None)
     w1 = inv.shape("layers.0.feed_forward.w1.weight") or (None,)
@@ -59,20 +78,7 @@ def dims(m: Measure) -> None:
     m.set("vocab", shape=(vocab, "rows of tok_embeddings"))
     m.set("ffn", shape=(w1[0], "rows of feed_forward.w1"))
     if any(".moe." in name for name in inv.tensors):
-        m.problem("layers.N.moe: a mixture of experts, which is none of torchtitan's Llama 3", do=_MIXTURE)
-    _names(m)
-    _heads(m)
-    m.set("norm_eps", kind=float, default=(1e-5, "all of torchtitan's Llama 3 flavors"))
-    theta = "all of torchtitan's Llama 3 flavors; a flavor of your own that left it out has 10000"
-    m.set("rope_theta", kind=float, default=(500_000.0, theta))
-    freqs = inv.shape("freqs_cis") or (None,)
-    m.set("context", shape=(freqs[0], "rows of freqs_cis"), ask="no tensor tells; it is training.seq_len of the job")
-    _scaling(m)
-
-
-def _names(m: Measure) -> None:
-    """Which of its names torchtitan used: what the mapping and the forward go by."""
-    inv = m.inventory
+        m.problem("layers.N.moe: a mixture of experts, which this family is not", do=_MIXTURE)
     for flag, name in {"qkv_flat": "wq", "qkv_apart": "qkv_linear.wq", "qkv_fused": "qkv_linear.wqkv"}.items():
         there = f"{_ATT}{name}.weight" in inv
         m.set(flag, kind=boolean, shape=(there, f"{_ATT}{name}.weight is {'there' if there else 'not there'}"))
@@ -80,16 +86,14 @@ def _names(m: Measure) -> None:
     m.set("head_is_output", kind=boolean, shape=(old, f"output.weight is {'there' if old else 'not there'}"))
 
 
-def _heads(m: Measure) -> None:
-    """heads, head_dim, kv_heads. Where freqs_cis was saved, its columns tell the size of a head."""
-    inv = m.inventory
-    wo, freqs = inv.shape(f"{_ATT}wo.weight") or (0, 0), inv.shape("freqs_cis")
-    told = (wo[1] // (2 * freqs[1]), f"{wo[1]} columns of wo / 2 x {freqs[1]} columns of freqs_cis") if freqs else None
+def block_heads(m: Measure, told: tuple[int, str] | None, ask: str) -> None:
+    """heads, head_dim, kv_heads; ``told`` is the number of heads where another tensor tells it."""
+    inv, wo = m.inventory, m.inventory.shape(f"{_ATT}wo.weight") or (0, 0)
     if not m["qkv_fused"]:
         inside = "qkv_linear." if m["qkv_apart"] else ""
-        head_sizes(m, f"{_ATT}{inside}wq.weight", f"{_ATT}{inside}wk.weight", {}, shape=told, ask=_HEADS)
+        head_sizes(m, f"{_ATT}{inside}wq.weight", f"{_ATT}{inside}wk.weight", {}, shape=told, ask=ask)
         return
-    heads = m.set("heads", shape=told, ask=_HEADS)
+    heads = m.set("heads", shape=told, ask=ask)
     rows = (inv.shape(f"{_ATT}qkv_linear.wqkv.weight") or (0,))[0]
     for later in ("head_dim", "kv_heads"):
         m.unsettled(later)

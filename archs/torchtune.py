@@ -1,4 +1,4 @@
-"""torchtune's Llama 2, 3, 3.1, 3.2, 3.3, Code Llama, Mistral and Phi-3 under its own names (torchtune_model_N.pt)."""
+"""torchtune's Llama 2, 3, 3.1, 3.2, 3.3, Code Llama, Mistral, Phi-3 and Phi-4 under its own names."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from .mistral_inference import head_sizes
 
 _NEEDED = (
     "tok_embeddings.weight",
-    "norm.scale",
     "layers.0.attn.q_proj.weight",
     "layers.0.attn.output_proj.weight",
     "layers.0.sa_norm.scale",
@@ -39,6 +38,11 @@ _BUILDERS = {
     "llama3_3": _Builder(500_000.0, 131_072, 8.0),
     "mistral": _Builder(10_000.0, 32_768),
     "phi3": _Builder(10_000.0, 4096, interleaved=False),
+    "phi4": _Builder(10_000.0, 16_384, interleaved=False),
+}
+_THETAS = {
+    "code_llama2": "; its lora_ builders leave 10000",
+    "phi4": " leaves phi3's, although Microsoft trained Phi-4 with 250000: pass that for its weights untrained",
 }
 _ASK = (
     "the recipe's yaml names it under model._component_, as in torchtune.models.llama3_2.llama3_2_1b; torchtune gives "
@@ -56,9 +60,9 @@ def detect(inv: Inventory) -> list[str]:
     return because
 
 
-def native_names(inv: Inventory) -> bool:
-    """Whether the tensors carry the names that torchtune's decoders share."""
-    return inv.ranks == 1 and all(name in inv for name in _NEEDED)
+def native_names(inv: Inventory, last: str = "norm.scale") -> bool:
+    """Whether the tensors carry the names that torchtune's decoders share; ``last`` is the last norm."""
+    return inv.ranks == 1 and all(name in inv for name in (*_NEEDED, last))
 
 
 def native_sizes(m: Measure) -> None:
@@ -84,7 +88,7 @@ def dims(m: Measure) -> None:
             m.unsettled(later)
         return
     why = f"torchtune's {name} builder"
-    theta_why = f"{why}; its lora_ builders leave 10000" if name == "code_llama2" else why
+    theta_why = why + _THETAS.get(str(name), "")
     m.set("norm_eps", kind=float, default=(1e-5, why))
     m.set("rope_theta", kind=float, default=(builder.theta, theta_why))
     m.set("interleaved", kind=boolean, default=(builder.interleaved, f"{why} rotates neighbouring pairs or halves"))
@@ -111,6 +115,6 @@ ARCH = Arch(
     target="LlamaForCausalLM",
     detect=detect,
     dims=dims,
-    hf_config=hf_config,  # Mistral and Phi-3 without their windows, as torchtune has them, compute what Llama does
+    hf_config=hf_config,  # Mistral, Phi-3 and Phi-4 without windows, as torchtune has them, compute what Llama does
     eager="mdl.archs.eager.torchtune:build",
 )

@@ -14,7 +14,7 @@ _LLAMA_ONLY = ("attention_bias", "mlp_bias", "head_dim")
 
 def detect(inv: Inventory) -> list[str]:
     """torchtune's names, with biases of q, k and v: of its builders only Qwen2's have them."""
-    if not native_names(inv) or not all(name in inv for name in _BIASES):
+    if not native_names(inv) or not all(name in inv for name in _BIASES) or "layers.0.attn.q_norm.scale" in inv:
         return []
     return [
         "layers.N.attn.q_proj, sa_norm.scale and mlp.w1 are torchtune's names",

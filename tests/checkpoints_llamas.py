@@ -12,6 +12,7 @@ import torch.distributed.checkpoint as torch_dcp
 
 from . import servable
 from .checkpoints import State
+from .checkpoints_mistral import filled
 
 MODEL: dict[str, Any] = {
     "dim": 128, "n_layers": 2, "head_dim": None, "n_heads": 4, "n_kv_heads": 2, "ffn_dim_multiplier": None,
@@ -57,14 +58,30 @@ def titan_names(tied: bool = False) -> State:
     return {name.replace("output", "lm_head"): tensor for name, tensor in made.items()}
 
 
-def titan_fused() -> State:
+def titan_qwen3(tied: bool = False) -> State:
+    """Qwen3 under the names since April 2026: two layers, four heads of 64 and two key heads, width 128."""
+    shapes: dict[str, tuple[int, ...]] = {"tok_embeddings.weight": (96, 128)}
+    for i in range(2):
+        at = f"layers.{i}"
+        rows = {"wq": 256, "wk": 128, "wv": 128}
+        shapes |= {f"{at}.attention.qkv_linear.{w}.weight": (n, 128) for w, n in rows.items()}
+        shapes |= {f"{at}.attention.wo.weight": (128, 256)}
+        shapes |= {f"{at}.attention.{norm}.weight": (64,) for norm in ("q_norm", "k_norm")}
+        shapes |= {f"{at}.feed_forward.{w}.weight": (160, 128) for w in ("w1", "w3")}
+        shapes |= {f"{at}.feed_forward.w2.weight": (128, 160)}
+        shapes |= {f"{at}.{norm}.weight": (128,) for norm in ("attention_norm", "ffn_norm")}
+    made = filled({**shapes, "norm.weight": (128,), "lm_head.weight": (96, 128)})
+    return made | ({"lm_head.weight": made["tok_embeddings.weight"]} if tied else {})
+
+
+def titan_fused(state: State, size: int = 32) -> State:
     """Those of a job of spring 2026 with fused projections: [q q k v] for each of the two key heads."""
-    state = titan_names()
+    made = dict(state)
     for i in range(2):
         at = f"layers.{i}.attention.qkv_linear"
-        q, k, v = (state.pop(f"{at}.{w}.weight").unflatten(0, (2, -1, 32)) for w in ("wq", "wk", "wv"))
-        state[f"{at}.wqkv.weight"] = torch.cat([q, k, v], dim=1).flatten(0, 2)
-    return state
+        q, k, v = (made.pop(f"{at}.{w}.weight").unflatten(0, (2, -1, size)) for w in ("wq", "wk", "wv"))
+        made[f"{at}.wqkv.weight"] = torch.cat([q, k, v], dim=1).flatten(0, 2)
+    return made
 
 
 def titan(path: Path, state: State) -> Path:

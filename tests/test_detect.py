@@ -16,8 +16,8 @@ from mdl.convert.open import open_checkpoint
 from . import checkpoints as make
 from . import checkpoints_gemma as gemma
 from . import checkpoints_olmo as olmo
-from . import deepseeks, gpts, lit, mambas, megatron, neox, olmoes, opts, torch_gpts, xt
-from .checkpoints_llamas import lingua_consolidated, titan_fused, titan_names
+from . import deepseeks, gpts, lit, mambas, megatron, neox, olmoes, opts, torch_gpts, torchtune_cases, xt
+from .checkpoints_llamas import lingua_consolidated, titan_fused, titan_names, titan_qwen3
 
 
 def masked(state: make.State) -> make.State:
@@ -42,6 +42,11 @@ def meta(folder: Path) -> Path:
     """A Meta release of two ranks."""
     state = make.llama_state()
     return make.meta(folder, state, make.params(state), ranks=2)
+
+
+def tune(case: str) -> make.State:
+    """A state dict of torchtune's."""
+    return torchtune_cases.state(torchtune_cases.CASES[case])
 
 
 OWN: dict[str, tuple[str, Callable[[Path], Path]]] = {
@@ -86,6 +91,11 @@ OWN: dict[str, tuple[str, Callable[[Path], Path]]] = {
     "deepseek_inference": ("deepseek_inference", lambda p: deepseeks.saved(p / "folder", deepseeks.state(), 2)),
     "olmoe": ("olmoe", lambda p: olmoes.saved(p / "folder", olmoes.state())),
     "olmoe, bare": ("olmoe", lambda p: gpts.saved(p / "x.pt", olmoes.state())),
+    "torchtitan, fused": ("torchtitan", lambda p: gpts.saved(p / "x.pt", titan_fused(titan_names()))),
+    "torchtitan_qwen3": ("torchtitan_qwen3", lambda p: gpts.saved(p / "x.pt", titan_qwen3())),
+    "torchtune_qwen3": ("torchtune_qwen3", lambda p: gpts.saved(p / "x.pt", tune("qwen3"))),
+    "torchtune_qwen3, tied": ("torchtune_qwen3", lambda p: gpts.saved(p / "x.pt", tune("qwen3_tied"))),
+    "torchtune_gemma2": ("torchtune_gemma2", lambda p: gpts.saved(p / "x.pt", tune("gemma2"))),
     "huggingface": ("huggingface", lambda p: gpt2(p / "folder")),
 }
 

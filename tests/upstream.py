@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
@@ -169,7 +169,11 @@ def torchtune(builder: str) -> Any:
     """A component builder such as ``llama3_1:llama3_1``. Skips where torchtune is missing."""
     module, _, function = builder.partition(":")
     needs = "needs torchtune: pip install --no-deps torchtune"
-    with _without("torchao", "datasets", "omegaconf"):
+    absent = ("torchao", "datasets", "omegaconf")
+    if module == "qwen3":
+        needs = "needs a torchtune later than 0.6.1, which PyPI does not have: github.com/meta-pytorch/torchtune"
+        absent = (*absent, "torchvision")
+    with _without(*absent):
         code = pytest.importorskip(f"torchtune.models.{module}", reason=needs, exc_type=ImportError)
         return getattr(importlib.import_module(f"{code.__name__}._component_builders"), function)
 
@@ -195,33 +199,44 @@ _TITAN = ("distributed", "components", "hf_datasets", "trainer", "tools", "exper
 
 
 @cache
-def _titan() -> Any:
-    """torchtitan's models.llama3, without what trains it."""
+def _titan(family: str) -> Any:
+    """torchtitan's models.llama3 or models.qwen3, without what trains it."""
     needs = "needs torchtitan and spmd-types: pip install --no-deps torchtitan spmd-types"
     with _without("torchao", "torchdata", "tyro", *(f"torchtitan.{name}" for name in _TITAN)):
-        return pytest.importorskip("torchtitan.models.llama3", reason=needs, exc_type=ImportError)
+        return pytest.importorskip(f"torchtitan.models.{family}", reason=needs, exc_type=ImportError)
 
 
-def torchtitan(*, context: int, scaled: bool = True, tied: bool = False, fused: bool = True) -> Any:
-    """A Llama3Model of two layers, four heads and two key heads, width 128. Skips where torchtitan is missing.
-
-    Its attention is torchtitan's own class for scaled_dot_product_attention: flex attention needs a compiler.
-    """
-    code = _titan()
+def torchtitan(*, context: int, scaled: bool = True, tied: bool = False) -> Any:
+    """A Llama3Model of two layers, four heads and two key heads, width 128. Skips where torchtitan is missing."""
+    code = _titan("llama3")
     scaling = "llama" if scaled else "none"
     rope = code.ComplexRoPE.Config(dim=32, max_seq_len=context, theta=500_000.0, scaling=scaling)
+    norm = code.RMSNorm.Config(normalized_shape=128)
+    return _titan_model(code, code.Llama3Model, code._build_llama3_layers, norm=norm, rope=rope, tied=tied)
+
+
+def torchtitan_qwen3(*, context: int, tied: bool = False) -> Any:
+    """A Qwen3Model of the same sizes, but heads that are not width / 4. Skips where torchtitan is missing."""
+    code = _titan("qwen3")
+    rope = code.CosSinRoPE.Config(dim=64, max_seq_len=context, theta=1_000_000.0)
+    layers = partial(code._build_qwen3_layers, head_dim=64)
+    return _titan_model(code, code.Qwen3Model, layers, norm=code._qwen3_norm(128), rope=rope, tied=tied)
+
+
+def _titan_model(code: Any, model: Any, layers: Any, *, norm: Any, rope: Any, tied: bool) -> Any:
+    """The model, with torchtitan's own class for scaled_dot_product_attention: flex attention needs a compiler."""
     sizes = {"n_layers": 2, "dim": 128, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 160}
-    config = code.Llama3Model.Config(
+    config = model.Config(
         dim=128,
         vocab_size=96,
         enable_weight_tying=tied,
         tok_embeddings=code.Embedding.Config(num_embeddings=96, embedding_dim=128),
-        norm=code.RMSNorm.Config(normalized_shape=128),
+        norm=norm,
         lm_head=code.Linear.Config(in_features=128, out_features=96),
-        layers=code._build_llama3_layers(**sizes, fuse_qkv=fused, rope=rope, attn_backend="flex"),
+        layers=layers(**sizes, rope=rope, attn_backend="flex"),
     )
-    model = code.Llama3Model(config).eval()
+    made = model(config).eval()
     attention = importlib.import_module("torchtitan.models.common.attention").ScaledDotProductAttention
-    for layer in model.layers.values():
+    for layer in made.layers.values():
         layer.attention.inner_attention = attention(attention.Config())
-    return model
+    return made

@@ -17,8 +17,8 @@ from torch.nn import functional
 from ...errors import input_error
 from ..base import Value
 from .litgpt import RMSNorm
-from .llama_meta import attend, softcap
-from .parts import Embedding, Linear, TiedHead, take
+from .llama_meta import attend
+from .parts import Embedding, Linear, TiedHead, softcap, take
 from .rotary import Rotary, rotary_table, rotate_halves
 
 _INTEGERS = (
@@ -150,7 +150,7 @@ class Attention(nn.Module):
         if self.normed:
             q, k = self.query_norm(q), self.key_norm(k)
         q, k = rotate_halves(q, cos, sin), rotate_halves(k, cos, sin)
-        return self.o_proj(attend(q, k, v, self.window, self.scalar, self.cap))
+        return self.o_proj(attend(q, k, v, self.window, scalar=self.scalar, cap=self.cap))
 
 
 class FeedForward(nn.Module):

@@ -17,8 +17,7 @@ from torch.nn import functional
 
 from ...errors import input_error
 from ..base import Value
-from .llama_meta import softcap
-from .parts import Embedding, Linear, TiedHead, take
+from .parts import Embedding, Linear, TiedHead, softcap, take
 from .rotary import Scaling, stretched
 
 Sizes = Mapping[str, Any]

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from ...errors import input_error
 from ..base import Value
-from .parts import Embedding, Linear, TiedHead, take
+from .parts import Embedding, Linear, TiedHead, softcap, take
 from .rotary import Rotary, Scaling, rotary_table, rotate
 
 
@@ -195,11 +195,11 @@ class Attention(nn.Module):
         return self.wo(attend(rotate(q, cos, sin), rotate(k, cos, sin), v, self.window))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, window: int = 0, scalar: float = 0.0, cap: float = 0.0) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, window: int = 0, *, scalar: float = 0.0, cap: float = 0.0) -> Tensor:
     """Causal softmax(q k^T / sqrt(D)) v of rotated q [B, T, H, D] and of k, v [B, T, K, D], as [B, T, H·D].
 
     A query sees the last ``window`` positions, its own included; all before it where that is 0. ``scalar`` stands in
-    the place of D where it is not 0, and scores s become ``cap · tanh(s / cap)`` where ``cap`` is not 0.
+    D's place where it is not 0, and ``cap`` limits the scores where it is not.
     """
     group = q.shape[2] // k.shape[2]
     q, k, v = q.transpose(1, 2), *(t.transpose(1, 2).repeat_interleave(group, dim=1) for t in (k, v))  # [B, H, T, D]
@@ -208,11 +208,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, window: int = 0, scalar: float = 0.0
     unseen = every.triu(1) | every.tril(-window) if window else every.triu(1)
     scores = scores.masked_fill_(unseen, -math.inf).to(torch.promote_types(q.dtype, torch.float32))
     return (scores.softmax(dim=-1).to(q.dtype) @ v).transpose(1, 2).flatten(-2)
-
-
-def softcap(x: Tensor, limit: float) -> Tensor:
-    """``limit · tanh(x / limit)``; x itself where the limit is 0."""
-    return torch.tanh(x / limit) * limit if limit else x
 
 
 class FeedForward(nn.Module):

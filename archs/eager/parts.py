@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -48,3 +49,8 @@ class TiedHead(nn.Module):
     def forward(self, x: Tensor, weight: Tensor) -> Tensor:
         """Hidden states [B, T, C] and the embedding [V, C] to logits [B, T, V]."""
         return functional.linear(x, weight)
+
+
+def softcap(x: Tensor, limit: float) -> Tensor:
+    """``limit · tanh(x / limit)``; 0 for no limit."""
+    return torch.tanh(x / limit) * limit if limit else x

@@ -1,12 +1,13 @@
-"""torchtitan's Llama 3 under each of the names that it had: Meta's forward, with torch's own RMSNorm.
+"""torchtitan's Llama 3 and Qwen3 under each of the names that they had: Meta's forward, with torch's own RMSNorm.
 
-Sources: pytorch/torchtitan, models/llama3/model/model.py of v0.2.2; models/llama3/model.py and
-models/common/{attention,rope,decoder}.py since.
+Sources: pytorch/torchtitan, models/{llama3,qwen3}/model/model.py of v0.2.2; models/{llama3,qwen3}/model.py and
+models/common/{attention,rope,decoder}.py since. Qwen3 norms each head of q and k, and rotates halves.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -16,48 +17,79 @@ from ..base import Value
 from .llama_meta import Block as MetaBlock
 from .llama_meta import Sizes, Transformer, attend, sizes_of
 from .parts import Linear, take
-from .rotary import rotate
+from .rotary import rotate, rotate_halves
+
+
+@dataclass(frozen=True)
+class Style:
+    """Where q, k and v come from, and which model it is."""
+
+    flat: bool
+    fused: bool
+    qwen: bool
 
 
 def build(dims: Mapping[str, Value]) -> nn.Module:
-    """The model without weights: token ids [B, T] to logits [B, T, V]. Raises MdlError (INPUT)."""
+    """Llama 3 without weights: token ids [B, T] to logits [B, T, V]. Raises MdlError (INPUT)."""
+    return _assemble(dims, qwen=False)
+
+
+def build_qwen3(dims: Mapping[str, Value]) -> nn.Module:
+    """Qwen3 without weights: token ids [B, T] to logits [B, T, V]. Raises MdlError (INPUT)."""
+    return _assemble(dims, qwen=True)
+
+
+def _assemble(dims: Mapping[str, Value], *, qwen: bool) -> nn.Module:
     sizes = sizes_of(dims)
-    fused = take(dims, "qkv_fused", bool)
-    block = Block if take(dims, "qkv_flat", bool) else partial(LinearBlock, fused=fused)
+    style = Style(take(dims, "qkv_flat", bool), take(dims, "qkv_fused", bool), qwen)
     head = "output" if take(dims, "head_is_output", bool) else "lm_head"
     with torch.device("meta"):  # no memory for weights that are replaced anyway
-        return Transformer(sizes, block, nn.RMSNorm(sizes.hidden, sizes.norm_eps), head).eval()
+        norm = nn.RMSNorm(sizes.hidden, sizes.norm_eps)
+        return Transformer(sizes, partial(Block, style=style), norm, head).eval()
 
 
 class Block(MetaBlock):
     """Attention and MLP, each on the normalised stream, each added to it."""
 
-    def __init__(self, sizes: Sizes) -> None:
+    def __init__(self, sizes: Sizes, *, style: Style) -> None:
         super().__init__(sizes)
+        self.attention = Attention(sizes, style)
         self.attention_norm = nn.RMSNorm(sizes.hidden, sizes.norm_eps)
         self.ffn_norm = nn.RMSNorm(sizes.hidden, sizes.norm_eps)
-
-
-class LinearBlock(Block):
-    """The same with q, k and v in a module of their own."""
-
-    def __init__(self, sizes: Sizes, *, fused: bool) -> None:
-        super().__init__(sizes)
-        self.attention = Attention(sizes, fused=fused)
 
 
 class Attention(nn.Module):
     """Causal self-attention; query head h reads key/value head h // (H / K)."""
 
-    def __init__(self, sizes: Sizes, *, fused: bool) -> None:
+    def __init__(self, sizes: Sizes, style: Style) -> None:
         super().__init__()
-        self.qkv_linear = Fused(sizes) if fused else Apart(sizes)
+        self.flat, self.head_dim = style.flat, sizes.head_dim
+        if style.flat:
+            add_apart(self, sizes)
+        else:
+            self.qkv_linear = Fused(sizes) if style.fused else Apart(sizes)
         self.wo = Linear(sizes.heads * sizes.head_dim, sizes.hidden, bias=False)
+        self.rotate = rotate_halves if style.qwen else rotate
+        self.q_norm, self.k_norm = (
+            nn.RMSNorm(sizes.head_dim, sizes.norm_eps) if style.qwen else nn.Identity() for _ in range(2)
+        )
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Hidden states [B, T, C] and the rotary table [T, D/2] to hidden states."""
-        q, k, v = self.qkv_linear(x)
-        return self.wo(attend(rotate(q, cos, sin), rotate(k, cos, sin), v))
+        q, k, v = apart(self, self.head_dim, x) if self.flat else self.qkv_linear(x)
+        q, k = self.rotate(self.q_norm(q), cos, sin), self.rotate(self.k_norm(k), cos, sin)
+        return self.wo(attend(q, k, v))
+
+
+def add_apart(holder: nn.Module, sizes: Sizes) -> None:
+    """Give a module one matrix each for queries, keys and values."""
+    for name, heads in {"wq": sizes.heads, "wk": sizes.kv_heads, "wv": sizes.kv_heads}.items():
+        holder.add_module(name, Linear(sizes.hidden, heads * sizes.head_dim, bias=False))
+
+
+def apart(holder: nn.Module, head_dim: int, x: Tensor) -> tuple[Tensor, ...]:
+    """Hidden states [B, T, C] to q [B, T, H, D], k and v [B, T, K, D], by the matrices of that module."""
+    return tuple(holder.get_submodule(name)(x).unflatten(-1, (-1, head_dim)) for name in ("wq", "wk", "wv"))
 
 
 class Apart(nn.Module):
@@ -66,13 +98,11 @@ class Apart(nn.Module):
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
         self.head_dim = sizes.head_dim
-        self.wq = Linear(sizes.hidden, sizes.heads * sizes.head_dim, bias=False)
-        self.wk = Linear(sizes.hidden, sizes.kv_heads * sizes.head_dim, bias=False)
-        self.wv = Linear(sizes.hidden, sizes.kv_heads * sizes.head_dim, bias=False)
+        add_apart(self, sizes)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Hidden states [B, T, C] to q [B, T, H, D], k and v [B, T, K, D]."""
-        return tuple(w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
+        return apart(self, self.head_dim, x)
 
 
 class Fused(nn.Module):

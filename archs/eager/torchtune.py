@@ -1,8 +1,9 @@
-"""torchtune's decoders on their own names: Llama's forward with options for Qwen2 and Gemma.
+"""torchtune's decoders on their own names: Llama's forward with options for Qwen2, Qwen3 and Gemma.
 
-Sources: meta-pytorch/torchtune 0.6.1, models/*/_component_builders.py and modules/{transformer,attention}.py. Llama and
-Mistral rotate neighbouring pairs of channels, Phi-3 and Qwen2 halves. Gemma multiplies embeddings by sqrt(C), its norms
-by 1 + scale, and its activation is the tanh form of GELU.
+Sources: meta-pytorch/torchtune 0.6.1 and, for Qwen3, bd2a0fc, models/*/_component_builders.py and
+modules/{transformer,attention}.py. Llama and Mistral rotate neighbouring pairs of channels, Phi-3 and Qwen halves.
+Qwen3 norms each head of q and k before that. Gemma multiplies embeddings by sqrt(C), its norms by 1 + scale, and its
+activation is the tanh form of GELU.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ class Style:
     interleaved: bool
     bias: bool = False
     gemma: bool = False
+    qk_norm: bool = False
 
 
 def build(dims: Mapping[str, Value]) -> nn.Module:
@@ -38,6 +40,11 @@ def build(dims: Mapping[str, Value]) -> nn.Module:
 def build_qwen2(dims: Mapping[str, Value]) -> nn.Module:
     """Qwen2 and Qwen2.5 without weights: token ids [B, T] to logits [B, T, V]. Raises MdlError (INPUT)."""
     return _assemble(dims, Style(interleaved=False, bias=True))
+
+
+def build_qwen3(dims: Mapping[str, Value]) -> nn.Module:
+    """Qwen3 without weights: token ids [B, T] to logits [B, T, V]. Raises MdlError (INPUT)."""
+    return _assemble(dims, Style(interleaved=False, qk_norm=True))
 
 
 def build_gemma(dims: Mapping[str, Value]) -> nn.Module:
@@ -55,7 +62,7 @@ class Decoder(Transformer):
     """The whole model."""
 
     def __init__(self, sizes: Sizes, style: Style) -> None:
-        super().__init__(sizes, partial(Block, style=style), Norm(sizes, style))
+        super().__init__(sizes, partial(Block, style=style), Norm(sizes.hidden, sizes, style))
         self.scale = sizes.hidden**0.5 if style.gemma else None
 
     def embedded(self, ids: Tensor) -> Tensor:
@@ -67,13 +74,13 @@ class Decoder(Transformer):
 class Norm(nn.Module):
     """Division by the root mean square, times the scale, in float32 at least; Gemma's scale is stored less 1."""
 
-    def __init__(self, sizes: Sizes, style: Style) -> None:
+    def __init__(self, width: int, sizes: Sizes, style: Style) -> None:
         super().__init__()
         self.eps, self.offset = sizes.norm_eps, 1.0 if style.gemma else 0.0
-        self.scale = nn.Parameter(torch.empty(sizes.hidden))
+        self.scale = nn.Parameter(torch.empty(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Hidden states [B, T, C] to the same shape."""
+        """Hidden states [..., C] to the same shape."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
         return (normed * (self.offset + self.scale.to(wide.dtype))).to(x.dtype)
@@ -87,8 +94,8 @@ class Block(nn.Module):
         self.attn = Attention(sizes, style)
         activation = partial(functional.gelu, approximate="tanh") if style.gemma else functional.silu
         self.mlp = FeedForward(sizes.hidden, sizes.ffn, activation)
-        self.sa_norm = Norm(sizes, style)
-        self.mlp_norm = Norm(sizes, style)
+        self.sa_norm = Norm(sizes.hidden, sizes, style)
+        self.mlp_norm = Norm(sizes.hidden, sizes, style)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Hidden states [B, T, C] and the rotary table [T, D/2] to hidden states."""
@@ -107,8 +114,16 @@ class Attention(nn.Module):
         self.k_proj = Linear(sizes.hidden, sizes.kv_heads * sizes.head_dim, bias=style.bias)
         self.v_proj = Linear(sizes.hidden, sizes.kv_heads * sizes.head_dim, bias=style.bias)
         self.output_proj = Linear(sizes.heads * sizes.head_dim, sizes.hidden, bias=False)
+        self.q_norm, self.k_norm = (
+            Norm(sizes.head_dim, sizes, style) if style.qk_norm else nn.Identity() for _ in range(2)
+        )
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Hidden states [B, T, C] and the rotary table [T, D/2] to hidden states."""
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.q_proj, self.k_proj, self.v_proj))
-        return self.output_proj(attend(self.rotate(q, cos, sin), self.rotate(k, cos, sin), v))
+        q, k = self.rotate(self.q_norm(q), cos, sin), self.rotate(self.k_norm(k), cos, sin)
+        return self.output_proj(self.mixed(q, k, v))
+
+    def mixed(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Rotated q [B, T, H, D] and k, v [B, T, K, D] to what the heads gather [B, T, H·D]."""
+        return attend(q, k, v)

@@ -44,7 +44,7 @@ def case(name: str) -> Case:
         "v0.2": lambda: Case(servable.llama_state(), {**heads, "rope_scaling": "llama3"}, scaled=True),
         "v0.3": lambda: Case(titan_names(), heads, scaled=True),
         "v0.3, tied": lambda: Case(titan_names(tied=True), heads, scaled=True),
-        "fused": lambda: Case(titan_fused(), heads, scaled=True),
+        "fused": lambda: Case(titan_fused(titan_names()), heads, scaled=True),
     }[name]()
 
 
@@ -106,7 +106,7 @@ def test_what_no_tensor_tells_is_asked_for(tmp_path: Path) -> None:
     with pytest.raises(MdlError, match=r"3 heads do not fit layers.0.attention.qkv_linear.wq.weight"):
         prepare(new, Options(given={"heads": "3", "context": "64"}))
     with pytest.raises(MdlError, match="6 heads do not fit wqkv with 256 rows and wo with 128 columns"):
-        prepare(titan(tmp_path / "fused", titan_fused()), Options(given={"heads": "6", "context": "64"}))
+        prepare(titan(tmp_path / "fused", titan_fused(titan_names())), Options(given={"heads": "6", "context": "64"}))
 
 
 def test_the_table_of_angles_tells_what_nothing_else_does(tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_our_forward_is_that_of_torchtitan(name: str, tmp_path: Path) -> None:
 
     assert {key: t.shape for key, t in model.state_dict().items()} == {key: t.shape for key, t in split.items()}
     on_disk = "layers.1.attention.qkv_linear.wqkv.weight"
-    assert make.bits(dict(model.named_parameters())[on_disk]) == make.bits(titan_fused()[on_disk])
+    assert make.bits(dict(model.named_parameters())[on_disk]) == make.bits(titan_fused(titan_names())[on_disk])
     assert nmse(eager_logits(made, now.state), theirs) < LIMIT
     assert nmse(eager_logits(made, now.state, rope_theta=10_000.0), theirs) > 1e-3
     assert nmse(eager_logits(made, now.state, norm_eps=1e-3), theirs) > 1e-8

@@ -38,6 +38,14 @@ def test_the_factor_of_llama_3_2_is_said_out_loud(tmp_path: Path) -> None:
     assert prepared(CASES["llama3_2"], tmp_path / "x.pt", rope_factor="8").dims["rope_factor"] == 8.0
 
 
+def test_the_theta_of_phi_4_is_said_out_loud(tmp_path: Path) -> None:
+    torch.save(state(CASES["phi4"]), tmp_path / "x.pt")
+
+    dim = prepared(CASES["phi4"], tmp_path / "x.pt").dims.entries["rope_theta"]
+
+    assert (dim.value, "Microsoft trained Phi-4 with 250000" in dim.because) == (10_000.0, True)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_from_the_checkpoint_to_the_layout_and_back(name: str, tmp_path: Path) -> None:
     check_round_trip(CASES[name], tmp_path)
@@ -49,6 +57,6 @@ def test_our_forward_is_that_of_torchtune(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("name", ["llama3_2", "qwen2", "gemma"])
+@pytest.mark.parametrize("name", ["llama3_2", "qwen2", "gemma", "phi4", "qwen3", "gemma2"])
 def test_vllm_computes_the_same(name: str, tmp_path: Path, engine: Engine) -> None:
     check_vllm(CASES[name], tmp_path, engine)
