@@ -58,6 +58,7 @@ OWN: dict[str, tuple[str, Callable[[Path], Path]]] = {
     "ng_video_lecture": ("ng_video_lecture", lambda p: gpts.saved(p / "x.pt", gpts.lecture(head_bias=True))),
     **{f"gemma_pytorch, {n}": ("gemma_pytorch", lambda p, n=n: gemma.checkpoint(p / "x.ckpt", n)) for n in (1, 2, 3)},
     **{f"olmo_core, {case}": ("olmo_core", lambda p, case=case: olmo.core(p / "step", case)) for case in olmo.CORE},
+    **{f"olmo, {case}": ("olmo", lambda p, case=case: olmo.old(p / "x", case) / "model.pt") for case in olmo.OLD},
     "litgpt": ("litgpt", lambda p: lit.checkpoint(p / "folder", "llama")),
     "llama2c": ("llama2c", lambda p: make.llama2c(p / "x.pt")),
     "llama_meta": ("llama_meta", lambda p: meta(p / "release")),

@@ -114,6 +114,13 @@ class _Absent:
 
     recoverable_errors: tuple[type[Exception], ...] = ()  # what OLMo-core reads of a client for S3
 
+    def __init__(self, *_: Any, **__: Any) -> None:
+        """Whatever it is told."""
+
+    def __call__(self, function: Any) -> Any:
+        """As a decorator it decorates nothing."""
+        return function
+
 
 class _AbsentModule(ModuleType):
     """A package that only training needs: its functions decorate nothing, its classes are empty."""
@@ -177,3 +184,10 @@ def olmo_core() -> OlmoCore:
         code = pytest.importorskip("olmo_core.nn.transformer", reason=needs, exc_type=ImportError)
         saved = importlib.import_module("olmo_core.distributed.checkpoint")
     return OlmoCore(code.TransformerConfig, saved.save_state_dict)
+
+
+def olmo() -> Any:
+    """OLMo's model module. Skips where it is missing."""
+    needs = "needs OLMo: pip install --no-deps ai2-olmo"
+    with _without("cached_path", "boto3", "botocore", "google", "omegaconf", "datasets", "importlib_resources"):
+        return pytest.importorskip("olmo.model", reason=needs, exc_type=ImportError)
