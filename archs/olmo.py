@@ -139,7 +139,7 @@ def _choose(m: Measure) -> None:
 def hf_config(d: Dims) -> dict[str, Any]:
     """config.json of the class that ``target`` names."""
     name = str(d["target"])
-    config = {
+    config: dict[str, Any] = {
         "architectures": [f"{name}ForCausalLM"],
         "model_type": name.lower(),
         **decoder_config(d, {"rope_type": "default", "rope_theta": d["rope_theta"]}),
