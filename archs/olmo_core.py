@@ -107,7 +107,7 @@ def _constants(m: Measure, found: Described, *, known: bool) -> None:
 
 def _without_config(m: Measure, found: Described) -> None:
     """One rotation and one cycle of windows, from the user, in the place of those in config.json."""
-    layers = m["layers"] if isinstance(m["layers"], int) else 0
+    layers = m.inventory.count("blocks.{}.attention_norm.weight")
     ask = f"{_MISSING}; 0 for none, 4096 for OLMo 3, where each fourth layer and the last see all positions"
     window = m.set("sliding_window", ask=ask)
     size = window if isinstance(window, int) else 0

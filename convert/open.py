@@ -255,6 +255,7 @@ def _group_of_folder(path: Path, notes: list[str]) -> _Group:
         return _Group(zero3.UNIVERSAL, tuple(universal.values()), parted=zero3.UNIVERSAL)
     beside = [file.name for file in files if file.suffix in _STATE_SUFFIXES and _NOT_WEIGHTS.match(file.name)]
     beside += optimizer_states([file.name for file in files], str(path))
+    beside += [file.name for file in files if file.name == "train.pt" and path / "model.pt" in files]  # OLMo's trainer
     notes.extend(f"{name}: not touched (training state, by its name)" for name in beside)
     groups = _gather([file for file in files if file.name not in beside and not file.name.startswith(".")])
     groups += [_distributed(path)] if distributed else []

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from .checkpoints import State
 
@@ -138,3 +139,70 @@ def core(step: Path, case: str, tensors: State | None = None) -> Path:
         warnings.simplefilter("ignore")  # one process is all there is
         dcp.save({"model": model, "optim": moments}, checkpoint_id=step / "model_and_optim")
     return step
+
+
+OLD: dict[str, dict[str, Any]] = {
+    "olmo1": {"layer_norm_type": "default", "layer_norm_with_affine": False},
+    "olmo1_clipped": {
+        "layer_norm_type": "low_precision",
+        "layer_norm_with_affine": False,
+        "clip_qkv": 1.5,
+        "n_kv_heads": 4,
+        "weight_tying": False,
+    },
+    "olmo2": {
+        "layer_norm_type": "rms",
+        "norm_after": True,
+        "attention_layer_norm": True,
+        "layer_norm_eps": 1e-6,
+        "rope_theta": 500000,
+        "weight_tying": False,
+    },
+    "rms": {"layer_norm_type": "rms", "weight_tying": False},
+}
+"""Case of OLMo's own code base → the fields of its ModelConfig beside those of :func:`old_config`."""
+
+
+def old_config(case: str) -> dict[str, Any]:
+    """The model section of config.yaml."""
+    sizes = {"d_model": 128, "n_heads": 4, "n_kv_heads": 2, "n_layers": 2, "mlp_hidden_size": 320}
+    sizes |= {"vocab_size": 90, "embedding_size": 96, "max_sequence_length": 256}
+    plain = {"include_bias": False, "bias_for_layer_norm": False, "rope": True, "activation_type": "swiglu"}
+    drops = dict.fromkeys(("attention_dropout", "residual_dropout", "embedding_dropout"), 0.0)
+    return {**sizes, **plain, **drops, "block_type": "sequential", "weight_tying": True, **OLD[case]}
+
+
+def old_shapes(case: str) -> dict[str, tuple[int, ...]]:
+    """What its OLMo holds, in the order of its state dict."""
+    c = old_config(case)
+    kv, affine = 32 * c["n_kv_heads"], c.get("layer_norm_with_affine", True)
+    made: dict[str, tuple[int, ...]] = {"transformer.wte.weight": (96, 128)}
+    if affine:
+        made["transformer.ln_f.weight"] = (128,)
+    for i in range(2):
+        at = f"transformer.blocks.{i}"
+        if c.get("attention_layer_norm"):
+            made |= {f"{at}.k_norm.weight": (kv,), f"{at}.q_norm.weight": (128,)}
+        made |= {f"{at}.attn_out.weight": (128, 128), f"{at}.ff_out.weight": (128, 160)}
+        made |= {f"{at}.att_proj.weight": (128 + 2 * kv, 128), f"{at}.ff_proj.weight": (320, 128)}
+        if affine:
+            made |= {f"{at}.attn_norm.weight": (128,), f"{at}.ff_norm.weight": (128,)}
+    return made | ({} if c["weight_tying"] else {"transformer.ff_out.weight": (96, 128)})
+
+
+def old_state(case: str) -> State:
+    """The state dict of a case."""
+    return filled(old_shapes(case), seed=13)
+
+
+def old(folder: Path, case: str, **changed: Any) -> Path:
+    """A whole unsharded folder: model.pt, and config.yaml of the run; None leaves a field out."""
+    folder.mkdir(parents=True)
+    torch.save(old_state(case), folder / "model.pt")
+    torch.save({"state": {}}, folder / "optim.pt")
+    torch.save({"epoch": 0, "global_step": 10}, folder / "train.pt")
+    model = {key: value for key, value in {**old_config(case), **changed}.items() if value is not None}
+    tokenizer = {"identifier": "tokenizers/allenai_gpt-neox-olmo-dolma-v1_5.json"}
+    text = yaml.safe_dump({"run_name": "tiny", "seed": 6198, "model": model, "tokenizer": tokenizer})
+    (folder / "config.yaml").write_text(text)
+    return folder

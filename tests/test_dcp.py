@@ -233,6 +233,26 @@ def test_lightning_puts_settings_into_a_file_beside(tmp_path: Path) -> None:
     assert found.tensors.keys() == {"a.w", "b.w"}
 
 
+def test_the_folder_around_one_gives_its_settings(tmp_path: Path) -> None:
+    """As trainers save: the weights in a folder of their own, the optimizer in another, settings above both."""
+    above = tmp_path / "checkpoint-10"
+    saved({"model": {"a.w": torch.ones(2)}}, above / "weights_0")
+    saved({"a.w": torch.zeros(2)}, above / "optimizer_0")
+    (above / "config.json").write_text('{"seen": 1}')
+    (above / "tokenizer.json").write_text("{}")
+
+    for given in (above, above / "weights_0", above / "weights_0/.metadata"):
+        found = open_checkpoint(given)
+        assert (found.sidecars, found.tokenizers) == ({"config": {"seen": 1}}, (str(above / "tokenizer.json"),))
+    assert "the weights are those of the folder weights_0" in open_checkpoint(above).notes
+    same_values(inventory(above), {"a.w": torch.ones(2)})
+
+    (above / "weights_0/config.json").write_text('{"seen": 2}')
+    assert open_checkpoint(above).sidecars == {"config": {"seen": 2}}
+    saved({"model": {"a.w": torch.ones(2)}}, above / "more")
+    assert "it has the folders more, optimizer_0, weights_0" in refusal(above)
+
+
 def test_a_half_copied_folder_says_what_is_missing(tmp_path: Path) -> None:
     folder = saved({"model": make.nanogpt_state()}, tmp_path / "x")
     data = (folder / "__0_0.distcp").read_bytes()

@@ -115,6 +115,13 @@ class _Absent:
 
     recoverable_errors: tuple[type[Exception], ...] = ()  # what OLMo-core reads of a client for S3
 
+    def __init__(self, *_: Any, **__: Any) -> None:
+        """Whatever it is told."""
+
+    def __call__(self, function: Any) -> Any:
+        """As a decorator it decorates nothing."""
+        return function
+
 
 class _Anything:
     """Stands for a function or an object of such a package: it decorates nothing, and its attributes are like it."""
@@ -240,3 +247,10 @@ def _titan_model(code: Any, model: Any, layers: Any, *, norm: Any, rope: Any, ti
     for layer in made.layers.values():
         layer.attention.inner_attention = attention(attention.Config())
     return made
+
+
+def olmo() -> Any:
+    """OLMo's model module. Skips where it is missing."""
+    needs = "needs OLMo: pip install --no-deps ai2-olmo"
+    with _without("cached_path", "boto3", "botocore", "google", "omegaconf", "datasets", "importlib_resources"):
+        return pytest.importorskip("olmo.model", reason=needs, exc_type=ImportError)

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from ..base import Dims, Inventory, Measure, Value
 
-Table = Mapping[str, Any]
+Table = Mapping[Any, Any]
 _NORMS = ("rms", "fused_rms", "cute_rms", "qwen_rms")
 _MODEL = {"embed_scale": (None, 1, 1.0), "embedding_norm": (None,), "block_pattern": (None,), "name": (None, "default")}
 _BLOCK = {"attention_residual_alpha": (None, 1, 1.0), "feed_forward_residual_alpha": (None, 1, 1.0)}
@@ -64,7 +64,7 @@ def describe(model: Table, layers: int) -> Described:
     base, overrides = _table(model.get("block")), _table(model.get("block_overrides"))
     _differs(found, "model", model, _MODEL)
     for i in range(layers):
-        block = _table(overrides.get(str(i))) or base
+        block = _table(overrides.get(str(i), overrides.get(i))) or base  # JSON has no numbers as keys
         attention = attention_of(block)
         found.blocks.append(block)
         found.windows.append(_window(_table(attention.get("sliding_window")), i, layers))
