@@ -289,8 +289,9 @@ def _typed(value: Any, kind: Callable[[str], Value]) -> Value:
             return None
     if kind is float and type(value) is int:
         value = float(value)
-    fits = type(value) is expected and (expected is not float or math.isfinite(value))
-    return value if fits else None
+    if type(value) is not expected or (isinstance(value, float) and not math.isfinite(value)):
+        return None
+    return value
 
 
 def _json_or_text(text: str) -> Value:

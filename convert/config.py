@@ -29,7 +29,7 @@ def write_configs(
     ids = dict(zip(TOKEN_IDS, (tokenizer.bos, tokenizer.eos, tokenizer.pad), strict=True))
     ids |= {key: config[key] for key in ids if config.get(key) is not None}
     _dump(out / "config.json", {**config, **ids})
-    known = {key: value for key, value in ids.items() if value is not None}
+    known: dict[str, Any] = {key: value for key, value in ids.items() if value is not None}
     if tokenizer.stops:
         known["eos_token_id"] = list(tokenizer.stops)
     given = {key: value for key, value in (generation or {}).items() if key != "transformers_version"}

@@ -113,7 +113,7 @@ def choose_tokenizer(checkpoint: Checkpoint, given: str | None) -> tuple[str, tu
     if len(found) > 1 and not ready and not is_pair(found):
         what = f"several tokenizers lie beside the checkpoint: {', '.join(found)}"
         raise input_error(what, checkpoint.path, "choose one with --tokenizer PATH")
-    only = (ready or found)[0]
+    only = next(iter(ready or found))
     others = [Path(file).name for file in found if file != only]
     left = f"; it is ready, so {', '.join(others)} beside it was not read" if ready and others else ""
     return only, (f"tokenizer: {Path(only).name}, found beside the checkpoint{left}",)

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from ..errors import input_error
 
-RANK = re.compile(r"(consolidated\.|reshard(?:_no_os)?-model_part-|model)(\d+)(\.pth?|-mp(\d+)\.safetensors)")
-"""Meta's names, metaseq's, and those of DeepSeek's inference code, which say how many files there are."""
+RANK = re.compile(r"(consolidated\.|reshard(?:_no_os)?-model_part-|model)(\d+)(\.pth?|-mp(\d+)\.(?:safetensors|pt))")
+"""Meta's names, metaseq's, and those of DeepSeek's inference code, which say how many files there are; as .pt those
+come from `mdl export`."""
 MAX_RANKS = 1000
 
 

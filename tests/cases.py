@@ -19,7 +19,21 @@ from . import checkpoints_gemma as gemma
 from . import checkpoints_llamas as llamas
 from . import checkpoints_mistral as mistral
 from . import checkpoints_olmo as olmo
-from . import gpts, hf, lit, mambas, megatron, neox, olmoes, opts, servable, torchtune_cases
+from . import (
+    deepseeks,
+    gpts,
+    hf,
+    lit,
+    mambas,
+    megatron,
+    neox,
+    olmoes,
+    opts,
+    servable,
+    torch_gpts,
+    torchtune_cases,
+    xt,
+)
 from .containers import CONTAINERS, taken_apart
 
 
@@ -133,6 +147,28 @@ def _researchers() -> Iterator[Case]:
     yield Case("olmoe", "stacks of megablocks", lambda p: olmoes.saved(p / "raw", olmoes.state()), held)
 
 
+def _others() -> Iterator[Case]:
+    """Libraries of layers, and layouts of one model's own."""
+    said = {"heads": "2", "norm_first": "true", "activation": "gelu", "embedding_scale": "none"}
+    for name in torch_gpts.MODELS:
+        write = _saved(lambda name=name: {"model_state_dict": torch_gpts.model(name).state_dict()})
+        yield Case("torch_encoder", name, write, "torch 2.13", said)
+    for name, case in xt.CASES.items():
+        yield Case(
+            "x_transformers", name, _saved(lambda case=case: xt.state(case)), "x-transformers 2.31.10", case.given
+        )
+    for name in ("olmo1", "olmo1_clipped", "olmo2"):
+        yield Case("olmo", name, lambda p, name=name: olmo.old(p / "x", name) / "model.pt", "ai2-olmo 0.6.0")
+    given, held = {"context": "256"}, "torchtitan 0.3.0"
+    yield Case("torchtitan_qwen3", "names of 0.3", lambda p: llamas.titan(p / "s", llamas.titan_qwen3()), held, given)
+    for ranks in (1, 2):
+
+        def split(p: Path, ranks: int = ranks) -> Path:
+            return deepseeks.saved(p / "raw", deepseeks.state(), ranks)
+
+        yield Case("deepseek_inference", f"MP {ranks}", split, "DeepSeek-V3 9b4e978")
+
+
 def _all() -> Iterator[Case]:
     for name in hf.CLASSES:
         yield Case("huggingface", name, lambda p, name=name: hf.checkpoint(p / "folder", name), "transformers 5.19")
@@ -144,6 +180,7 @@ def _all() -> Iterator[Case]:
     yield from _torchtune()
     yield from _trainers()
     yield from _researchers()
+    yield from _others()
 
 
 WRITTEN = "as written"
@@ -178,8 +215,11 @@ def placed(case: Case, container: str, folder: Path) -> tuple[Path, Options]:
 
 
 WHOLE, SUMMED = "✓", "all but sums"
-"""What can come back: everything, or everything but what was summed over ranks and can't be taken apart again."""
+"""What can come back: everything, or everything but sums, which can't be taken apart again bit for bit."""
 _NO_WEIGHT = ("buffer", "recomputed", "no weight", "not weights", "rotary table")
+
+
+_SUMS = ("of rank files cannot be taken apart", "add cannot be undone")
 
 
 def comes_back(source: Path, layout: Path) -> str:
@@ -189,7 +229,7 @@ def comes_back(source: Path, layout: Path) -> str:
     done = export(layout, layout.parent / ("back" if ranks > 1 else "back.pt"))
     lost = [problem.what for problem in done.lost if not problem.what.startswith("what lay beside")]
     dropped = {what.split(" was dropped: ")[0] for what in lost if any(why in what for why in _NO_WEIGHT)}
-    summed = {what.split(": the ")[0] for what in lost if what.endswith("of rank files cannot be taken apart")}
+    summed = {what.split(": ")[0] for what in lost if what.endswith(_SUMS)}
     kept = [item for item in values(source) if item[0] not in dropped | summed]
     if len(dropped) + len(summed) != len(lost) or kept != values(Path(done.out)):
         return ""
