@@ -219,7 +219,7 @@ WHOLE, SUMMED = "✓", "all but sums"
 _NO_WEIGHT = ("buffer", "recomputed", "no weight", "not weights", "rotary table")
 
 
-_SUMS = ("of rank files cannot be taken apart", "add cannot be undone")
+_SUMS = ("of rank files cannot be taken apart", "add cannot be undone exactly")
 
 
 def comes_back(source: Path, layout: Path) -> str:
