@@ -180,6 +180,17 @@ class Measure:
         self._entries[name] = found[0]
         return found[0].value
 
+    def _accept_from_config(self, name: str, value: Value, found: Mapping[str, Any]) -> None:
+        """What --config says of a value that is taken as it stands: of its own type, and once."""
+        file = self._config.file.name if self._config else ""
+        for key, said in found.items():
+            if value is not None and type(said) is not type(value):
+                self.problem(f"{key} in {file} is {said!r}, where {name} is {value!r}", do=f"take {key} out of {file}")
+            elif said != next(iter(found.values())):
+                self.problem(f"{file} has several values of {name}: {', '.join(found)}", do="leave one of them")
+            else:
+                self._entries[name] = Dim(said, "user", f"{key} in {file} (--config)")
+
     def accept(self, name: str, value: Value, because: str, also: tuple[str, ...] = ()) -> None:
         """Take a value of any kind from a file as it stands, unless the user overrules it (in JSON, or as text).
 
@@ -188,8 +199,7 @@ class Measure:
         self._aliases |= dict.fromkeys((name, *also), name)
         self._entries[name] = Dim(value, "file", because)
         if self._config is not None:
-            for key, said in self._config.find(name, also).items():
-                self._entries[name] = Dim(said, "user", f"{key} in {self._config.file.name} (--config)")
+            self._accept_from_config(name, value, self._config.find(name, also))
         for key in (name, *also):
             if key in self._given:
                 self._entries[name] = Dim(_json_or_text(self._given[key]), "user", f"--set {key}={self._given[key]}")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-SIDECARS = ("params", "config", "meta", "model_args", "model_config", "hparams")
+SIDECARS = ("params", "config", "meta", "model_args", "model_config", "hparams", "args", "configs")
 """Extras that a file of this name, or a table of this name in it, becomes, as if it lay beside the weights."""
 _TABLES = frozenset(
     {*SIDECARS, "args", "arch", "architecture", "cfg", "gpt", "hp", "hyper_parameters", "llm", "model", "model_params"}
@@ -59,10 +59,13 @@ class Given:
         ``keys`` are the dim's other names, ``paths`` the dotted ones under which a family reads it beside the weights.
         """
         exact = [place for path in paths for place in (path, path.partition(".")[2]) if place in self._leaves]
-        named = self._under({name, *keys})
-        found = exact[:1] or named or self._under({*_HUGGING_FACE.get(name, ())})
-        self._used |= {*found}
-        return {place: self._leaves[place] for place in found if self._leaves[place] is not None}
+        named, usual = self._under({name, *keys}), self._under({*_HUGGING_FACE.get(name, ())})
+        self._used |= {*exact, *named}
+        said = {place: self._leaves[place] for place in (*exact, *named) if self._leaves[place] is not None}
+        if not said:
+            self._used |= {*usual}
+            said = {place: self._leaves[place] for place in usual if self._leaves[place] is not None}
+        return said
 
     def extras(self, present: Iterable[str]) -> dict[str, Any]:
         """What becomes extras, for families that look there by themselves; none that are ``present`` is replaced."""

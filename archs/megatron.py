@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from ..mappings.tensors import Shape
-from .base import Arch, Inventory, Measure, boolean, lookup
+from .base import Arch, Inventory, Measure, Value, boolean, lookup
 from .classes.megatron import choose, flags, hf_config
 
 _AT = "decoder.layers"
@@ -82,7 +82,7 @@ def _sizes(m: Measure) -> None:
     m.set("vocab", file=_arg("padded_vocab_size"), shape=(rows * inv.ranks or None, why))
     down = of_layer(inv, "mlp.linear_fc2.weight") or (0, 0)
     m.set("ffn", file=_arg("ffn_hidden_size"), shape=(down[-1] * inv.ranks or None, "columns of linear_fc2"))
-    m.set("norm_eps", kind=float, file=_arg("norm_epsilon", "layernorm_epsilon"), default=(1e-5, "Megatron's default"))
+    m.set("norm_eps", kind=float, file=_arg("norm_epsilon", "layernorm_epsilon"), default=_default(m, 1e-5), ask=_ASK)
     table = inv.shape("embedding.position_embeddings.weight") or (None,)
     m.set("context", file=_arg("max_position_embeddings"), shape=(table[0], "rows of position_embeddings"), ask=_ASK)
 
@@ -131,6 +131,11 @@ def _structure(m: Measure) -> None:
     m.set("gated", kind=boolean, file=_arg("swiglu"), shape=(up[0] == 2 * down[-1], why))
 
 
+def _default(m: Measure, value: Value) -> tuple[Value, str] | None:
+    """Megatron's own default, where its arguments are here and don't speak of it; without them it is asked for."""
+    return (value, "Megatron's default") if arguments(m.inventory) else None
+
+
 def _positions(m: Measure) -> None:
     """Rotary positions turn the first share of each head's channels; halves, or neighbouring pairs."""
     learned = "embedding.position_embeddings.weight" in m.inventory
@@ -140,11 +145,11 @@ def _positions(m: Measure) -> None:
     file = () if old else _arg("position_embedding_type")
     m.set("position", kind=str, file=file, shape=shape, default=default, ask=f"rope? {_ASK}")
     rope = m["position"] == "rope"
-    why = "Megatron's default" if rope else "there are no rotary positions"
+    unused = "there are no rotary positions"
     theta, share, pairs = (_arg(key) if rope else () for key in ("rotary_base", "rotary_percent", "rotary_interleaved"))
-    m.set("rope_theta", kind=float, file=theta, default=(10000.0, why))
-    m.set("rotary_percent", kind=float, file=share, default=(1.0, why))
-    m.set("interleaved", kind=boolean, file=pairs, default=(False, why))
+    m.set("rope_theta", kind=float, file=theta, default=_default(m, 10000.0) if rope else (10000.0, unused), ask=_ASK)
+    m.set("rotary_percent", kind=float, file=share, default=_default(m, 1.0) if rope else (1.0, unused), ask=_ASK)
+    m.set("interleaved", kind=boolean, file=pairs, default=_default(m, False) if rope else (False, unused), ask=_ASK)
     _scaling(m, rope)
 
 
@@ -155,7 +160,8 @@ def _scaling(m: Measure, rope: bool) -> None:
     if kind == "llama3" and linear:
         m.problem("use_rope_scaling and rotary_seq_len_interpolation_factor together: no class of vLLM's has both")
     why = f"args.use_rope_scaling and args.rotary_seq_len_interpolation_factor{'' if said else ', which are not here'}"
-    m.set("rope_scaling", kind=str, default=(kind, why), choices=("none", "linear", "llama3"))
+    default = (kind, why) if said or not rope else None
+    m.set("rope_scaling", kind=str, default=default, ask=_ASK, choices=("none", "linear", "llama3"))
     if m["rope_scaling"] == "linear":
         m.set("rope_factor", kind=float, file=_arg("rotary_seq_len_interpolation_factor"), ask=_ASK)
     if m["rope_scaling"] == "llama3":

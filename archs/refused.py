@@ -88,7 +88,7 @@ def recognised(inventory: Inventory) -> Iterator[tuple[Refused, list[str]]]:
 def _found(evidence: Evidence, inventory: Inventory, parts: set[str]) -> list[str]:
     """One name for each thing of the evidence, or nothing if one of them is missing."""
     found = [_first(pattern, inventory.tensors, parts) for pattern in evidence.tensors]
-    found += [path if lookup(inventory.extras, path) is not None else "" for path in evidence.beside]
+    found += [path if lookup(inventory.extras, path) else "" for path in evidence.beside]
     return found if all(found) else []
 
 

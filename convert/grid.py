@@ -64,7 +64,7 @@ def latest(folder: Path) -> Path | None:
     file = folder / _LATEST
     if not file.is_file():
         return _latest_of_layers(folder)
-    said = file.read_text("utf-8", errors="replace")[:100].strip()
+    said = _first_words(file)
     name = said if said == "release" else f"iter_{int(said):07d}" if said.isdecimal() else ""
     if not name:
         raise input_error(f"{_LATEST} holds {said[:20]!r}, neither a number nor 'release'", str(file))
@@ -73,9 +73,15 @@ def latest(folder: Path) -> Path | None:
     return folder / name
 
 
+def _first_words(file: Path) -> str:
+    """The little that such a file holds; one of that name may be anything, of any size."""
+    with file.open("rb") as stream:
+        return stream.read(100).decode("utf-8", errors="replace").strip()
+
+
 def _latest_of_layers(folder: Path) -> Path | None:
     file = folder / _LATEST_DEEPSPEED
-    name = file.read_text("utf-8", errors="replace")[:100].strip() if file.is_file() else ""
+    name = _first_words(file) if file.is_file() else ""
     if not name or name in (".", "..") or any(c in name for c in "/\\\0") or not (folder / name).is_dir():
         return None
     return folder / name if any(_LAYER_FILE.fullmatch(entry.name) for entry in (folder / name).iterdir()) else None

@@ -7,7 +7,9 @@ from pathlib import Path
 
 from ..errors import input_error
 
-RANK = re.compile(r"(consolidated\.|reshard(?:_no_os)?-model_part-|model)(\d+)(\.pth?|-mp(\d+)\.(?:safetensors|pt))")
+RANK = re.compile(
+    r"(consolidated\.|reshard(?:_no_os)?-model_part-|model(?=\d+-mp))(\d+)(\.pth?|-mp(\d+)\.(?:safetensors|pt))"
+)
 """Meta's names, metaseq's, and those of DeepSeek's inference code, which say how many files there are; as .pt those
 come from `mdl export`."""
 MAX_RANKS = 1000
@@ -33,7 +35,8 @@ def in_order(files: list[Path]) -> tuple[str, tuple[Path, ...]]:
     count = _count(max(numbers), first[4], numbers, folder)
     width = min(len(match[2]) for match in found.values())
     if missing := [f"{n:0{width}d}" for n in range(count) if n not in numbers]:
-        listed = f"{first[1]}{{{','.join(missing)}}}{first[3]}"
+        more = ", …" if len(missing) > 20 else ""
+        listed = f"{first[1]}{{{','.join(missing[:20])}{more}}}{first[3]}"
         do = "download them again: every rank holds a part of each tensor"
         raise input_error(f"rank files are missing: {listed}", folder, do)
     return f"{first[1]}{{{0:0{width}d}..{count - 1:0{width}d}}}{first[3]}", tuple(numbers[n] for n in range(count))

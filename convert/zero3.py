@@ -52,8 +52,12 @@ def zero3_files(names: Sequence[str], folder: Path) -> list[Path]:
 
 
 def _ranked(pattern: re.Pattern[str], names: Sequence[str]) -> dict[tuple[int, int], str]:
-    found = {name: match for name in names if (match := pattern.fullmatch(name))}
-    return {(int(match[1]), int(match[2])): name for name, match in found.items()}
+    made: dict[tuple[int, int], str] = {}
+    for name, match in ((name, match) for name in names if (match := pattern.fullmatch(name))):
+        if (other := made.setdefault((int(match[1]), int(match[2])), name)) != name:
+            what = f"{other} and {name} are files of the same rank"
+            raise input_error(what, other, "keep those of one checkpoint in the folder")
+    return made
 
 
 def read_zero3(files: Sequence[Path], read: Read, notes: list[str]) -> dict[str, Any]:
@@ -131,22 +135,34 @@ def _parameters(head: dict[str, Any], slices: list[_Slices], path: Path) -> dict
     if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
         raise input_error("param_shapes, the list of all parameters, is missing", str(path), _GATHER)
     made: dict[str, TensorInfo] = {}
-    for name, shape in ((n, s) for group in groups for n, s in group.items()):
+    for name, said in ((n, s) for group in groups for n, s in group.items()):
+        shape = _shape(name, said, path)
         count = -(-math.prod(shape) // len(slices))
-        made[name] = joined_flat(name, tuple(shape), [list(one.take(count)) for one in slices], path)
+        made[name] = joined_flat(name, shape, [list(one.take(count)) for one in slices], path)
     for one in slices:
         one.finish()
     return made
 
 
+def _shape(name: Any, said: Any, path: Path) -> Shape:
+    """A shape that a file tells. Raises MdlError (INPUT) for anything else."""
+    sizes = cast("Shape", tuple(said)) if isinstance(said, tuple | list) else (-1,)
+    if not isinstance(name, str) or not all(type(n) is int and n >= 0 for n in sizes):
+        raise input_error(f"{str(name)[:200]} has no shape, but {str(said)[:200]!r}", str(path), _GATHER)
+    return sizes
+
+
 def _frozen(trees: list[dict[str, Any]], path: Path) -> dict[str, TensorInfo]:
     """Parameters that were not trained, which the model's files hold in slices."""
-    shapes = trees[0].get("frozen_param_shapes") or {}
-    held = [tree.get("frozen_param_fragments") or {} for tree in trees]
-    if not all(isinstance(one.get(name), TensorInfo) for one in held for name in shapes):
-        raise input_error("frozen_param_fragments lacks a parameter of frozen_param_shapes", str(path), _GATHER)
+    shapes = _table(trees[0].get("frozen_param_shapes") or {}, path)
+    held = [_table(tree.get("frozen_param_fragments") or {}, path) for tree in trees]
+    for value in (one.get(name) for one in held for name in shapes):
+        if not isinstance(value, TensorInfo) or len(value.shape) != 1:
+            what = "frozen_param_fragments lacks a parameter of frozen_param_shapes"
+            raise input_error(what, str(path), _GATHER)
     return {
-        name: joined_flat(name, tuple(shape), [[one[name]] for one in held], path) for name, shape in shapes.items()
+        name: joined_flat(name, _shape(name, said, path), [[one[name]] for one in held], path)
+        for name, said in shapes.items()
     }
 
 
@@ -168,7 +184,7 @@ def joined_flat(name: str, shape: Shape, parts: Sequence[Sequence[TensorInfo]], 
 
 def _module(head: dict[str, Any], made: Mapping[str, TensorInfo], path: Path) -> dict[str, Any]:
     """The state dict in the module's own order: parameters, buffers, and second names of what is shared."""
-    module, shared = _table(head.get("module"), path), head.get("shared_params") or {}
+    module, shared = _table(head.get("module"), path), _table(head.get("shared_params") or {}, path)
     whole: dict[str, Any] = {}
     for name, value in module.items():
         whole[name] = made.get(name) or made.get(shared.get(name, "")) or value
@@ -176,11 +192,18 @@ def _module(head: dict[str, Any], made: Mapping[str, TensorInfo], path: Path) ->
 
 
 def universal_files(folder: Path) -> dict[str, Path]:
-    """Parameter names to the files that hold their float32 values, for the universal form; none if this is none."""
+    """Parameter names to the files that hold their float32 values, for the universal form; none if this is none.
+
+    Raises MdlError (INPUT) for a parameter whose values are missing.
+    """
     below = folder / "zero" if (folder / "zero").is_dir() else folder
-    if below.name != "zero":
+    if below.name != "zero" or not any(below.glob("*/fp32.pt")):
         return {}
-    return {path.parent.name: path for path in sorted(below.glob("*/fp32.pt"))}
+    made = {path.name: path / "fp32.pt" for path in sorted(below.iterdir()) if path.is_dir()}
+    if missing := [name for name, file in made.items() if not file.is_file()]:
+        what = f"there is no fp32.pt for {', '.join(missing[:5])}{' …' if len(missing) > 5 else ''}"
+        raise input_error(what, str(below), _AGAIN)
+    return made
 
 
 def read_universal(files: Mapping[str, Path], read: Read, notes: list[str]) -> dict[str, Any]:

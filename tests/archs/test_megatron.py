@@ -206,7 +206,7 @@ def test_without_arguments_it_asks(tmp_path: Path) -> None:
         prepare(root)
 
     assert "activation is neither in the checkpoint" in str(caught.value)
-    given = {"num_attention_heads": "4", "activation": "gelu"}
+    given = {"num_attention_heads": "4", "activation": "gelu", "norm_epsilon": "1e-5"}
     prepared = checks.layout(root, tmp_path / "out", given)
     assert megatron.error(tmp_path / "out", prepared) < 1e-11
 
