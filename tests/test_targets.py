@@ -130,14 +130,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "opt_350m": {**OPT, "word_embed_proj_dim": 8, "do_layer_norm_before": False},
     "opt_bare": {**OPT, "enable_bias": False, "layer_norm_elementwise_affine": False},
     "opt_no_last_norm": {**OPT, "_remove_final_layer_norm": True},
-    "Qwen3Moe": {**LLAMA, "architectures": ["Qwen3MoeForCausalLM"], "num_experts": 3, "moe_intermediate_size": 24},
-    "Qwen3Moe_biases": {
-        **LLAMA,
-        "architectures": ["Qwen3MoeForCausalLM"],
-        "num_experts": 2,
-        "tie_word_embeddings": True,
-        "attention_bias": True,
-    },
     "StableLm": {**_OLMOE, "architectures": ["StableLmForCausalLM"]},
     "StableLm_tied_biases": {
         **_OLMOE,
