@@ -259,11 +259,8 @@ class Measure:
             value = lookup(self.inventory.extras, path)
             if value is None:
                 continue
-            if kind is float and type(value) is int:
-                value = float(value)
-            expected = _TYPES.get(kind, bool)
-            if type(value) is expected and (expected is not float or math.isfinite(value)):
-                return Dim(value, "file", path)
+            if (typed := _of_kind(value, kind)) is not None:
+                return Dim(typed, "file", path)
             self.problem(f"{path} is {value!r}: not a value for {name}", do=f"expected {_kind_name(kind)}")
         return None
 
@@ -291,12 +288,17 @@ def _finite(value: Value) -> Value:
 
 def _typed(value: Any, kind: Callable[[str], Value]) -> Value:
     """A value as ``kind`` has it, read from text where it is one; None where it is none."""
+    if not isinstance(value, str) or kind is str:
+        return _of_kind(value, kind)
+    try:
+        return _finite(kind(value))
+    except ValueError:
+        return None
+
+
+def _of_kind(value: Any, kind: Callable[[str], Value]) -> Value:
+    """A value that is of this kind; an int is taken for a float. None where it is not, or not finite."""
     expected = _TYPES.get(kind, bool)
-    if isinstance(value, str) and expected is not str:
-        try:
-            return _finite(kind(value))
-        except ValueError:
-            return None
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is not expected or (isinstance(value, float) and not math.isfinite(value)):

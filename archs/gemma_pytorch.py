@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .base import Arch, Dims, Inventory, Measure, boolean
+from .classes.choosing import heads_of_fused
 from .llama_meta import decoder_config
 
 _QKV = "model.layers.0.self_attn.qkv_proj.weight"
@@ -121,11 +122,7 @@ def _heads(m: Measure, preset: _Preset | None) -> None:
         m.unsettled("head_dim")
         m.unsettled("kv_heads", "num_key_value_heads")
         return
-    head = columns // heads if heads > 0 else 0
-    kv = (rows // head - heads) // 2 if head else 0
-    if kv < 1 or heads % kv or head * heads != columns or (heads + 2 * kv) * head != rows:
-        what = f"{heads} heads do not fit o_proj with {columns} columns and qkv_proj with {rows} rows"
-        m.problem(what, do="pass --set num_attention_heads=N with the right number")
+    head, kv = heads_of_fused(m, heads, rows, columns, ("o_proj", "qkv_proj"))
     m.set("head_dim", shape=(head, f"{columns} columns of o_proj / {heads} heads"))
     why = f"{rows} rows of qkv_proj are (heads + 2 kv_heads) x head_dim"
     m.set("kv_heads", file=("config.num_key_value_heads",), shape=(kv, why))

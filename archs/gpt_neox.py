@@ -11,10 +11,11 @@ from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 from .base import Arch, Dims, Inventory, Measure, Value, boolean
+from .classes.choosing import Unsupported, refuse_settings
 
 _FIRST = "sequential.2"
 _MISSING = "GPT-NeoX's own settings, the .yml files, do not lie in configs/ beside the weights: put them there"
-_UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
+_UNSUPPORTED: Unsupported = {
     "use_mup": ((None, False), "muP's scales"),
     "sliding_window_width": ((None,), "a sliding window"),
     "use_qk_layernorm": ((None, False), "normed q and k"),
@@ -48,9 +49,7 @@ def dims(m: Measure) -> None:
     _sizes(m)
     _names(m)
     said = _settings(m.inventory)
-    for key, (allowed, what) in _UNSUPPORTED.items():
-        if said.get(key) not in allowed:
-            m.problem(f"configs.{key} is {said[key]!r}: {what}, which GPTNeoXForCausalLM does not have")
+    refuse_settings(m, "configs", said, _UNSUPPORTED, "which GPTNeoXForCausalLM does not have")
     kinds = _words(said.get("attention_config")) - _GLOBAL
     if kinds:
         m.problem(f"configs.attention_config names {', '.join(sorted(kinds))}: no class of vLLM's has such attention")

@@ -139,25 +139,27 @@ def _in(where: tuple[str, ...], key: str) -> tuple[str, ...]:
 
 def hf_config(d: Dims) -> dict[str, Any]:
     """LlamaForCausalLM's config.json."""
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": d["rope_theta"]}
-    if d["rope_scaling"] == "llama3":
-        rope = {
-            "rope_type": "llama3",
-            "rope_theta": d["rope_theta"],
-            "factor": d["rope_factor"],
-            "low_freq_factor": d["rope_low_freq_factor"],
-            "high_freq_factor": d["rope_high_freq_factor"],
-            "original_max_position_embeddings": d["rope_original_context"],
-        }
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        **decoder_config(d, rope),
+        **decoder_config(d, rope_parameters(d)),
         "attention_bias": False,
         "attention_dropout": 0.0,
         "mlp_bias": False,
         "tie_word_embeddings": d["tied"],
     }
+
+
+def rope_parameters(d: Dims) -> dict[str, Any]:
+    """What config.json says of rotary positions that are not scaled, or are in the ways "linear" and "llama3"."""
+    scaling = d["rope_scaling"]
+    rope: dict[str, Any] = {"rope_type": "default" if scaling == "none" else scaling, "rope_theta": d["rope_theta"]}
+    if scaling != "none":
+        rope["factor"] = d["rope_factor"]
+    if scaling == "llama3":
+        rope |= {key: d[f"rope_{key}"] for key in ("low_freq_factor", "high_freq_factor")}
+        rope["original_max_position_embeddings"] = d["rope_original_context"]
+    return rope
 
 
 def decoder_config(d: Dims, rope: dict[str, Any]) -> dict[str, Any]:

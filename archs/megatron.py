@@ -12,6 +12,7 @@ from typing import Any, cast
 
 from ..mappings.tensors import Shape
 from .base import Arch, Inventory, Measure, Value, boolean, lookup
+from .classes.choosing import heads_of_fused
 from .classes.megatron import choose, flags, hf_config
 
 _AT = "decoder.layers"
@@ -99,11 +100,7 @@ def _heads(m: Measure) -> None:
         m.unsettled("head_dim", "kv_channels")
         m.unsettled("kv_heads", "num_query_groups")
         return
-    head = columns // heads if heads > 0 else 0
-    kv = (rows // head - heads) // 2 if head else 0
-    if kv < 1 or heads % kv or head * heads != columns or (heads + 2 * kv) * head != rows:
-        what = f"{heads} heads do not fit linear_proj with {columns} columns and linear_qkv with {rows} rows"
-        m.problem(what, do="pass --set num_attention_heads=N with the right number")
+    head, kv = heads_of_fused(m, heads, rows, columns, ("linear_proj", "linear_qkv"))
     m.set("head_dim", file=_arg("kv_channels"), shape=(head, f"{columns} columns of linear_proj / heads"))
     grouped = arguments(inv).get("group_query_attention") is True
     why = f"{rows} rows of linear_qkv are (heads + 2 kv_heads) x head_dim"

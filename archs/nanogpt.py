@@ -119,6 +119,18 @@ def hf_config(d: Dims) -> dict[str, Any]:
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
         "vocab_size": d["vocab"],
+        **gpt2_sizes(d),
+        "reorder_and_upcast_attn": False,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+        "tie_word_embeddings": d["tied"],
+    }
+
+
+def gpt2_sizes(d: Dims) -> dict[str, Any]:
+    """What every config.json of GPT2LMHeadModel says of sizes and of what is computed with them."""
+    return {
         "n_positions": d["context"],
         "n_embd": d["hidden"],
         "n_layer": d["layers"],
@@ -128,11 +140,6 @@ def hf_config(d: Dims) -> dict[str, Any]:
         "layer_norm_epsilon": d["norm_eps"],
         "scale_attn_weights": True,
         "scale_attn_by_inverse_layer_idx": False,
-        "reorder_and_upcast_attn": False,
-        "resid_pdrop": 0.0,
-        "embd_pdrop": 0.0,
-        "attn_pdrop": 0.0,
-        "tie_word_embeddings": d["tied"],
     }
 
 

@@ -87,13 +87,10 @@ def _open(path: Path) -> Checkpoint:
     formats: set[str] = set()
     metadata: dict[str, str] = {}
     files = group.files
-    if files[0].name == dcp.NAME:
-        formats.add(dcp.FORMAT)
-        tree, files = dcp.read_dcp(files[0], notes)
-        read: list[Any] = [tree]
-    elif group.parted:
+    if group.parted:
         formats.add(group.parted)
-        read = [_parted(group, notes)]
+        tree, files = _read_parted(group, notes)
+        read: list[Any] = [tree]
     else:
         read = _read_all(files, formats, metadata, notes)
     if len(formats) > 1:
@@ -116,15 +113,16 @@ def _open(path: Path) -> Checkpoint:
     )
 
 
-def _parted(group: _Group, notes: list[str]) -> Any:
-    """The tree of a checkpoint whose files hold parts of weights, or one weight each."""
+def _read_parted(group: _Group, notes: list[str]) -> tuple[Any, tuple[Path, ...]]:
+    """The tree of a checkpoint whose files hold parts of weights, or one weight each; and its files."""
 
     def read(path: Path) -> Any:
         return _read(path, set(), {}, [])
 
-    if group.parted == zero3.FORMAT:
-        return zero3.read_zero3(group.files, read, notes)
-    return zero3.read_universal({path.parent.name: path for path in group.files}, read, notes)
+    if group.parted == dcp.FORMAT:
+        return dcp.read_dcp(group.files[0], notes)
+    together = zero3.read_zero3 if group.parted == zero3.FORMAT else zero3.read_universal
+    return together(group.files, read, notes), group.files
 
 
 def _in_steps(group: _Group) -> bool:
@@ -154,7 +152,7 @@ def _beside(group: _Group, notes: list[str]) -> tuple[dict[str, Any], tuple[str,
     if _in_steps(group):
         sidecars |= find_configs(folder)
     above = Path(_absolute(folder)).parent
-    if group.files[0].name == dcp.NAME and not sidecars and (sidecars := find_sidecars(above, "")):
+    if group.parted == dcp.FORMAT and not sidecars and (sidecars := find_sidecars(above, "")):
         notes.append(f"settings are from the folder above: {', '.join(sorted(sidecars))} in {above.name}")
         tokenizers = tokenizers or find_tokenizers(above)
     return sidecars, tokenizers
@@ -252,7 +250,7 @@ def _group_of_folder(path: Path, notes: list[str]) -> _Group:
     if parted := zero3.zero3_files([file.name for file in files], path):
         return _Group(zero3.FORMAT, tuple(parted), parted=zero3.FORMAT)
     if universal := zero3.universal_files(path):
-        return _Group(zero3.UNIVERSAL, tuple(universal.values()), parted=zero3.UNIVERSAL)
+        return _Group(zero3.UNIVERSAL, tuple(universal), parted=zero3.UNIVERSAL)
     beside = [file.name for file in files if file.suffix in _STATE_SUFFIXES and _NOT_WEIGHTS.match(file.name)]
     beside += optimizer_states([file.name for file in files], str(path))
     beside += [file.name for file in files if file.name == "train.pt" and path / "model.pt" in files]  # OLMo's trainer
@@ -286,7 +284,7 @@ def _distributed(folder: Path) -> _Group:
             f"copy the folder again (names that begin with a dot are easily left out); without {dcp.NAME} the save"
             " was never finished",
         )
-    return _Group(dcp.NAME, (folder / dcp.NAME,))
+    return _Group(dcp.NAME, (folder / dcp.NAME,), parted=dcp.FORMAT)
 
 
 def _gather(files: list[Path]) -> list[_Group]:

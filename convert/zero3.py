@@ -191,29 +191,30 @@ def _module(head: dict[str, Any], made: Mapping[str, TensorInfo], path: Path) ->
     return whole | {name: info for name, info in made.items() if name not in whole}
 
 
-def universal_files(folder: Path) -> dict[str, Path]:
-    """Parameter names to the files that hold their float32 values, for the universal form; none if this is none.
+def universal_files(folder: Path) -> list[Path]:
+    """The files with the float32 values of the universal form, each in a folder of its parameter's name; none if this
+    is none.
 
     Raises MdlError (INPUT) for a parameter whose values are missing.
     """
     below = folder / "zero" if (folder / "zero").is_dir() else folder
     if below.name != "zero" or not any(below.glob("*/fp32.pt")):
-        return {}
-    made = {path.name: path / "fp32.pt" for path in sorted(below.iterdir()) if path.is_dir()}
-    if missing := [name for name, file in made.items() if not file.is_file()]:
+        return []
+    made = [path / "fp32.pt" for path in sorted(below.iterdir()) if path.is_dir()]
+    if missing := [file.parent.name for file in made if not file.is_file()]:
         what = f"there is no fp32.pt for {', '.join(missing[:5])}{' …' if len(missing) > 5 else ''}"
         raise input_error(what, str(below), _AGAIN)
     return made
 
 
-def read_universal(files: Mapping[str, Path], read: Read, notes: list[str]) -> dict[str, Any]:
+def read_universal(files: Sequence[Path], read: Read, notes: list[str]) -> dict[str, Any]:
     """The weights, by name. Raises MdlError (INPUT) with the file that is not of that form."""
     weights: dict[str, Any] = {}
-    for name, path in files.items():
+    for path in files:
         found = read(path)
         value = found.get("param") if isinstance(found, dict) else found
         if not isinstance(value, TensorInfo):
             raise input_error("this file holds no tensor under 'param'", str(path), _AGAIN)
-        weights[name] = value
+        weights[path.parent.name] = value
     notes.append("the weights are the float32 values of a universal checkpoint; moments were not opened")
     return {"module": weights}

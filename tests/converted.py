@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,6 +28,15 @@ def layout(source: Path, out: Path, **given: str) -> Prepared:
 def exact(prepared: Prepared, ids: Sequence[int] = IDS) -> torch.Tensor:
     """What mdl's eager forward says in float64: logits [T, V]."""
     return builtin_reference(prepared.arch, prepared.dims, prepared.plan).logits(list(ids), "float64")
+
+
+def with_dims(made: Prepared, tensors: Mapping[str, torch.Tensor], ids: torch.Tensor, **changed: Any) -> torch.Tensor:
+    """Logits [T, V] of the family's eager forward with these tensors, some of its dims changed."""
+    module, _, function = made.arch.eager.partition(":")
+    model = getattr(importlib.import_module(module), function)({**made.dims, **changed})
+    model.load_state_dict(tensors, strict=True, assign=True)
+    with torch.no_grad():
+        return model(ids[None])[0]
 
 
 def by_transformers(out: Path, ids: Sequence[int] = IDS) -> torch.Tensor:

@@ -11,21 +11,17 @@ from torch import Tensor
 from mdl.archs.eager.huggingface import HuggingFace
 from mdl.convert.export import export
 from mdl.convert.prepare import Options, Prepared, prepare
-from mdl.convert.run import convert
 from mdl.validate.client import Engine
 from mdl.validate.reference import builtin_reference
 from mdl.validate.verify import verify
 
 from . import checkpoints as make
-from . import gpts
+from . import converted, gpts
 
 
 def layout(checkpoint: Path, out: Path, given: dict[str, str] | None = None) -> Prepared:
     """Convert without a tokenizer."""
-    options = Options(given=given or {})
-    prepared = prepare(checkpoint, options)
-    convert(prepared, out, options=options, tokenizer="none")
-    return prepared
+    return converted.layout(checkpoint, out, **(given or {}))
 
 
 def back(out: Path, lost: str = "mask buffer") -> Any:

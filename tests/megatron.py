@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import enum
-import json
 import sys
 import warnings
 from collections.abc import Generator
@@ -22,8 +21,8 @@ import torch
 from torch import Tensor
 
 from mdl.convert.prepare import Prepared
-from mdl.validate.reference import builtin_reference
 
+from .converted import by_transformers, exact, nmse
 from .gpts import Draw
 
 State = dict[str, Tensor]
@@ -223,27 +222,8 @@ TARGETS = {
     "gpt2_exact": "GPT2LMHeadModel",
     "neox": "GPTNeoXForCausalLM",
 }
-IDS = [(7 * t * t + 3 * t) % 96 for t in range(110)]
-
-
-def exact(prepared: Prepared) -> torch.Tensor:
-    """What mdl's eager forward says in float64."""
-    return builtin_reference(prepared.arch, prepared.dims, prepared.plan).logits(IDS, "float64")
-
-
-def by_transformers(out: Path) -> torch.Tensor:
-    """What the target class makes of a layout, by code that shares nothing with mdl's, in float64."""
-    import transformers
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    cls = getattr(transformers, json.loads((out / "config.json").read_text())["architectures"][0])
-    model = cls.from_pretrained(out, attn_implementation="eager").double()
-    with torch.inference_mode():
-        return model(torch.tensor([IDS])).logits[0]
 
 
 def error(out: Path, prepared: Prepared) -> float:
     """NMSE of a layout against mdl's eager forward on the checkpoint."""
-    wanted = exact(prepared)
-    return float((by_transformers(out) - wanted).square().mean() / wanted.var())
+    return nmse(by_transformers(out), exact(prepared))

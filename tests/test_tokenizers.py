@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 import sentencepiece
-from tokenizers import Tokenizer
 
 from mdl.convert import tok_find
 from mdl.convert.tok_spm_proto import CONTROL, USER_DEFINED, read_model
-from mdl.convert.tokenizer import TokenizerInfo, check_tokenizer, find_beside, write_tokenizer
+from mdl.convert.tokenizer import check_tokenizer, find_beside, write_tokenizer
 from mdl.errors import Kind, MdlError
+
+from .tokens import ids, write
 
 TEXT = "the whale swam under a quiet sea and that white whale sank the ship while sailors sang aloud"
 
@@ -25,16 +26,6 @@ def corpus() -> list[str]:
     rng = random.Random(3)  # noqa: S311 - a corpus, not a secret
     words = TEXT.split()
     return [" ".join(rng.choice(words) for _ in range(rng.randint(3, 12))) for _ in range(400)]
-
-
-def write(source: str | Path, layout: Path, rows: int, context: int | None = 64) -> TokenizerInfo:
-    info = write_tokenizer(source, layout, model_vocab=rows, context=context)
-    (layout / "config.json").write_text(json.dumps({"vocab_size": rows}))
-    return info
-
-
-def ids(layout: Path, text: str) -> list[int]:
-    return Tokenizer.from_file(str(layout / "tokenizer.json")).encode(text).ids
 
 
 def settings(layout: Path) -> dict[str, Any]:

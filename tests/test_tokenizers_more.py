@@ -17,8 +17,10 @@ from mdl.convert import tok_schemes, tok_tekken, tok_tiktoken, tok_truth
 from mdl.convert.tok_base import byte_letters, unspell
 from mdl.convert.tok_check import SAMPLES, examine_tokenizer
 from mdl.convert.tok_texts import random_texts
-from mdl.convert.tokenizer import TokenizerInfo, check_tokenizer, write_tokenizer
+from mdl.convert.tokenizer import check_tokenizer, write_tokenizer
 from mdl.errors import Kind, MdlError
+
+from .tokens import ids, write
 
 WORDS = "the whale's sank 1234 SHIPS and 'LL don't while sailors sang aloud, été Ночь 日本語"
 
@@ -27,16 +29,6 @@ NANOCHAT_CUT = (
 )
 NANOCHAT = ["bos", "user_start", "user_end", "assistant_start", "assistant_end", "python_start", "python_end",
             "output_start", "output_end"]  # fmt: skip
-
-
-def write(source: str | Path, layout: Path, rows: int) -> TokenizerInfo:
-    info = write_tokenizer(source, layout, model_vocab=rows, context=64)
-    (layout / "config.json").write_text(json.dumps({"vocab_size": rows}))
-    return info
-
-
-def ids(layout: Path, text: str) -> list[int]:
-    return Tokenizer.from_file(str(layout / "tokenizer.json")).encode(text).ids
 
 
 @pytest.fixture(scope="session")

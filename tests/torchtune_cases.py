@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from mdl.validate.verify import verify
 from . import checkpoints as make
 from . import upstream
 from .checkpoints_mistral import filled, halves
+from .converted import with_dims
 
 IDS = torch.randperm(96, generator=torch.Generator().manual_seed(3))[:64]
 LIMIT = 1e-11  # right ones measure below 1e-12
@@ -140,11 +140,7 @@ def prepared(case: Case, path: Path, **given: str) -> Prepared:
 
 def eager_logits(made: Prepared, tensors: make.State, **changed: Any) -> torch.Tensor:
     """Our forward's logits [T, V], with some of the dims changed."""
-    module, _, function = made.arch.eager.partition(":")
-    model = getattr(importlib.import_module(module), function)({**made.dims, **changed})
-    model.load_state_dict(tensors, strict=True, assign=True)
-    with torch.no_grad():
-        return model(IDS[None])[0]
+    return with_dims(made, tensors, IDS, **changed)
 
 
 def nmse(measured: torch.Tensor, wanted: torch.Tensor) -> float:

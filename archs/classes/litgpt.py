@@ -10,8 +10,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..base import Dims, Measure, Value
+from ..llama_meta import rope_parameters
+from .choosing import Unsupported, first, refuse_settings
 
-_UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
+_UNSUPPORTED: Unsupported = {
     "latent_attention": ((None,), "multi-head latent attention (DeepSeek)"),
     "n_expert_groups": ((None,), "experts in groups (DeepSeek)"),
     "n_shared_expert": ((None, 0), "shared experts (DeepSeek)"),
@@ -28,9 +30,7 @@ _MODEL_TYPES = {"Gemma3": "gemma3_text", "GPTNeoX": "gpt_neox", "Qwen3Moe": "qwe
 
 def choose(m: Measure, config: Mapping[str, Any]) -> None:
     """Settle ``target``, or report why no class will do."""
-    for key, (allowed, what) in _UNSUPPORTED.items():
-        if config.get(key) not in allowed:
-            m.problem(f"model_config.{key} is {config[key]!r}: {what}, which this family does not carry over")
+    refuse_settings(m, "model_config", config, _UNSUPPORTED, "which this family does not carry over")
     if m["norm"] == "LayerNorm":
         name, reason = _with_layernorm(m)
     elif m["mlp"] == "GemmaMLP":
@@ -41,10 +41,6 @@ def choose(m: Measure, config: Mapping[str, Any]) -> None:
         do = "its fields say so; if they are wrong, mend model_config.yaml"
         m.problem(f"{name} describes it but for this: {reason}" if name else f"no class for this: {reason}", do=do)
     m.accept("target", name, ", ".join(str(m[k]) for k in ("norm", "mlp")) + " and the fields above")
-
-
-def _first(*cases: tuple[object, str]) -> str:
-    return next((reason for wrong, reason in cases if wrong), "")
 
 
 def _windowed(m: Measure) -> bool:
@@ -66,7 +62,7 @@ def _plain(m: Measure) -> bool:
 
 
 def _stablelm(m: Measure) -> tuple[str, str]:
-    return "StableLm", _first(
+    return "StableLm", first(
         (m["bias"] or m["lm_head_bias"], "biases outside norms, q, k and v"),
         (m["parallel_residual"] or m["shared_attention_norm"], "attention and MLP side by side"),
         (m["post_attention_norm"] or m["post_mlp_norm"] or not m["norm_1"] or not m["norm_2"], "norms in other places"),
@@ -79,7 +75,7 @@ def _stablelm(m: Measure) -> tuple[str, str]:
 
 def _falcon(m: Measure) -> tuple[str, str]:
     ffn, hidden, shared = m["ffn"], m["hidden"], m["shared_attention_norm"]
-    return "Falcon", _first(
+    return "Falcon", first(
         ("OLMo" in str(m["name"]), "litgpt's norms have no weights where the name holds OLMo"),
         (m["lm_head_bias"], "a head with a bias"),
         (not m["parallel_residual"], "attention and MLP one after the other"),
@@ -106,7 +102,7 @@ def _with_layernorm(m: Measure) -> tuple[str, str]:
     if m["mlp"] == "GptNeoxMLP" and not m["bias"] and not m["qkv_bias"]:
         return _falcon(m)
     name = "Phi" if m["shared_attention_norm"] else "GPTNeoX"
-    return name, _first(
+    return name, first(
         ("OLMo" in str(m["name"]), "litgpt's norms have no weights where the name holds OLMo"),
         (m["mlp"] != "GptNeoxMLP", f"LayerNorm with {m['mlp']}"),
         (not m["bias"] or not m["qkv_bias"], "biases in some matrices only"),
@@ -152,7 +148,7 @@ def _like_llama(m: Measure) -> tuple[str, str]:
         name = "Mistral"
     places = (False, False, True, True) if name == "Olmo2" else (True, True, False, False)
     windows = all(_list(m["sliding_layers"])) if name in ("Mistral", "Mixtral") else not _windowed(m)
-    return name, _first(
+    return name, first(
         *_rms(m, offset=False),
         ((*before, *after) != places, "norms in other places"),
         (m["norm_qk"] and m["qkv_bias"], "both normed and biased q and k"),
@@ -168,7 +164,7 @@ def _gemma(m: Measure) -> tuple[str, str]:
     after = bool(m["post_attention_norm"]), bool(m["post_mlp_norm"])
     name = "Gemma3" if m["norm_qk"] else "Gemma2" if any(after) else "Gemma"
     local = m["rope_local_theta"]
-    return name, _first(
+    return name, first(
         *_rms(m, offset=True),
         (not m["norm_1"] or not m["norm_2"] or after != (name != "Gemma",) * 2, "norms in other places"),
         (m["qkv_bias"], "biases of q, k and v"),
@@ -234,13 +230,7 @@ def hf_config(d: Dims) -> dict[str, Any]:
 
 
 def _rope_parameters(d: Dims, name: str) -> dict[str, Any]:
-    scaling = d["rope_scaling"]
-    rope: dict[str, Any] = {"rope_type": "default" if scaling == "none" else scaling, "rope_theta": d["rope_theta"]}
-    if scaling != "none":
-        rope["factor"] = d["rope_factor"]
-    if scaling == "llama3":
-        rope |= {key: d[f"rope_{key}"] for key in ("low_freq_factor", "high_freq_factor")}
-        rope["original_max_position_embeddings"] = d["rope_original_context"]
+    rope = rope_parameters(d)
     if name in _PARTIAL:
         rope["partial_rotary_factor"] = d["rotary_percentage"]
     if name != "Gemma3":

@@ -6,8 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..base import Dims, Measure
+from ..llama_meta import rope_parameters
+from ..nanogpt import gpt2_sizes
+from .choosing import Unsupported, first, refuse_settings
 
-_UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
+_UNSUPPORTED: Unsupported = {
     "multi_latent_attention": ((None, False), "multi-head latent attention"),
     "num_experts": ((None, 0), "experts"),
     "apply_layernorm_1p": ((None, False), "norms whose weights are stored less 1"),
@@ -29,9 +32,7 @@ _MODEL_TYPES = {"GPTNeoX": "gpt_neox", "GPT2": "gpt2"}
 
 def choose(m: Measure, said: Mapping[str, Any]) -> None:
     """Settle ``target``, or report why no class will do."""
-    for key, (allowed, what) in _UNSUPPORTED.items():
-        if said.get(key) not in allowed:
-            m.problem(f"args.{key} is {said[key]!r}: {what}, which this family does not carry over")
+    refuse_settings(m, "args", said, _UNSUPPORTED, "which this family does not carry over")
     if m["norm"] == "RMSNorm":
         name, reason = _like_llama(m)
     else:
@@ -44,13 +45,9 @@ def choose(m: Measure, said: Mapping[str, Any]) -> None:
     m.accept("target", name, why)
 
 
-def _first(*cases: tuple[object, str]) -> str:
-    return next((reason for wrong, reason in cases if wrong), "")
-
-
 def _like_llama(m: Measure) -> tuple[str, str]:
     name = "Qwen3" if m["qk_norm"] else "Qwen2" if m["qkv_bias"] and not m["linear_bias"] else "Llama"
-    return name, _first(
+    return name, first(
         (m["position"] != "rope", f"{m['position']} positions with RMSNorm"),
         (not m["gated"], "RMSNorm with an MLP that has no gate"),
         (m["rotary_percent"] != 1.0, f"rotary_percent {m['rotary_percent']}"),
@@ -62,7 +59,7 @@ def _like_llama(m: Measure) -> tuple[str, str]:
 def _with_layernorm(m: Measure, name: str) -> str:
     heads, size, hidden = m["heads"], m["head_dim"], m["hidden"]
     whole = isinstance(heads, int) and isinstance(size, int) and heads * size == hidden
-    return _first(
+    return first(
         (m["position"] not in ("learned_absolute", "rope"), f"{m['position']} positions"),
         (m["gated"], "LayerNorm with a gated MLP"),
         (not m["qkv_bias"] or not m["linear_bias"], "matrices without biases"),
@@ -107,21 +104,7 @@ def hf_config(d: Dims) -> dict[str, Any]:
         "vocab_size": d["vocab"],
         "tie_word_embeddings": d["tied"],
     }
-    return common | (_gpt2(d) if name == "GPT2" else _neox(d) if name == "GPTNeoX" else _llama(d, name))
-
-
-def _gpt2(d: Dims) -> dict[str, Any]:
-    return {
-        "n_positions": d["context"],
-        "n_embd": d["hidden"],
-        "n_layer": d["layers"],
-        "n_head": d["heads"],
-        "n_inner": d["ffn"],
-        "activation_function": d["activation"],
-        "layer_norm_epsilon": d["norm_eps"],
-        "scale_attn_weights": True,
-        "scale_attn_by_inverse_layer_idx": False,
-    }
+    return common | (gpt2_sizes(d) if name == "GPT2" else _neox(d) if name == "GPTNeoX" else _llama(d, name))
 
 
 def _sizes(d: Dims) -> dict[str, Any]:
@@ -137,16 +120,8 @@ def _sizes(d: Dims) -> dict[str, Any]:
 
 
 def _rope(d: Dims) -> dict[str, Any]:
-    scaling = d["rope_scaling"]
-    rope: dict[str, Any] = {"rope_type": "default" if scaling == "none" else scaling, "rope_theta": d["rope_theta"]}
-    if scaling != "none":
-        rope["factor"] = d["rope_factor"]
-    if scaling == "llama3":
-        rope |= {key: d[f"rope_{key}"] for key in ("low_freq_factor", "high_freq_factor")}
-        rope["original_max_position_embeddings"] = d["rope_original_context"]
-    if d["target"] == "GPTNeoX":
-        rope["partial_rotary_factor"] = d["rotary_percent"]
-    return rope
+    share = {"partial_rotary_factor": d["rotary_percent"]} if d["target"] == "GPTNeoX" else {}
+    return rope_parameters(d) | share
 
 
 def _neox(d: Dims) -> dict[str, Any]:

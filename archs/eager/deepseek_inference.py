@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..base import Value
 from ..deepseek_inference import stretched
 from .llama_meta import FeedForward, RMSNorm, attend
-from .parts import Embedding, Linear, take
+from .parts import Embedding, Linear, taken
 from .rotary import rotate
 
 _KINDS: dict[type, tuple[str, ...]] = {
@@ -35,7 +35,7 @@ def build(dims: Mapping[str, Value]) -> nn.Module:
 
     Raises MdlError (INPUT) when a dim is missing or of another type.
     """
-    sizes = {name: take(dims, name, kind) for kind, names in _KINDS.items() for name in names}
+    sizes = taken(dims, _KINDS)
     with torch.device("meta"):  # no memory for weights that are replaced anyway
         return Transformer(sizes).eval()
 

@@ -18,7 +18,7 @@ from ...errors import input_error
 from ..base import Value
 from .litgpt import RMSNorm
 from .llama_meta import attend
-from .parts import Embedding, Linear, TiedHead, softcap, take
+from .parts import Embedding, Linear, TiedHead, length_of, softcap, take
 from .rotary import Rotary, rotary_table, rotate_halves
 
 _INTEGERS = (
@@ -81,10 +81,7 @@ class Gemma(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Token ids [B, T] to logits [B, T, V]. Raises MdlError (INPUT) where T exceeds the context."""
-        length = ids.shape[1]
-        if length > self.context:
-            what = f"{length} tokens do not fit a context of {self.context}"
-            raise input_error(what, "input ids", "use a shorter prompt")
+        length = length_of(ids, self.context)
         tables = [rotary_table(rotary, length) for rotary in (self.style.full, self.style.local)]
         x = self.embedder(ids)
         x = x * torch.tensor(x.shape[-1] ** 0.5, dtype=x.dtype, device=x.device)

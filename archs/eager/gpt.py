@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ...errors import input_error
 from ..base import Value
-from .parts import Embedding, take
+from .parts import LEARNED, Embedding, check_length, take
 
 GELUS = ("gelu", "gelu_new")
 """The exact form (erf) and the tanh form."""
@@ -82,12 +82,7 @@ def positions(table: Embedding | nn.Parameter, length: int) -> Tensor:
     Raises MdlError (INPUT) where T exceeds the context.
     """
     weight = table.weight if isinstance(table, nn.Embedding) else table
-    if length > weight.shape[-2]:
-        raise input_error(
-            f"{length} tokens do not fit a context of {weight.shape[-2]}",
-            "input ids",
-            "learned positions end there: use a shorter prompt",
-        )
+    check_length(length, weight.shape[-2], LEARNED)
     if isinstance(table, nn.Embedding):  # called, so that whoever watches the model's modules sees it
         return table(torch.arange(length, device=weight.device))
     return weight[..., :length, :]

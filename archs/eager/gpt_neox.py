@@ -15,7 +15,7 @@ from torch.nn import functional
 from ...errors import input_error
 from ..base import Value
 from .llama_meta import attend
-from .parts import Embedding, Linear, TiedHead, take
+from .parts import Embedding, Linear, TiedHead, length_of, taken
 from .rotary import Rotary, rotary_table, rotate_halves
 
 Sizes = Mapping[str, Any]
@@ -33,9 +33,7 @@ def build(dims: Mapping[str, Value]) -> nn.Module:
     Its forward maps token ids [B, T] to logits [B, T, V] at all positions. Raises MdlError (INPUT) when a dim is
     missing, has the wrong type, or describes a model that this family can't be.
     """
-    sizes: dict[str, Any] = {}
-    for kind, names in _KINDS.items():
-        sizes |= {name: take(dims, name, kind) for name in names}
+    sizes = taken(dims, _KINDS)
     sizes["rotated"] = int(sizes["head_dim"] * sizes["rotary_pct"])
     if sizes["rotated"] % 2:
         raise input_error(f"a rotation of {sizes['rotated']} channels can't be built", "dims", "check rotary_pct")
@@ -63,10 +61,8 @@ class Pipeline(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Token ids [B, T] to logits [B, T, V]. Raises MdlError (INPUT) where T exceeds the context."""
-        length, sizes = ids.shape[1], self.sizes
-        if length > sizes["context"]:
-            what = f"{length} tokens do not fit a context of {sizes['context']}"
-            raise input_error(what, "input ids", "use a shorter prompt")
+        sizes = self.sizes
+        length = length_of(ids, sizes["context"])
         first, *blocks, last, end = self.sequential.values()
         words, head = first.get_submodule("word_embeddings"), end.get_submodule("final_linear")
         x = words(ids)

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from ...errors import input_error
 from ..base import Value
-from .parts import Embedding, Linear, TiedHead, softcap, take
+from .parts import Embedding, Linear, TiedHead, length_of, softcap, take, taken
 from .rotary import Scaling, stretched
 
 Sizes = Mapping[str, Any]
@@ -39,9 +39,7 @@ def build(dims: Mapping[str, Value]) -> nn.Module:
     Its forward maps token ids [B, T] to logits [B, T, V] at all positions. Raises MdlError (INPUT) when a dim is
     missing, has the wrong type, or describes a model that this family can't be.
     """
-    sizes: dict[str, Any] = dict(dims)
-    for kind, names in _KINDS.items():
-        sizes |= {name: take(dims, name, kind) for name in names}
+    sizes: dict[str, Any] = {**dims, **taken(dims, _KINDS)}
     if sizes["heads"] % sizes["kv_heads"] or sizes["rotary"] % 2:
         what = f"{sizes['heads']} heads of {sizes['kv_heads']} groups, or a rotation of {sizes['rotary']} channels"
         raise input_error(f"{what}, can't be built", "dims", "check n_head and rotary_percentage")
@@ -120,10 +118,8 @@ class GPT(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Token ids [B, T] to logits [B, T, V]. Raises MdlError (INPUT) where T exceeds the context."""
-        length, sizes = ids.shape[1], self.sizes
-        if length > sizes["context"]:
-            what = f"{length} tokens do not fit a context of {sizes['context']}"
-            raise input_error(what, "input ids", "use a shorter prompt")
+        sizes = self.sizes
+        length = length_of(ids, sizes["context"])
         tables = [rotary_table(sizes, length, local=bool(k) and sizes["rope_local_theta"] > 0) for k in range(2)]
         x = self.transformer["wte"](ids)
         if sizes["scale_embeddings"]:

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from ...errors import input_error
 from ..base import Value
-from .parts import Embedding, Linear, TiedHead, softcap, take
+from .parts import Embedding, Linear, TiedHead, length_of, softcap, take
 from .rotary import Rotary, Scaling, rotary_table, rotate
 
 
@@ -124,11 +124,7 @@ class Transformer(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Token ids [B, T] to logits [B, T, V]. Raises MdlError (INPUT) where T exceeds the context."""
-        length = ids.shape[1]
-        if length > self.context:
-            raise input_error(
-                f"{length} tokens do not fit a context of {self.context}", "input ids", "use a shorter prompt"
-            )
+        length = length_of(ids, self.context)
         cos, sin = rotary_table(self.rotary, length)
         x = self.embedded(ids)
         for layer in self.layers:

@@ -17,7 +17,7 @@ from ...errors import input_error
 from ..base import Value
 from .gpt import positions
 from .llama_meta import attend
-from .parts import Embedding, Linear, TiedHead, take
+from .parts import Embedding, Linear, TiedHead, length_of, take, taken
 from .rotary import Scaling, rotate, rotate_halves, stretched
 
 Sizes = Mapping[str, Any]
@@ -42,9 +42,7 @@ def build(dims: Mapping[str, Value]) -> nn.Module:
 
 def sizes_of(dims: Mapping[str, Value]) -> Sizes:
     """The dims with their types checked. Raises MdlError (INPUT)."""
-    sizes: dict[str, Any] = dict(dims)
-    for kind, names in _KINDS.items():
-        sizes |= {name: take(dims, name, kind) for name in names}
+    sizes: dict[str, Any] = {**dims, **taken(dims, _KINDS)}
     if sizes["heads"] % sizes["kv_heads"] or rotated(sizes) % 2:
         what = f"{sizes['heads']} heads of {sizes['kv_heads']} groups, or a rotation of {rotated(sizes)} channels"
         raise input_error(f"{what}, can't be built", "dims", "check num_attention_heads and rotary_percent")
@@ -140,10 +138,8 @@ class GPT(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Token ids [B, T] to logits [B, T, V]. Raises MdlError (INPUT) where T exceeds the context."""
-        length, sizes = ids.shape[1], self.sizes
-        if length > sizes["context"]:
-            what = f"{length} tokens do not fit a context of {sizes['context']}"
-            raise input_error(what, "input ids", "use a shorter prompt")
+        sizes = self.sizes
+        length = length_of(ids, sizes["context"])
         words = self.embedding["word_embeddings"]
         x = words(ids)
         if sizes["position"] == "learned_absolute":

@@ -16,7 +16,7 @@ from ...errors import input_error
 from ..base import Value
 from .litgpt import RMSNorm
 from .llama_meta import FeedForward, attend
-from .parts import Embedding, Linear, TiedHead, take
+from .parts import Embedding, Linear, TiedHead, check_heads, length_of, take, taken
 from .rotary import Rotary, Scaling, Yarn, rotary_table, rotate_halves
 
 _KINDS: dict[type, tuple[str, ...]] = {
@@ -33,12 +33,8 @@ def build(dims: Mapping[str, Value]) -> nn.Module:
     Its forward maps token ids [B, T] to logits [B, T, V] at all positions. Raises MdlError (INPUT) when a dim is
     missing, has the wrong type, or describes a model that this family can't be.
     """
-    sizes: dict[str, Any] = {}
-    for kind, names in _KINDS.items():
-        sizes |= {name: take(dims, name, kind) for name in names}
-    if sizes["heads"] % sizes["kv_heads"] or sizes["head_dim"] % 2:
-        what = f"{sizes['heads']} heads of {sizes['head_dim']} channels can't share {sizes['kv_heads']} key heads"
-        raise input_error(what, "dims: heads, kv_heads", "check n_heads")
+    sizes = taken(dims, _KINDS)
+    check_heads(sizes)
     windows = dims.get("windows")
     if not isinstance(windows, list) or len(windows) != sizes["layers"]:
         raise input_error(f"windows is {windows!r}, not one number per layer", "dims: windows")
@@ -77,10 +73,7 @@ class Transformer(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Token ids [B, T] to logits [B, T, V]. Raises MdlError (INPUT) where T exceeds the context."""
-        length = ids.shape[1]
-        if length > self.context:
-            what = f"{length} tokens do not fit a context of {self.context}"
-            raise input_error(what, "input ids", "use a shorter prompt")
+        length = length_of(ids, self.context)
         tables = [rotary_table(rotary, length) for rotary in self.rotaries]
         x = self.embeddings(ids)
         for block in self.blocks:

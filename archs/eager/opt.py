@@ -17,10 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ...errors import input_error
 from ..base import Value
 from .gpt import GELUS, Sizes, activation, attend, sizes_of
-from .parts import Embedding, Linear, TiedHead, take
+from .parts import LEARNED, Embedding, Linear, TiedHead, length_of, take
 
 _FIRST = 2
 """The row of the first position: behind the padding id."""
@@ -79,10 +78,7 @@ class Decoder(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Token ids [B, T] to logits [B, T, V]. Raises MdlError (INPUT) where T exceeds the context."""
-        length = ids.shape[1]
-        if length > self.context:
-            what = f"{length} tokens do not fit a context of {self.context}"
-            raise input_error(what, "input ids", "learned positions end there: use a shorter prompt")
+        length = length_of(ids, self.context, LEARNED)
         x = self.embed_tokens(ids)
         x = x if self.project_in_dim is None else self.project_in_dim(x)
         x = x + self.embed_positions(torch.arange(_FIRST, _FIRST + length, device=ids.device))

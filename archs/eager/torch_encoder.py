@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ...errors import input_error
 from ..base import Value
 from .gpt import GELUS, Sizes, activation, attend, sizes_of
-from .parts import Embedding, Linear, TiedHead, take
+from .parts import LEARNED, Embedding, Linear, TiedHead, length_of, take
 
 
 def build(dims: Mapping[str, Value]) -> nn.Module:
@@ -56,10 +55,7 @@ class Model(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Token ids [B, T] to logits [B, T, V]. Raises MdlError (INPUT) where T exceeds the context."""
-        length = ids.shape[1]
-        if length > self.context:
-            what = f"{length} tokens do not fit a context of {self.context}"
-            raise input_error(what, "input ids", "learned positions end there: use a shorter prompt")
+        length = length_of(ids, self.context, LEARNED)
         table = self.get_parameter(self.table)
         embedding = self.get_submodule(self.at["embedding"])
         x = embedding(ids) + table.reshape(self.context, -1)[:length]

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ...errors import input_error
 from ..base import Value
 from .llama_meta import attend
-from .parts import Embedding, Linear, take
+from .parts import Embedding, Linear, length_of, take
 from .rotary import Rotary, rotary_table, rotate
 
 
@@ -44,10 +43,7 @@ class Wrapper(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Token ids [B, T] to logits [B, T, V]. Raises MdlError (INPUT) where T exceeds the context."""
-        length = ids.shape[1]
-        if length > self.context:
-            what = f"{length} tokens do not fit a context of {self.context}"
-            raise input_error(what, "input ids", "use a shorter prompt")
+        length = length_of(ids, self.context)
         cos, sin = rotary_table(self.rotary, length)
         return self.to_logits(self.attn_layers(self.token_emb.get_submodule("emb")(ids), cos, sin))
 

@@ -11,8 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mdl.convert.export import export
-from mdl.convert.prepare import Options, Prepared, prepare
-from mdl.convert.run import convert
+from mdl.convert.prepare import Options, prepare
 from mdl.errors import Kind, MdlError
 from mdl.validate.client import Engine
 from mdl.validate.mutate import run_mutations
@@ -21,13 +20,7 @@ from mdl.validate.verify import Settings, verify
 
 from .. import checkpoints as make
 from .. import hf
-
-
-def layout(source: Path, out: Path, **given: str) -> Prepared:
-    options = Options(given=given)
-    prepared = prepare(source, options)
-    convert(prepared, out, options=options, tokenizer="none")
-    return prepared
+from ..converted import layout
 
 
 @pytest.mark.parametrize("name", ["LlamaForCausalLM", "Gemma2ForCausalLM", "MixtralForCausalLM", "GPTNeoXForCausalLM"])

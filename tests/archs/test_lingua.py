@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from mdl.archs.eager.lingua import build
 from mdl.convert.export import export
 from mdl.convert.prepare import Options, Prepared, prepare
 from mdl.convert.run import convert
@@ -20,6 +19,7 @@ from mdl.validate.verify import verify
 from .. import checkpoints as make
 from .. import servable
 from ..checkpoints_llamas import lingua, lingua_consolidated, lingua_tied
+from ..converted import with_dims
 from ..torchtune_cases import IDS, nmse
 
 
@@ -32,11 +32,8 @@ def prepared(path: Path, **given: str) -> Prepared:
 
 def eager_logits(made: Prepared, state: make.State, **changed: Any) -> torch.Tensor:
     """Our forward's logits [T, V] in float64, with some of the dims changed."""
-    model = build({**made.dims, **changed})
     held = {name: tensor.double() for name, tensor in state.items() if "tied_module" not in name}
-    model.load_state_dict(held, strict=True, assign=True)
-    with torch.no_grad():
-        return model(IDS[None])[0]
+    return with_dims(made, held, IDS, **changed)
 
 
 @pytest.mark.parametrize("write", [lingua, lingua_consolidated])

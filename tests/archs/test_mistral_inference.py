@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from mdl.archs.base import Dims
-from mdl.archs.eager import mistral_inference as eager
 from mdl.convert.export import export
 from mdl.convert.prepare import Options, Prepared, prepare
 from mdl.convert.run import convert
@@ -21,6 +20,7 @@ from mdl.validate.verify import verify
 from .. import checkpoints as make
 from .. import checkpoints_mistral as mistral
 from .. import upstream
+from ..converted import with_dims
 
 IDS = torch.randperm(64, generator=torch.Generator().manual_seed(3))[:48]
 LIMIT = 1e-11  # right ones measure below 1e-12
@@ -33,10 +33,7 @@ def nmse(measured: torch.Tensor, wanted: torch.Tensor) -> float:
 
 def eager_logits(prepared: Prepared, tensors: make.State, **changed: Any) -> torch.Tensor:
     """Our forward's logits [T, V] of :data:`IDS`, with some of the dims changed."""
-    model = eager.build({**prepared.dims, **changed})
-    model.load_state_dict(tensors, strict=True, assign=True)
-    with torch.no_grad():
-        return model(IDS[None])[0]
+    return with_dims(prepared, tensors, IDS, **changed)
 
 
 def refusals(path: Path, **given: str) -> str:

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from mdl.archs.eager import mixtral as eager
 from mdl.convert.export import export
 from mdl.convert.prepare import Options, Prepared, prepare
 from mdl.convert.run import convert
@@ -20,6 +19,7 @@ from mdl.validate.verify import verify
 from .. import checkpoints as make
 from .. import checkpoints_mistral as mistral
 from .. import upstream
+from ..converted import with_dims
 from .test_mistral_inference import IDS, LIMIT, nmse, refusals
 
 GIVEN = {"rope_theta": "1000000", "context": "256"}
@@ -28,10 +28,7 @@ STACKED = {**GIVEN, "experts_per_token": "2"}
 
 def eager_logits(prepared: Prepared, tensors: make.State, **changed: Any) -> torch.Tensor:
     """Our forward's logits [T, V], with some of the dims changed."""
-    model = eager.build({**prepared.dims, **changed})
-    model.load_state_dict(tensors, strict=True, assign=True)
-    with torch.no_grad():
-        return model(IDS[None])[0]
+    return with_dims(prepared, tensors, IDS, **changed)
 
 
 def held(folder: Path) -> make.State:

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from mdl.archs.eager import torchtitan as eager
 from mdl.convert.export import export
 from mdl.convert.prepare import Options, Prepared, prepare
 from mdl.convert.run import convert
@@ -20,6 +19,7 @@ from mdl.validate.verify import verify
 from .. import checkpoints as make
 from .. import servable, upstream
 from ..checkpoints_llamas import titan, titan_fused, titan_names
+from ..converted import with_dims
 from ..torchtune_cases import IDS, LIMIT, nmse
 
 CONTEXT = 256
@@ -68,12 +68,8 @@ def prepared(name: str, path: Path, **more: str) -> Prepared:
 
 def eager_logits(made: Prepared, state: make.State, **changed: Any) -> torch.Tensor:
     """Our forward's logits [T, V], with some of the dims changed."""
-    model = eager.build({**made.dims, **changed})
-    given = {name: t for name, t in state.items() if name != "freqs_cis"}
-    given = {name: t for name, t in given.items() if not (made.dims["tied"] and name == "lm_head.weight")}
-    model.load_state_dict(given, strict=True, assign=True)
-    with torch.no_grad():
-        return model(IDS[None])[0]
+    left = {"freqs_cis", *(("lm_head.weight",) if made.dims["tied"] else ())}
+    return with_dims(made, {name: t for name, t in state.items() if name not in left}, IDS, **changed)
 
 
 @pytest.mark.parametrize("name", CASES)

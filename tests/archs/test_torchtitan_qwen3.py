@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from mdl.archs.eager import torchtitan as eager
 from mdl.convert.export import export
 from mdl.convert.prepare import Options, Prepared, prepare
 from mdl.convert.run import convert
@@ -20,6 +19,7 @@ from mdl.validate.verify import verify
 from .. import checkpoints as make
 from .. import upstream
 from ..checkpoints_llamas import titan, titan_fused, titan_qwen3
+from ..converted import with_dims
 from ..torchtune_cases import IDS, LIMIT, nmse
 
 GIVEN = Options(given={"context": "256"})
@@ -47,11 +47,8 @@ def prepared(path: Path) -> Prepared:
 
 def eager_logits(made: Prepared, state: make.State, **changed: Any) -> torch.Tensor:
     """Our forward's logits [T, V], with some of the dims changed."""
-    model = eager.build_qwen3({**made.dims, **changed})
     given = {name: t for name, t in state.items() if not (made.dims["tied"] and name == "lm_head.weight")}
-    model.load_state_dict(given, strict=True, assign=True)
-    with torch.no_grad():
-        return model(IDS[None])[0]
+    return with_dims(made, given, IDS, **changed)
 
 
 @pytest.mark.parametrize("name", CASES)
