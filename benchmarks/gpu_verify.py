@@ -1,12 +1,13 @@
-"""Verifies three models on a GPU, once per way of running vLLM, and prints the figures as a Markdown table.
+"""Verifies five models on a GPU, once per way of running vLLM, and prints the figures as a Markdown table.
 
     python benchmarks/gpu_verify.py --work /tmp/models                      everything that this machine can run
     python benchmarks/gpu_verify.py --work /tmp/models --models llama --runs runner-1 runner-2
     python benchmarks/gpu_verify.py --work /tmp/models --small --runs plain     on a CPU, to try the script
 
-The models: a tiny Meta Llama, a tiny nanoGPT (GPT-2), and a Llama of 1.1 billion bfloat16 parameters in Meta's layout;
-random, with matrices of unit gain and norms far from one, since small weights hide mistakes. Each is converted, and
-verified in float32 and in bfloat16. What the reference computes, it computes once per model, on the CPU.
+The models: a tiny Meta Llama, a tiny nanoGPT (GPT-2), tiny Mambas of both kinds, and a Llama of 1.1 billion bfloat16
+parameters in Meta's layout; random, with matrices of unit gain and norms far from one, since small weights hide
+mistakes. Each is converted, and verified in float32 and in bfloat16. What the reference computes, it computes once per
+model, on the CPU.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
 from mdl.convert.manifest import read_manifest
 from mdl.convert.prepare import Options, prepare
 from mdl.convert.run import convert
@@ -31,6 +34,7 @@ from mdl.errors import MdlError
 from mdl.validate.client import Engine, EngineFailure, EngineResult
 from mdl.validate.report import Report
 from mdl.validate.verify import Settings, Side, judge_layout, reference_side, source_of
+from tests import mambas
 
 State = dict[str, torch.Tensor]
 HEAD = ("model", "run", "model runner", "attention", "CUDA graphs", "prefill", "decode", "generate")
@@ -164,7 +168,25 @@ def tiny_gpt2(folder: Path) -> Path:
     return folder / "ckpt.pt"
 
 
-MODELS: dict[str, Callable[[Path], Path]] = {"llama": tiny_llama, "gpt2": tiny_gpt2, "large": large_llama}
+def tiny_mamba(folder: Path) -> Path:
+    """Mamba 1 as mamba_ssm saves it: the selective scan of vLLM's runs on GPUs only."""
+    ssm = {"layer": "Mamba1", "dt_rank": mambas.RANK}
+    return mambas.saved(folder / "release", mambas.state(1), ssm, tie_embeddings=True)
+
+
+def tiny_mamba2(folder: Path) -> Path:
+    """Mamba 2 with two groups of B and C."""
+    ssm = {"layer": "Mamba2", "headdim": mambas.INNER // mambas.HEADS, "d_state": mambas.STATE, "ngroups": 2}
+    return mambas.saved(folder / "release", mambas.state(2, groups=2), ssm, tie_embeddings=True)
+
+
+MODELS: dict[str, Callable[[Path], Path]] = {
+    "llama": tiny_llama,
+    "gpt2": tiny_gpt2,
+    "mamba": tiny_mamba,
+    "mamba2": tiny_mamba2,
+    "large": large_llama,
+}
 
 
 # --- one model, every way ----------------------------------------------------------------------------------------
