@@ -11,7 +11,11 @@ from .tokenizer import TokenizerInfo
 
 _REQUIRED = ("architectures", "model_type", "vocab_size", "tie_word_embeddings")
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-"""What config.json holds beside the planned fields: the tokenizer's, which no plan knows."""
+BESIDE_THE_PLAN = (*TOKEN_IDS, "transformers_version")
+"""What config.json holds beside the planned fields: the tokenizer's ids, which no plan knows, and :data:`FORM`."""
+FORM = "5.0.0"
+"""The release of transformers from which config.json is read in this form (``rope_parameters``). Without it
+transformers takes any tokenizer of more than 100,000 tokens for one of Mistral's that were cut wrongly, and says so."""
 
 
 def write_configs(
@@ -28,7 +32,7 @@ def write_configs(
         raise ValueError(f"hf_config leaves out {missing}")
     ids = dict(zip(TOKEN_IDS, (tokenizer.bos, tokenizer.eos, tokenizer.pad), strict=True))
     ids |= {key: config[key] for key in ids if config.get(key) is not None}
-    _dump(out / "config.json", {**config, **ids})
+    _dump(out / "config.json", {**config, **ids, "transformers_version": FORM})
     known: dict[str, Any] = {key: value for key, value in ids.items() if value is not None}
     if tokenizer.stops:
         known["eos_token_id"] = list(tokenizer.stops)

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 class Built:
     """A tokenizer in the form that vLLM reads, with the texts of its special tokens and the choices made.
 
-    ``stops`` are the tokens at which generation ends, where they are more than ``eos``.
+    ``stops`` are the tokens at which generation ends, where they are more than ``eos``; ``chat`` is the name of a
+    template in the folder ``chat``.
     """
 
     kind: str
@@ -30,6 +31,7 @@ class Built:
     unk: str | None = None
     notes: tuple[str, ...] = ()
     stops: tuple[str, ...] = ()
+    chat: str = ""
 
 
 @cache

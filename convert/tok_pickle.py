@@ -20,6 +20,7 @@ _DO = "write it again with tiktoken's own pickle.dump(encoding, file), or bring 
 # nanochat (karpathy/nanochat, nanochat/tokenizer.py and engine.py): every document begins with the one, and
 # generation stops at either.
 _NANOCHAT_BOS, _NANOCHAT_END = "<|bos|>", "<|assistant_end|>"
+_NANOCHAT_TURNS = ("<|user_start|>", "<|user_end|>", "<|assistant_start|>")
 _NANOCHAT = (
     f"{_NANOCHAT_BOS} is put before every text, as nanochat's own sampling and evaluation do",
     f"generation ends at {_NANOCHAT_END} and at {_NANOCHAT_BOS}, as in nanochat's engine",
@@ -85,8 +86,9 @@ def _scheme(state: dict[Any, Any], where: str) -> Scheme:
     cut = for_oniguruma(pattern, where)
     if {_NANOCHAT_BOS, _NANOCHAT_END} <= specials.keys():
         ends = (_NANOCHAT_END, _NANOCHAT_BOS)
+        chat = "nanochat" if all(token in specials for token in _NANOCHAT_TURNS) else ""
         return Scheme(
-            "nanochat's", cut, specials, _NANOCHAT_BOS, _NANOCHAT_END, None, True, _NANOCHAT, pattern, stops=ends
+            "nanochat's", cut, specials, _NANOCHAT_BOS, _NANOCHAT_END, None, True, _NANOCHAT, pattern, ends, chat
         )
     notes = ("the file does not say which special tokens begin and end a text: generation ends at max_tokens",)
     return Scheme("a pickled tiktoken encoding", cut, specials, notes=notes, pattern=pattern)

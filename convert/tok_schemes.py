@@ -18,7 +18,8 @@ from ..errors import input_error
 class Scheme:
     """How a rank file is used. ``pattern`` is tiktoken's own spelling of ``cut`` where that differs.
 
-    ``stops`` are the tokens at which the original code ends generation, where they are more than ``eos``.
+    ``stops`` are the tokens at which the original code ends generation, where they are more than ``eos``; ``chat``
+    names the template in the folder ``chat`` that writes dialogs as that code does.
     """
 
     title: str
@@ -31,6 +32,7 @@ class Scheme:
     notes: tuple[str, ...] = ()
     pattern: str = ""
     stops: tuple[str, ...] = ()
+    chat: str = ""
 
 
 # These cut text as tiktoken's possessive patterns do. Oniguruma, which `tokenizers` uses, reads `{1,3}+` and `$`
@@ -98,6 +100,7 @@ def llama3(first: int, *, old: bool, why: str) -> Scheme:
             f"names of ids {first + 4}, {first + 5}, {first + 8} and from {first + 10} on, in no id of the others",
             *_metas_notes(f"<|eot_id|> ({first + 9})", first + 1),
         ),
+        chat="llama3",
     )
 
 

@@ -126,7 +126,16 @@ def scheme_of(tekken: Tekken, path: Path) -> Scheme:
         prepend=True,
         notes=tuple(_notes(tekken)),
         pattern=tekken.pattern,
+        chat=_chat(tekken),
     )
+
+
+def _chat(tekken: Tekken) -> str:
+    """Dialogs are written in one way up to v3, and in another from v7 to v13; v15 has settings of the model in them."""
+    version = int(tekken.version[1:])
+    name = "mistral_v3" if version == 3 else "mistral_v7" if 7 <= version <= 13 else ""
+    system = ("[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]") if name == "mistral_v7" else ()
+    return name if all(token in tekken.specials for token in ("[INST]", "[/INST]", *system, _BOS, _EOS)) else ""
 
 
 def _notes(tekken: Tekken) -> list[str]:

@@ -93,7 +93,7 @@ def built_by(kind: str, ids: Mapping[bytes, int], scheme: Scheme) -> Built:
     if scheme.prepend and scheme.bos:
         prepend_bos(tokenizer, scheme.bos)
     notes = (f"taken for {scheme.title}", *scheme.notes)
-    return Built(kind, tokenizer, scheme.bos, scheme.eos, scheme.pad, None, notes, scheme.stops)
+    return Built(kind, tokenizer, scheme.bos, scheme.eos, scheme.pad, None, notes, scheme.stops, scheme.chat)
 
 
 def byte_level(ranks: Mapping[bytes, int], cut: str, specials: Mapping[str, int]) -> Tokenizer:

@@ -32,6 +32,9 @@ __all__ = [
 ]
 
 
+CHAT_TEMPLATE = "chat_template.jinja"
+
+
 @dataclass(frozen=True)
 class TokenizerInfo:
     """What was written. ``vocab_size`` is the highest id plus one; ``files`` are relative to the output."""
@@ -81,7 +84,7 @@ def write_tokenizer(source: str | Path, out: Path, *, model_vocab: int, context:
         eos=_id(built, built.eos),
         pad=_id(built, built.pad),
         files=files,
-        notes=(*built.notes, *_rows_without_token(used, model_vocab)),
+        notes=(*built.notes, *_chat_notes(built, files), *_rows_without_token(used, model_vocab)),
         stops=tuple(built.tokenizer.get_vocab()[text] for text in built.stops),
     )
 
@@ -103,8 +106,8 @@ def _write(found: Source, built: Built, out: Path, context: int | None) -> tuple
         config["model_max_length"] = context
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     (out / "tokenizer_config.json").write_text(text, encoding="utf-8")
-    if _write_chat_template(found, config, out):
-        written.append("chat_template.jinja")
+    if _write_chat_template(found, config, out) or _write_known_template(built, out):
+        written.append(CHAT_TEMPLATE)
     return tuple(written)
 
 
@@ -122,7 +125,7 @@ def _write_chat_template(found: Source, config: dict[str, Any], out: Path) -> bo
     """Writes the template that lies beside the source; one that ``config`` carries already needs no file."""
     if found.directory is None:
         return False
-    file = found.directory / "chat_template.jinja"
+    file = found.directory / CHAT_TEMPLATE
     if file.is_file():
         shutil.copyfile(file, out / file.name)
         return True
@@ -132,8 +135,23 @@ def _write_chat_template(found: Source, config: dict[str, Any], out: Path) -> bo
     template = tok_ready.settings(found.files[0])[0].get("chat_template")
     if not isinstance(template, str):
         return False
-    (out / "chat_template.jinja").write_text(template, encoding="utf-8")
+    (out / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
     return True
+
+
+def _write_known_template(built: Built, out: Path) -> bool:
+    """Writes the template of the code that made the tokenizer, if mdl has it."""
+    if built.chat:
+        shutil.copyfile(Path(__file__).parent / "chat" / f"{built.chat}.jinja", out / CHAT_TEMPLATE)
+    return bool(built.chat)
+
+
+def _chat_notes(built: Built, files: tuple[str, ...]) -> list[str]:
+    if not built.chat or CHAT_TEMPLATE not in files:
+        return []
+    return [
+        f"{CHAT_TEMPLATE} writes dialogs as {built.chat} does; whether the model saw any, no file tells"
+    ]
 
 
 def _id(built: Built, text: str | None) -> int | None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ..archs.base import Dim, Dims, Value
 from ..archs.guard import build_eager
-from ..convert.config import TOKEN_IDS
+from ..convert.config import BESIDE_THE_PLAN
 from ..convert.prepare import Prepared
 from ..errors import MdlError
 from ..mappings.lazy import Lazy
@@ -115,7 +115,7 @@ def _having(dims: Dims, changed: Mapping[str, Value]) -> Dims:
 def differences(config: Mapping[str, Any], planned: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Dotted paths at which a layout's config.json is not what the checkpoint's would be: (there, planned)."""
     theirs, ours = dict(_flat(config)), dict(_flat(planned))
-    known = [path for path in {**ours, **theirs} if path in ours or path not in TOKEN_IDS]
+    known = [path for path in {**ours, **theirs} if path in ours or path not in BESIDE_THE_PLAN]
     return {path: (theirs.get(path), ours.get(path)) for path in known if theirs.get(path) != ours.get(path)}
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import xxhash
 
 from ..convert.check import check_layout
-from ..convert.config import TOKEN_IDS, read_config
+from ..convert.config import BESIDE_THE_PLAN, read_config
 from ..convert.expected import expected_tensors
 from ..convert.manifest import Manifest
 from ..convert.prepare import Prepared
@@ -39,7 +39,7 @@ def layout_problems(
     ]
     problems += [  # vLLM reads fields that no plan wrote (a window, a scaling) as gladly as the others
         Problem(f"{key} is {config[key]!r}, the checkpoint makes no such field", config_path, "convert again")
-        for key in config.keys() - prepared.config.keys() - set(TOKEN_IDS)
+        for key in config.keys() - prepared.config.keys() - set(BESIDE_THE_PLAN)
     ]
     have = {name: tuple(fact["shape"]) for name, fact in manifest.tensors.items()}
     problems += [
