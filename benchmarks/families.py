@@ -3,7 +3,7 @@
     python benchmarks/families.py                       all families, and four of them in every container; half an hour
     python benchmarks/families.py --write               and puts it into docs/families.md
     python benchmarks/families.py --only litgpt --containers Lightning safetensors
-    python benchmarks/families.py --only nanogpt --json kept.json
+    python benchmarks/families.py --json kept.json      keeps every row; called again, only runs what is not in there
 
 A row is one checkpoint in one container. NMSE is the squared error of vLLM's float32 logits over the squared signal,
 against the reference in float64; × is that error over the reference's own in float32. The reference of each family was
@@ -131,13 +131,15 @@ def main() -> int:
     cli.add_argument("--only", nargs="+", default=[], metavar="FAMILY", help="these families or cases only")
     cli.add_argument("--containers", nargs="+", default=[], choices=list(CONTAINERS), help="these, for every case")
     cli.add_argument("--write", action="store_true", help=f"put the table into docs/{PAGE.name}")
-    cli.add_argument("--json", type=Path, help="keep the rows in this file")
+    cli.add_argument("--json", type=Path, help="keep the rows in this file, and those that are in there")
     args = cli.parse_args()
     torch.set_num_threads(1)
+    kept = [Row(**row) for row in json.loads(args.json.read_text("utf-8"))] if args.json and args.json.exists() else []
+    known = {(row.case, row.container): row for row in kept if row.ok}
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as scratch, Engine() as engine:
         for number, (case, container) in enumerate(wanted(args.only, args.containers)):
-            rows.append(run(case, container, Path(scratch) / str(number), engine))
+            rows.append(known.get((case, container)) or run(case, container, Path(scratch) / str(number), engine))
             print(f"{case}, {container}: {'ok' if rows[-1].ok else rows[-1].failed or 'lost'}", file=sys.stderr)
             if args.json:
                 args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1), encoding="utf-8")

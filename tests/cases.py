@@ -106,6 +106,10 @@ def _torchtune() -> Iterator[Case]:
         yield Case(case.arch, name, write, "torchtune 0.6.1", given, case.arch if case.tied else None)
 
 
+def _fused(folder: Path) -> Path:
+    return llamas.titan(folder, llamas.titan_fused(llamas.titan_names()))
+
+
 def _trainers() -> Iterator[Case]:
     """Frameworks that train in parallel, and save what their processes hold."""
     core, fairseq, held = "megatron-core 0.16.1", "fairseq 3d262bb", "transformers' GPTNeoX"
@@ -122,7 +126,7 @@ def _trainers() -> Iterator[Case]:
     yield Case("lingua", "tied", lambda p: llamas.lingua_consolidated(p / "x", llamas.lingua_tied(), **tied), lingua)
     given, titan = {"heads": "4", "context": "256"}, "torchtitan 0.3.0, f7084fc, 73a0e69"
     yield Case("torchtitan", "names of 0.3", lambda p: llamas.titan(p / "step", llamas.titan_names()), titan, given)
-    yield Case("torchtitan", "fused q, k, v", lambda p: llamas.titan(p / "step", llamas.titan_fused()), titan, given)
+    yield Case("torchtitan", "fused q, k, v", lambda p: _fused(p / "step"), titan, given)
 
 
 def _researchers() -> Iterator[Case]:

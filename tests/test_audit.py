@@ -66,3 +66,52 @@ def test_only_what_is_made_of_its_own_values_is_not_compared(remake: Callable[[M
     _, compared, unloaded = audited(remake)
 
     assert (compared["A_log"], compared["other"], unloaded) == (found, [0, 3], {})
+
+
+class Late(nn.Module):
+    """A model whose loader gives it a parameter when it meets the tensor: vLLM's head with a bias, padded rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(3, 3, bias=False)
+
+
+def late(fill: Callable[[nn.Parameter, torch.Tensor], None]) -> Audit:
+    model = Late()
+    audit = Audit(model)
+    audit.poison()
+    stored = {"head.weight": torch.eye(3), "head.bias": torch.tensor([1.0, 2.0, 3.0])}
+    with torch.no_grad(), audit:
+        for name, tensor in audit.follow(stored.items()):
+            if name == "head.weight":
+                model.head.weight.copy_(tensor)
+            else:
+                model.head.bias = nn.Parameter(torch.empty(4), requires_grad=False)
+                fill(model.head.bias, tensor)
+    assert audit.compare(stored.items())["head.weight"] == [0, 9]
+    return audit
+
+
+def test_a_parameter_that_comes_while_loading_is_followed_too() -> None:
+    def rightly(bias: nn.Parameter, tensor: torch.Tensor) -> None:
+        bias[:3].data.copy_(tensor)
+        bias[3:].data.fill_(0)
+
+    audit = late(rightly)
+    report = audit.report()
+    assert (report["landed"]["head.bias"], report["written"]["head.bias"]) == (["head.bias"], [3, 3])
+    assert audit.compare([("head.bias", torch.tensor([1.0, 2.0, 3.0]))]) == {"head.bias": [0, 3]}
+
+
+def test_and_so_are_its_mistakes() -> None:
+    def twice(bias: nn.Parameter, tensor: torch.Tensor) -> None:
+        bias[:3].data.copy_(tensor)
+        bias[1:].data.copy_(tensor)
+
+    def elsewhere(bias: nn.Parameter, tensor: torch.Tensor) -> None:
+        bias.data.fill_(0)
+
+    audit = late(twice)
+    assert audit.report()["written"]["head.bias"] == [6, 3]
+    assert audit.compare([("head.bias", torch.tensor([1.0, 2.0, 3.0]))]) == {"head.bias": [2, 6]}
+    assert late(elsewhere).report()["landed"]["head.bias"] == []

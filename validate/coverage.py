@@ -14,9 +14,10 @@ its place (A = -exp(A_log) in Mamba) can't be compared so, and only the logits s
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable
-from typing import Any
+from typing import Any, Self
 
 import torch
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -48,6 +49,23 @@ class Audit(TorchDispatchMode):
         for name, tensor in [*model.named_buffers(), *model.named_parameters()]:
             self._owners[_address(tensor)] = name
         self._owners.pop(0, None)  # tensors without elements have no address
+        self._watch: Any = None
+
+    def __enter__(self) -> Self:
+        """Watch operations, and parameters that a loader gives the model when it meets their tensor."""
+        self._watch = register_module_parameter_registration_hook(self._adopt)
+        return super().__enter__()
+
+    def __exit__(self, *raised: Any) -> None:
+        self._watch.remove()
+        super().__exit__(*raised)
+
+    def _adopt(self, module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
+        """A parameter in memory of its own is one more to be filled; one in a stored tensor's memory is filled."""
+        where = next((prefix for prefix, known in self._model.named_modules() if known is module), None)
+        if parameter is None or where is None or self._origin.get(_address(parameter)):
+            return
+        self._owners.setdefault(_address(parameter), f"{where}.{name}" if where else name)
 
     def poison(self) -> None:
         """Fill every parameter that can hold NaN with it."""
