@@ -149,9 +149,7 @@ def _write_known_template(built: Built, out: Path) -> bool:
 def _chat_notes(built: Built, files: tuple[str, ...]) -> list[str]:
     if not built.chat or CHAT_TEMPLATE not in files:
         return []
-    return [
-        f"{CHAT_TEMPLATE} writes dialogs as {built.chat} does; whether the model saw any, no file tells"
-    ]
+    return [f"{CHAT_TEMPLATE} writes dialogs as {built.chat} does; whether the model saw any, no file tells"]
 
 
 def _id(built: Built, text: str | None) -> int | None:
