@@ -168,6 +168,11 @@ def _others() -> Iterator[Case]:
 
         yield Case("deepseek_inference", f"MP {ranks}", split, "DeepSeek-V3 9b4e978")
 
+    def packed(p: Path) -> Path:
+        return deepseeks.saved(p / "raw", deepseeks.quantised(deepseeks.state()))
+
+    yield Case("deepseek_inference", "float8", packed, "DeepSeek-V3 9b4e978")
+
 
 def _all() -> Iterator[Case]:
     for name in hf.CLASSES:
@@ -219,7 +224,7 @@ WHOLE, SUMMED = "✓", "all but sums"
 _NO_WEIGHT = ("buffer", "recomputed", "no weight", "not weights", "rotary table")
 
 
-_SUMS = ("of rank files cannot be taken apart", "add cannot be undone exactly")
+_SUMS = ("of rank files cannot be taken apart", "add cannot be undone exactly", "dequantize cannot be undone exactly")
 
 
 def comes_back(source: Path, layout: Path) -> str:
@@ -230,7 +235,8 @@ def comes_back(source: Path, layout: Path) -> str:
     lost = [problem.what for problem in done.lost if not problem.what.startswith("what lay beside")]
     dropped = {what.split(" was dropped: ")[0] for what in lost if any(why in what for why in _NO_WEIGHT)}
     summed = {what.split(": ")[0] for what in lost if what.endswith(_SUMS)}
-    kept = [item for item in values(source) if item[0] not in dropped | summed]
+    gone = dropped | {name for names in summed for name in names.split(", ")}
+    kept = [item for item in values(source) if item[0] not in gone]
     if len(dropped) + len(summed) != len(lost) or kept != values(Path(done.out)):
         return ""
     return SUMMED if summed else WHOLE
