@@ -82,13 +82,12 @@ def _factors(m: Measure) -> None:
         return
     block = m.set("block", default=(_BLOCK, "block_size in DeepSeek's model.py"))
     for name in scaled:
-        infos = tensors.get(name.removesuffix("scale") + "weight", ())
-        axis = _CUT.get(name.split(".")[-2])
-        cut = len(infos) > 1 and axis is not None and len(infos[0].shape) == 2
-        if cut and isinstance(block, int) and block > 0 and infos[0].shape[axis] % block:
-            what = (
-                f"{infos[0].name} is cut into {len(infos)} ranks of {infos[0].shape[axis]}, inside a block of {block}"
-            )
+        axis, infos = _CUT.get(name.split(".")[-2]), tensors.get(name.removesuffix("scale") + "weight")
+        if axis is None or not infos or len(infos) == 1 or len(infos[0].shape) != 2 or not isinstance(block, int):
+            continue
+        size = infos[0].shape[axis]
+        if block > 0 and size % block:
+            what = f"{infos[0].name} is cut into {len(infos)} ranks of {size}, inside a block of {block}"
             m.problem(what, do="run DeepSeek's convert.py with --model-parallel 1")
 
 

@@ -37,7 +37,8 @@ class Dequantize(Op):
         if len(shapes) != 2 or self.block < 1:
             raise OpError(f"dequantize takes a matrix and its blocks' factors, got {len(shapes)} tensors")
         matrix, factors = shapes
-        if len(matrix) != 2 or factors != (wanted := tuple(-(-n // self.block) for n in matrix)):
+        wanted = tuple(-(-n // self.block) for n in matrix)
+        if len(matrix) != 2 or factors != wanted:
             needed = f", which has {list(wanted)} blocks of {self.block} x {self.block}" if len(matrix) == 2 else ""
             raise OpError(f"dequantize: {list(factors)} factors do not fit a matrix of {list(matrix)}{needed}")
         return [matrix]

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from mdl.archs import targets
+from mdl.archs.served import COMPUTES, SERVED
 from mdl.archs.targets import from_spec, known_classes
 from mdl.convert.expected import expected_tensors, from_class
 from mdl.errors import Kind, MdlError
@@ -72,6 +73,14 @@ OPT: dict[str, Any] = {
     "ffn_dim": 48,
     "max_position_embeddings": 24,
     "num_attention_heads": 4,
+}
+
+_BLOOM: dict[str, Any] = {
+    "architectures": ["BloomForCausalLM"],
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "n_layer": 2,
+    "n_head": 4,
 }
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -140,6 +149,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "Olmoe": {**_OLMOE, "num_experts": 3},
     "Olmoe_by_default": {k: v for k, v in _OLMOE.items() if k not in ("num_key_value_heads", "tie_word_embeddings")},
     "Olmoe_tied_biases": {**_OLMOE, "num_experts": 2, "tie_word_embeddings": True, "attention_bias": True},
+    "Bloom": _BLOOM,
+    "Bloom_untied": {**_BLOOM, "tie_word_embeddings": False, "num_hidden_layers": 3},
+    "Bloom_of_2022": {"architectures": ["BloomForCausalLM"], "n_embed": 32, "n_layer": 1, "num_attention_heads": 4},
+    "Bloom_by_default": {"architectures": ["BloomForCausalLM"]},
     "llama_one_key_head": {**LLAMA, "num_key_value_heads": 1, "attention_bias": True, "tie_word_embeddings": True},
 }
 
@@ -149,6 +162,13 @@ def test_a_file_says_what_the_class_has(name: str) -> None:
     config = CONFIGS[name]
 
     assert from_spec(config) == from_class(config)
+
+
+def test_a_class_of_our_own_has_what_the_one_that_it_computes_has() -> None:
+    for ours, name in COMPUTES.items():
+        assert ours in SERVED
+        config = next(config for config in CONFIGS.values() if config["architectures"] == [name])
+        assert from_spec({**config, "architectures": [ours]}) == from_class({**config, "architectures": [ours]})
 
 
 def test_every_file_is_compared() -> None:

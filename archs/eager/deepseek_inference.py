@@ -79,7 +79,8 @@ class Transformer(nn.Module):
         done = super().load_state_dict(state_dict, strict, assign)
         for matrix in self._scaled():
             (rows, columns), block = matrix.weight.shape, self.sizes["block"]
-            factors = matrix.scale.repeat_interleave(block, 0)[:rows].repeat_interleave(block, 1)[:, :columns]
+            scale: Any = matrix.scale
+            factors = scale.repeat_interleave(block, 0)[:rows].repeat_interleave(block, 1)[:, :columns]
             product = (matrix.weight * factors).bfloat16()
             matrix.weight = nn.Parameter(product.to(matrix.weight.dtype))
             del matrix.scale

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-SERVED: dict[str, str] = {}
+SERVED: dict[str, str] = {"MdlBloomForCausalLM": "mdl.archs.served.bloom:MdlBloomForCausalLM"}
 """Architecture as written in ``config.json`` → ``"module:Class"`` of the model that serves it.
 
 Strings, so that naming a class here imports neither torch nor vllm: vLLM imports it when a layout asks for it.
+"""
+
+COMPUTES: dict[str, str] = {"MdlBloomForCausalLM": "BloomForCausalLM"}
+"""Architecture → transformers' class that computes the same, from the same tensors and fields of ``config.json``.
+
+vLLM's own class of that name is another, which is why there is one here.
 """
 
 
