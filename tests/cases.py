@@ -15,11 +15,8 @@ from mdl.convert.open import open_checkpoint
 from mdl.convert.prepare import Options, prepare
 from mdl.convert.stored import Files
 
-from . import checkpoints_gemma as gemma
-from . import checkpoints_llamas as llamas
-from . import checkpoints_mistral as mistral
-from . import checkpoints_olmo as olmo
 from . import (
+    blooms,
     deepseeks,
     gpts,
     hf,
@@ -34,6 +31,10 @@ from . import (
     torchtune_cases,
     xt,
 )
+from . import checkpoints_gemma as gemma
+from . import checkpoints_llamas as llamas
+from . import checkpoints_mistral as mistral
+from . import checkpoints_olmo as olmo
 from .containers import CONTAINERS, taken_apart
 
 
@@ -115,6 +116,10 @@ def _trainers() -> Iterator[Case]:
     yield Case("megatron_stacked", "qwen2", lambda p: megatron.dist(p, "qwen2", stacked=True), core)
     for row, ranks in (("parallel", 2), ("serial", 1), ("tied", 1)):
         yield Case("gpt_neox", f"{row}, TP {ranks}", lambda p, r=row, n=ranks: neox.layers(p, r, n), held)
+    for row, heads in blooms.HEADS.items():
+        ranks = 2 if row == "bloom" else 1
+        title = f"{row}, {heads} heads, TP {ranks}"
+        yield Case("bloom", title, lambda p, r=row, n=ranks: blooms.layers(p, r, n), "transformers' Bloom")
     yield Case("opt", "one file", lambda p: opts.saved(p / "restored.pt", opts.state()), fairseq)
     yield Case("opt", "two parts, fused", lambda p: opts.in_parts(p / "parts", opts.fused(opts.state())), fairseq)
     lingua, tied = "lingua 437d680", {"weight_tying": True}

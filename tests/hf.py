@@ -28,6 +28,7 @@ CLASSES: dict[str, dict[str, Any]] = {
     "MixtralForCausalLM": {**SIZES, "num_local_experts": 4},
     "Qwen3MoeForCausalLM": {**SIZES, "num_experts": 4, "moe_intermediate_size": 64, "num_experts_per_tok": 2},
     "GPT2LMHeadModel": {"vocab_size": 300, "n_embd": 128, "n_layer": 3, "n_head": 4, "n_positions": 512},
+    "BloomForCausalLM": {"vocab_size": 300, "hidden_size": 192, "n_layer": 3, "n_head": 6, "seq_length": 512},
     "GPTNeoXForCausalLM": {k: v for k, v in SIZES.items() if k not in ("head_dim", "num_key_value_heads")},
 }
 """Class → the fields of its config that are not the class's own defaults; all of them are verified."""

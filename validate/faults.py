@@ -36,7 +36,12 @@ class Fault:
 _TRANSFORMERS = "serve it with vLLM's Transformers backend: `-- --model-impl transformers`"
 
 FAULTS = (
-    Fault("bloom", "computes the exact GELU where BLOOM has the tanh form (NMSE about 2e-8)"),
+    Fault(
+        "bloom",
+        "computes the exact GELU where BLOOM has the tanh form (NMSE about 2e-8)",
+        "convert the checkpoint: mdl has a class of its own for it",
+        lambda c: c.get("architectures") == ["BloomForCausalLM"],
+    ),
     Fault(
         "falcon", "computes ALiBi otherwise than the original (NMSE about 7e-3)", when=lambda c: bool(c.get("alibi"))
     ),
