@@ -18,6 +18,7 @@ from mdl.convert.stored import Files
 from . import (
     blooms,
     deepseeks,
+    foundry,
     gpts,
     hf,
     lit,
@@ -148,6 +149,8 @@ def _researchers() -> Iterator[Case]:
             return mambas.saved(p / "raw", mambas.state(2, groups=n), {**ssm, "ngroups": n}, tie_embeddings=True)
 
         yield Case("mamba2", f"groups: {groups}", save, "mamba_ssm e9594ce")
+    for row in foundry.ROWS:
+        yield Case("dbrx", row, lambda p, row=row: foundry.folder(p / "raw", row), "transformers' Dbrx and Mixtral")
     held = "transformers' Olmoe"
     yield Case("olmoe", "stacks of megablocks", lambda p: olmoes.saved(p / "raw", olmoes.state()), held)
 

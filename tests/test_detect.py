@@ -13,7 +13,22 @@ from mdl.archs.registry import all_archs, evidence
 from mdl.convert.inventory import take_inventory
 from mdl.convert.open import open_checkpoint
 
-from . import blooms, deepseeks, gpts, lit, mambas, megatron, neox, olmoes, opts, torch_gpts, torchtune_cases, xt
+from . import (
+    blooms,
+    deepseeks,
+    foundry,
+    gpts,
+    hf,
+    lit,
+    mambas,
+    megatron,
+    neox,
+    olmoes,
+    opts,
+    torch_gpts,
+    torchtune_cases,
+    xt,
+)
 from . import checkpoints as make
 from . import checkpoints_gemma as gemma
 from . import checkpoints_olmo as olmo
@@ -91,6 +106,9 @@ OWN: dict[str, tuple[str, Callable[[Path], Path]]] = {
     "mamba2, bare": ("mamba2", lambda p: gpts.saved(p / "x.pt", mambas.state(2))),
     "deepseek_inference": ("deepseek_inference", lambda p: deepseeks.saved(p / "folder", deepseeks.state(), 2)),
     "olmoe": ("olmoe", lambda p: olmoes.saved(p / "folder", olmoes.state())),
+    "dbrx": ("dbrx", lambda p: foundry.folder(p / "folder", "dbrx")),
+    "dbrx, as Mixtral": ("dbrx", lambda p: foundry.folder(p / "folder", "mixtral")),
+    "dbrx, as Hugging Face has it": ("huggingface", lambda p: hf.checkpoint(p / "folder", "DbrxForCausalLM")),
     "olmoe, bare": ("olmoe", lambda p: gpts.saved(p / "x.pt", olmoes.state())),
     "torchtitan, fused": ("torchtitan", lambda p: gpts.saved(p / "x.pt", titan_fused(titan_names()))),
     "torchtitan_qwen3": ("torchtitan_qwen3", lambda p: gpts.saved(p / "x.pt", titan_qwen3())),
