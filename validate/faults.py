@@ -55,7 +55,7 @@ FAULTS = (
     Fault(
         "mamba",
         "has Mamba 1's selective scan for GPUs only, so that on a CPU it loads this model and can't run it",
-        "verify and serve it on a GPU; the conversion itself needs none",
+        "verify and serve it on a GPU; the conversion needs none, and on a CPU mdl's eager forward alone stands for it",
     ),
     Fault(
         "mamba2",
