@@ -9,7 +9,7 @@ import pytest
 from mdl.archs import targets
 from mdl.archs.served import COMPUTES, SERVED
 from mdl.archs.targets import from_spec, known_classes
-from mdl.convert.expected import expected_tensors, from_class
+from mdl.convert.expected import expected_target, expected_tensors, from_class
 from mdl.errors import Kind, MdlError
 
 GPT2: dict[str, Any] = {
@@ -81,6 +81,17 @@ _BLOOM: dict[str, Any] = {
     "hidden_size": 16,
     "n_layer": 2,
     "n_head": 4,
+}
+
+_DBRX: dict[str, Any] = {
+    "architectures": ["DbrxForCausalLM"],
+    "vocab_size": 40,
+    "d_model": 16,
+    "n_layers": 2,
+    "n_heads": 4,
+    "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
+    "ffn_config": {"ffn_hidden_size": 8, "moe_num_experts": 3, "moe_top_k": 2},
+    "tie_word_embeddings": False,
 }
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -165,10 +176,10 @@ def test_a_file_says_what_the_class_has(name: str) -> None:
 
 
 def test_a_class_of_our_own_has_what_the_one_that_it_computes_has() -> None:
+    configs: dict[str, dict[str, Any]] = {"BloomForCausalLM": _BLOOM, "DbrxForCausalLM": _DBRX}
+    assert COMPUTES.keys() == SERVED.keys()
     for ours, name in COMPUTES.items():
-        assert ours in SERVED
-        config = next(config for config in CONFIGS.values() if config["architectures"] == [name])
-        assert from_spec({**config, "architectures": [ours]}) == from_class({**config, "architectures": [ours]})
+        assert expected_target({**configs[name], "architectures": [ours]}) == from_class(configs[name])
 
 
 def test_every_file_is_compared() -> None:
