@@ -98,6 +98,8 @@ def planned(p: Prepared) -> dict[str, Any]:
 @collector_paused()
 def show_plan(p: Prepared, *, reverse: bool) -> None:
     """The table of `mdl plan`: one line per rule, layers collapsed."""
+    from .validate.faults import known_faults
+
     made = render.table("from", "by", "to", "shape", "type", "rule")
     for steps in _by_rule(p.plan):
         made.add_row(*_plan_row(steps, reverse=reverse))
@@ -106,8 +108,8 @@ def show_plan(p: Prepared, *, reverse: bool) -> None:
     console.print(f"\n{_total_back(p) if reverse else _total(p)}")
     for remark in p.inventory.remarks:
         console.print(render.text(remark))
-    if p.dims.deviations:
-        console.print(render.facts([("deviates", p.dims.deviations)]))
+    if said := [fact for fact in (("deviates", p.dims.deviations), ("in vLLM", known_faults(p.config))) if fact[1]]:
+        console.print(render.facts(said))
 
 
 def _total(p: Prepared) -> str:

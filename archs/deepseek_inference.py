@@ -1,5 +1,8 @@
 """DeepSeek-V3 as DeepSeek's own inference code keeps it: model{r}-mp{N}.safetensors, and the config it is started with.
 
+Its matrices are bfloat16, or float8 as released. Those become bfloat16 by the product with their blocks' factors, which
+is what its linear computes with as it is started (``gemm_impl = "bf16"``), and what its fp8_cast_bf16.py writes.
+
 The code writes no config beside the weights: put the ``--config`` file (inference/configs/config_671B.json) there as
 config.json. What it leaves out, ModelArgs fills in.
 """
@@ -12,6 +15,10 @@ from .base import Arch, Dims, Inventory, Measure, boolean
 
 _TARGET = "DeepseekV3ForCausalLM"
 _ATTN = "layers.0.attn."
+_BLOCK = 128
+_MULTIPLIED = "which is multiplied out as DeepSeek's linear does; float8 is not kept: no CPU can be held to its kernels"
+_CUT = {"wq": 0, "wq_b": 0, "wkv_b": 0, "w1": 0, "w3": 0, "wo": 1, "w2": 1}
+"""Along which dimension convert.py cuts a matrix into ranks; whole experts are not cut."""
 _DEFAULTS: dict[str, tuple[str, Any]] = {
     "rope_theta": ("rope_theta", 10000.0),
     "rope_factor": ("rope_factor", 40.0),
@@ -39,7 +46,7 @@ def detect(inv: Inventory) -> list[str]:
 
 def dims(m: Measure) -> None:
     """Sizes from the shapes of all ranks together; the rest from config.json and ModelArgs' defaults."""
-    _refuse_fp8(m)
+    _factors(m)
     inv, ranks = m.inventory, m.inventory.ranks
     rows, width = inv.shape("embed.weight") or (0, None)
     layers = inv.count("layers.{}.attn_norm.weight")
@@ -57,13 +64,35 @@ def dims(m: Measure) -> None:
     _routing(m)
 
 
-def _refuse_fp8(m: Measure) -> None:
-    """Blocks of 128 x 128 with a scale each; no operation of the mapping language multiplies two tensors."""
-    scaled = [name for name in m.inventory.tensors if name.endswith(".scale")]
-    if scaled:
-        what = f"{len(scaled)} matrices are float8 with a scale for each block ({scaled[0]} …)"
-        do = "run DeepSeek's fp8_cast_bf16.py on the release first, then its convert.py: bfloat16 is carried over"
-        m.problem(what, do=do)
+def _factors(m: Measure) -> None:
+    """Whether matrices are float8 with a factor for each block, as in DeepSeek's release, or plain.
+
+    With ranks, a matrix has to be cut between two blocks: DeepSeek's convert.py cuts the factors into as many parts
+    wherever that is.
+    """
+    tensors = m.inventory.tensors
+    scaled = [name for name in tensors if name.endswith(".scale")]
+    why = f"{len(scaled)} matrices have a scale beside them, {_MULTIPLIED}" if scaled else "there are no scales"
+    m.set("scaled", kind=boolean, shape=(bool(scaled), why))
+    bare = [n for n, infos in tensors.items() if infos[0].dtype.startswith("float8") and _scale_of(n) not in tensors]
+    if bare:
+        what = f"{bare[0]} is {tensors[bare[0]][0].dtype} without its factors ({_scale_of(bare[0])})"
+        m.problem(what, do="it means nothing without them: convert the release again with DeepSeek's convert.py")
+    if not scaled:
+        return
+    block = m.set("block", default=(_BLOCK, "block_size in DeepSeek's model.py"))
+    for name in scaled:
+        axis, infos = _CUT.get(name.split(".")[-2]), tensors.get(name.removesuffix("scale") + "weight")
+        if axis is None or not infos or len(infos) == 1 or len(infos[0].shape) != 2 or not isinstance(block, int):
+            continue
+        size = infos[0].shape[axis]
+        if block > 0 and size % block:
+            what = f"{infos[0].name} is cut into {len(infos)} ranks of {size}, inside a block of {block}"
+            m.problem(what, do="run DeepSeek's convert.py with --model-parallel 1")
+
+
+def _scale_of(name: str) -> str:
+    return name.removesuffix("weight") + "scale"
 
 
 def _heads(m: Measure, ranks: int) -> None:

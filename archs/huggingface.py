@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-from .base import Arch, Dims, Inventory, Measure, Value
+from .base import Arch, Dims, Inventory, Measure, Value, lookup
 from .targets import resolved
 
 _EMBEDDINGS = frozenset({"embed_tokens", "wte", "embed_in", "word_embeddings", "embeddings", "tok_embeddings"})
@@ -24,6 +24,11 @@ _OPTIONAL = {"kv_heads": ("num_key_value_heads",), "head_dim": ("head_dim",)}
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _LEFT_OUT = frozenset({"torch_dtype", "dtype", "transformers_version", "_name_or_path", "auto_map"})
 _OWN = frozenset({*_NAMES, "kv_heads", "tied"})
+_OURS = {
+    "BloomForCausalLM": ("MdlBloomForCausalLM", "vLLM's own computes the exact GELU, and BLOOM the tanh form"),
+    "DbrxForCausalLM": ("MdlDbrxForCausalLM", "vLLM's own looks for the experts where it no longer keeps them"),
+}
+"""Classes that vLLM's of the same name does not compute: ours that does, and why it is needed."""
 
 
 def detect(inv: Inventory) -> list[str]:
@@ -48,6 +53,13 @@ def dims(m: Measure) -> None:
     for key, value in config.items():
         if key not in _LEFT_OUT:
             m.accept(key, value, f"config.json: {key}")
+    ours, why = _OURS.get(str(config["architectures"][0]), ("", ""))
+    if ours:
+        m.accept("architectures", [ours], f"config.json: {config['architectures'][0]}, by a class of mdl's: {why}")
+    theta = lookup(config, "attn_config.rope_theta")
+    if theta is not None and "rope_parameters" not in config:  # DBRX; vLLM reads it there, transformers 5 elsewhere
+        rope = {"rope_type": "default", "rope_theta": float(theta)}
+        m.accept("rope_parameters", rope, f"config.json: attn_config.rope_theta is {theta}")
     own = [key for key in config if key in _OWN]
     if own:
         m.problem(f"config.json has the field {own[0]}, a name that mdl uses itself", do="rename it")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ _FROM_TRANSFORMERS = ("config.json", "generation_config.json")
 MAX_JSON = 16 << 20
 MAX_YAML = 256 << 10  # PyYAML reads about 100 KB a second
 _EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
+_STATE = "mp_rank_00_model_states.pt"
 _STEP = re.compile(r".*?(\d+)")
 _TOKENIZERS = ("tokenizer.model", "tokenizer.json", "tokenizer.pkl", "tekken.json", "meta.pkl")
 _TOKENIZER_PAIRS = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
@@ -73,6 +75,23 @@ def find_configs(folder: Path) -> dict[str, Any]:
     if problems:
         raise MdlError(Kind.INPUT, problems)
     return {"configs": found} if found else {}
+
+
+def find_arguments(folder: Path, read: Callable[[Path], Any], notes: list[str]) -> dict[str, Any]:
+    """The arguments of a run, which DeepSpeed keeps with its own state: weights on a pipeline lie in other files.
+
+    ``read`` gives a file's tree. Where that can't be had, a note says why: the layer files are whole without it.
+    """
+    file = folder / _STATE
+    if not file.is_file():
+        return {}
+    try:
+        tree = read(file)
+        said = plain(tree["args"]) if isinstance(tree, dict) and "args" in tree else None
+    except (MdlError, TooLargeError) as error:
+        notes.append(f"{_STATE}: the arguments of the run were not read ({str(error).splitlines()[0]})")
+        return {}
+    return {"args": said} if isinstance(said, dict) else {}
 
 
 def _number(value: Any) -> Any:

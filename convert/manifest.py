@@ -15,7 +15,7 @@ from typing import Any, cast
 
 from ..archs.base import Value
 from ..errors import input_error
-from ..mappings import moves, parts, values
+from ..mappings import moves, parts, quantised, values
 from ..mappings.expand import Join
 from ..mappings.jsonable import plain, strict_loads, to_json
 from ..mappings.ops import Op
@@ -26,7 +26,7 @@ NAME = "mdl.json"
 FORMAT = 1
 _OPS: dict[str, type[Op]] = {
     cls.name: cls
-    for module in (moves, parts, values)
+    for module in (moves, parts, quantised, values)
     for cls in vars(module).values()
     if isinstance(cls, type) and issubclass(cls, Op) and cls.name
 }

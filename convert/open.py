@@ -11,7 +11,7 @@ from typing import Any
 from ..archs.refused import refuse_folder
 from ..errors import Kind, MdlError, Problem, input_error
 from . import dcp, zero3
-from .beside import find_configs, find_sidecars, find_tokenizers
+from .beside import find_arguments, find_configs, find_sidecars, find_tokenizers
 from .deepspeed import optimizer_states
 from .grid import Cell, Grid, find_grid, latest, taken_apart
 from .legacy import read_legacy
@@ -151,6 +151,8 @@ def _beside(group: _Group, notes: list[str]) -> tuple[dict[str, Any], tuple[str,
     sidecars, tokenizers = find_sidecars(folder, group.files[0].stem), find_tokenizers(folder)
     if _in_steps(group):
         sidecars |= find_configs(folder)
+    if _in_steps(group) and group.grid:
+        sidecars |= find_arguments(folder, lambda file: _read(file, set(), {}, []), notes)
     above = Path(_absolute(folder)).parent
     if group.parted == dcp.FORMAT and not sidecars and (sidecars := find_sidecars(above, "")):
         notes.append(f"settings are from the folder above: {', '.join(sorted(sidecars))} in {above.name}")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from ..archs.base import Inventory
 from ..errors import Kind, MdlError, Problem
 from ..mappings.expand import Expanded, Join, Rule
-from ..mappings.ops import Op, OpError, trace
+from ..mappings.ops import Op, OpError, one_type, trace
 from ..mappings.tensors import FLOATING, ITEMSIZE, Shape, TensorInfo
 
 
@@ -210,11 +210,11 @@ class _Planner:
         if not all(map(self.inventory.tensors.__contains__, rule.sources)):
             return None
         sources = tuple([self._source(name) for name in rule.sources])
-        dtypes = {info.dtype for source in sources for info in source.infos}
-        if len(dtypes) != 1:
-            self._problem(f"{', '.join(rule.sources)} are of different types: {', '.join(sorted(dtypes))}", rule.where)
+        try:
+            stored = _stored(rule, sources)
+        except OpError as error:
+            self._problem(f"{', '.join(rule.sources)} {error}", rule.where)
             return None
-        stored = dtypes.pop()
         try:
             shapes, dtype = self._trace(rule.ops, tuple([source.shape for source in sources]), stored)
         except OpError as error:
@@ -285,6 +285,14 @@ class _Planner:
 
     def _problem(self, what: str, where: str, do: str = "") -> None:
         self.problems.append(Problem(what, where, do))
+
+
+def _stored(rule: Rule, sources: tuple[Source, ...]) -> str:
+    """The type that goes into a rule's first operation. Raises OpError where the types of its sources don't fit it."""
+    dtypes = tuple([info.dtype for source in sources for info in source.infos])
+    if not rule.ops or len(set(dtypes)) == 1:
+        return one_type(dtypes)
+    return rule.ops[0].taken(tuple([one_type(tuple([info.dtype for info in s.infos])) for s in sources]))
 
 
 def joined_shape(join: Join, shapes: list[Shape]) -> Shape:

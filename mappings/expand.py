@@ -136,13 +136,13 @@ class _Expander:
             self.ranges[name] = self._size(size, ("ranges", name))
 
     def holds(self, condition: str, flags: Map[str, bool]) -> bool:
-        words = condition.split()
-        name = words[-1] if words else ""
-        if name not in flags or words[:-1] not in ([], ["not"]):
+        parts = [part.split() for part in f" {condition} ".split(" and ")]
+        if any(part[-1:] == [] or part[-1] not in flags or part[:-1] not in ([], ["not"]) for part in parts):
             known = ", ".join(sorted(flags)) or "none"
-            self._problem(("when", condition), f"unknown condition {condition!r}; known flags: {known} (or 'not FLAG')")
+            do = f"known flags: {known} (or 'not FLAG', or several joined by 'and')"
+            self._problem(("when", condition), f"unknown condition {condition!r}; {do}")
             return False
-        return flags[name] is (len(words) == 1)
+        return all(flags[part[-1]] is (len(part) == 1) for part in parts)
 
     def section(self, section: Section, loc: Loc) -> None:
         for k, pattern in enumerate(section.keep):

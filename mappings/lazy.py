@@ -273,6 +273,15 @@ class Lazy:
         """Add a constant, in float32 (float64 stays float64), rounded back."""
         return self._computed([], lambda xs: xs[0] + xs[0].dtype.type(value))
 
+    def times(self, other: Lazy, dtype: str) -> Lazy:
+        """The product with another array of this type, float32 or float64, rounded once to ``dtype``."""
+
+        def function(xs: list[Array]) -> Array:
+            with np.errstate(all="ignore"):
+                return xs[0] * xs[1]
+
+        return self.combined([other], function, Rounding(self.dtype, dtype) if dtype != self.dtype else None)
+
     def summed(self, others: list[Lazy], *, mean: bool) -> Lazy:
         """The sum or mean with other arrays, in float32 (float64 stays float64), rounded once."""
         count = len(others) + 1

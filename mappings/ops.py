@@ -48,9 +48,20 @@ class Op:
         """The operation that undoes this one on outputs, given the shapes it was applied to."""
         raise NotImplementedError
 
+    def taken(self, dtypes: tuple[str, ...]) -> str:
+        """The element type in, of those of several tensors. Raises OpError where they don't go together."""
+        return one_type(dtypes)
+
     def dtype(self, dtype: str) -> str:
         """Element type out for element type in."""
         return dtype
+
+
+def one_type(dtypes: tuple[str, ...]) -> str:
+    """The element type that all of them are. Raises OpError if they are several."""
+    if len(set(dtypes)) != 1:
+        raise OpError(f"are of different types: {', '.join(sorted(set(dtypes)))}")
+    return dtypes[0]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from collections.abc import Mapping as Map
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import expr, moves, values
+from . import expr, moves, quantised, values
 from .ops import Op
 from .parts import Parts
 
@@ -76,6 +76,7 @@ _BINDERS: dict[str, Callable[[_Arguments], Op]] = {
     "add": lambda a: values.Add(float(a.given["value"])),
     "scale": lambda a: values.Scale(float(a.given["value"])),
     "cast": lambda a: values.Cast(a.given["dtype"]),
+    "dequantize": lambda a: quantised.Dequantize(a.size("block"), a.given.get("dtype", "bfloat16")),
 }
 
 OPERATIONS = tuple(_BINDERS)

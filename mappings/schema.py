@@ -133,6 +133,14 @@ class CastSpec(OpSpec):
     dtype: Literal["float32", "float16", "bfloat16", "float64"]
 
 
+class DequantizeSpec(OpSpec):
+    """Two tensors become one: values of eight bits, and a factor for each block of ``block`` × ``block`` of them."""
+
+    op: Literal["dequantize"]
+    block: Size
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+
+
 OneTensorSpec: TypeAlias = (
     TransposeSpec
     | PermuteRopeSpec
@@ -149,9 +157,10 @@ OneTensorSpec: TypeAlias = (
     | ScaleSpec
     | CastSpec
 )
-AnyOp = Annotated[OneTensorSpec | StackSpec | UnstackSpec, Field(discriminator="op")]
+AnyOp = Annotated[OneTensorSpec | StackSpec | UnstackSpec | DequantizeSpec, Field(discriminator="op")]
 PartOp = Annotated[OneTensorSpec, Field(discriminator="op")]
-"""What a part may go through: a run of tensors, which ``stack`` and ``unstack`` are about, is no part."""
+"""What a part may go through: a run of tensors, which ``stack`` and ``unstack`` are about, is no part, nor is a tensor
+with its scales."""
 PartsSpec.model_rebuild()
 
 Names: TypeAlias = Annotated[

@@ -15,12 +15,10 @@ from mdl.convert.open import open_checkpoint
 from mdl.convert.prepare import Options, prepare
 from mdl.convert.stored import Files
 
-from . import checkpoints_gemma as gemma
-from . import checkpoints_llamas as llamas
-from . import checkpoints_mistral as mistral
-from . import checkpoints_olmo as olmo
 from . import (
+    blooms,
     deepseeks,
+    foundry,
     gpts,
     hf,
     lit,
@@ -34,6 +32,10 @@ from . import (
     torchtune_cases,
     xt,
 )
+from . import checkpoints_gemma as gemma
+from . import checkpoints_llamas as llamas
+from . import checkpoints_mistral as mistral
+from . import checkpoints_olmo as olmo
 from .containers import CONTAINERS, taken_apart
 
 
@@ -119,6 +121,10 @@ def _trainers() -> Iterator[Case]:
     yield Case("megatron_stacked", "qwen2", lambda p: megatron.dist(p, "qwen2", stacked=True), core)
     for row, ranks in (("parallel", 2), ("serial", 1), ("tied", 1)):
         yield Case("gpt_neox", f"{row}, TP {ranks}", lambda p, r=row, n=ranks: neox.layers(p, r, n), held)
+    for row, heads in blooms.HEADS.items():
+        ranks = 2 if row == "bloom" else 1
+        title = f"{row}, {heads} heads, TP {ranks}"
+        yield Case("bloom", title, lambda p, r=row, n=ranks: blooms.layers(p, r, n), "transformers' Bloom")
     yield Case("opt", "one file", lambda p: opts.saved(p / "restored.pt", opts.state()), fairseq)
     yield Case("opt", "two parts, fused", lambda p: opts.in_parts(p / "parts", opts.fused(opts.state())), fairseq)
     lingua, tied = "lingua 437d680", {"weight_tying": True}
@@ -147,6 +153,8 @@ def _researchers() -> Iterator[Case]:
             return mambas.saved(p / "raw", mambas.state(2, groups=n), {**ssm, "ngroups": n}, tie_embeddings=True)
 
         yield Case("mamba2", f"groups: {groups}", save, "mamba_ssm e9594ce")
+    for row in foundry.ROWS:
+        yield Case("dbrx", row, lambda p, row=row: foundry.folder(p / "raw", row), "transformers' Dbrx and Mixtral")
     held = "transformers' Olmoe"
     yield Case("olmoe", "stacks of megablocks", lambda p: olmoes.saved(p / "raw", olmoes.state()), held)
 
@@ -171,6 +179,11 @@ def _others() -> Iterator[Case]:
             return deepseeks.saved(p / "raw", deepseeks.state(), ranks)
 
         yield Case("deepseek_inference", f"MP {ranks}", split, "DeepSeek-V3 9b4e978")
+
+    def packed(p: Path) -> Path:
+        return deepseeks.saved(p / "raw", deepseeks.quantised(deepseeks.state()))
+
+    yield Case("deepseek_inference", "float8", packed, "DeepSeek-V3 9b4e978")
 
 
 def _all() -> Iterator[Case]:
@@ -223,7 +236,7 @@ WHOLE, SUMMED = "✓", "all but sums"
 _NO_WEIGHT = ("buffer", "recomputed", "no weight", "not weights", "rotary table")
 
 
-_SUMS = ("of rank files cannot be taken apart", "add cannot be undone exactly")
+_SUMS = ("of rank files cannot be taken apart", "add cannot be undone exactly", "dequantize cannot be undone exactly")
 
 
 def comes_back(source: Path, layout: Path) -> str:
@@ -234,7 +247,8 @@ def comes_back(source: Path, layout: Path) -> str:
     lost = [problem.what for problem in done.lost if not problem.what.startswith("what lay beside")]
     dropped = {what.split(" was dropped: ")[0] for what in lost if any(why in what for why in _NO_WEIGHT)}
     summed = {what.split(": ")[0] for what in lost if what.endswith(_SUMS)}
-    kept = [item for item in values(source) if item[0] not in dropped | summed]
+    gone = dropped | {name for names in summed for name in names.split(", ")}
+    kept = [item for item in values(source) if item[0] not in gone]
     if len(dropped) + len(summed) != len(lost) or kept != values(Path(done.out)):
         return ""
     return SUMMED if summed else WHOLE

@@ -40,7 +40,7 @@ CONFIG: dict[str, Any] = {
 _CUT = {"embed": 0, "head": 0, "wq": 0, "wq_b": 0, "wkv_b": 0, "w1": 0, "w3": 0, "wo": 1, "w2": 1}
 
 
-def state(*, q_rank: int = Q_RANK, seed: int = 9) -> State:
+def state(*, q_rank: int = Q_RANK, ffn: int = FFN, inner: int = INNER, seed: int = 9) -> State:
     """The state dict in the order of the modules of DeepSeek's model.py; matrices of unit gain, norms far from one."""
     rng = torch.Generator().manual_seed(seed)
 
@@ -65,15 +65,48 @@ def state(*, q_rank: int = Q_RANK, seed: int = 9) -> State:
         made[at + "attn.wkv_b.weight"] = matrix(HEADS * (NOPE + V_DIM), KV_RANK)
         made[at + "attn.wo.weight"] = matrix(HIDDEN, HEADS * V_DIM)
         if i < DENSE:
-            made |= mlp(at + "ffn", FFN)
+            made |= mlp(at + "ffn", ffn)
         else:
             made |= {at + "ffn.gate.weight": matrix(EXPERTS, HIDDEN)}
             made |= {at + "ffn.gate.bias": 0.2 * torch.randn(EXPERTS, generator=rng)}
             for e in range(EXPERTS):
-                made |= mlp(f"{at}ffn.experts.{e}", INNER)
-            made |= mlp(at + "ffn.shared_experts", SHARED * INNER)
+                made |= mlp(f"{at}ffn.experts.{e}", inner)
+            made |= mlp(at + "ffn.shared_experts", SHARED * inner)
         made |= {at + "attn_norm.weight": norm(HIDDEN), at + "ffn_norm.weight": norm(HIDDEN)}
     return made | {"norm.weight": norm(HIDDEN), "head.weight": matrix(VOCAB, HIDDEN)}
+
+
+def quantised(tensors: State, block: int = 128) -> State:
+    """The state dict in float8 where DeepSeek's release is: a factor beside each block of the matrices in layers, so
+    that its largest value is 448. The rest in bfloat16, but for the bias of the gate."""
+    made: State = {}
+    for name, tensor in tensors.items():
+        if tensor.ndim < 2 or name.split(".")[-2] not in (*_CUT, "wq_a", "wkv_a") or not name.startswith("layers"):
+            made[name] = tensor if name.endswith("gate.bias") else tensor.bfloat16()
+            continue
+        rows, columns = (-(-size // block) for size in tensor.shape)
+        scale = torch.empty(rows, columns)
+        packed = torch.empty(tensor.shape, dtype=torch.float8_e4m3fn)
+        for i in range(rows):
+            for j in range(columns):
+                place = slice(i * block, (i + 1) * block), slice(j * block, (j + 1) * block)
+                scale[i, j] = tensor[place].abs().max() / 448
+                packed[place] = (tensor[place] / scale[i, j]).to(torch.float8_e4m3fn)
+        made |= {name: packed, name.removesuffix("weight") + "scale": scale}
+    return made
+
+
+def dequantised(tensors: State, block: int = 128) -> State:
+    """What DeepSeek's fp8_cast_bf16.py makes of it, block by block: the product in float32, then in bfloat16."""
+    made = {name: tensor.clone() for name, tensor in tensors.items() if not name.endswith(".scale")}
+    for name, scale in tensors.items():
+        if name.endswith(".scale"):
+            whole = made[name.removesuffix("scale") + "weight"].float()
+            for i, row in enumerate(scale):
+                for j, factor in enumerate(row):
+                    whole[i * block : (i + 1) * block, j * block : (j + 1) * block] *= factor
+            made[name.removesuffix("scale") + "weight"] = whole.bfloat16()
+    return made
 
 
 def parts(tensors: State, ranks: int) -> list[State]:

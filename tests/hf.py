@@ -28,6 +28,18 @@ CLASSES: dict[str, dict[str, Any]] = {
     "MixtralForCausalLM": {**SIZES, "num_local_experts": 4},
     "Qwen3MoeForCausalLM": {**SIZES, "num_experts": 4, "moe_intermediate_size": 64, "num_experts_per_tok": 2},
     "GPT2LMHeadModel": {"vocab_size": 300, "n_embd": 128, "n_layer": 3, "n_head": 4, "n_positions": 512},
+    "BloomForCausalLM": {"vocab_size": 300, "hidden_size": 192, "n_layer": 3, "n_head": 6, "seq_length": 512},
+    "DbrxForCausalLM": {
+        "vocab_size": 300,
+        "d_model": 128,
+        "n_layers": 3,
+        "n_heads": 4,
+        "max_seq_len": 512,
+        "tie_word_embeddings": False,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 1.5, "rope_theta": 500000.0},
+        "ffn_config": {"ffn_hidden_size": 64, "hidden_size": 128, "moe_num_experts": 4, "moe_top_k": 2},
+    },
     "GPTNeoXForCausalLM": {k: v for k, v in SIZES.items() if k not in ("head_dim", "num_key_value_heads")},
 }
 """Class → the fields of its config that are not the class's own defaults; all of them are verified."""

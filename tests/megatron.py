@@ -62,6 +62,9 @@ ROWS: dict[str, dict[str, Any]] = {
 """The arguments by which the runs differ."""
 
 
+_ENUMS = "megatron.core.transformer.enums"
+
+
 class AttnBackend(enum.Enum):
     """Stands for an enum of Megatron's own, of which arguments hold members."""
 
@@ -119,22 +122,23 @@ def document(row: str, tensors: dict[str, State], **more: Any) -> dict[str, Any]
 def save(path: Path, content: Any) -> None:
     """``torch.save`` where Megatron's classes can be imported, which no reader of it can rely on."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _importable():
+    with importable(AttnBackend, _ENUMS):
         torch.save(content, path)
 
 
 def load(path: Path) -> Any:
     """``torch.load`` where Megatron's classes can be imported."""
-    with _importable():
+    with importable(AttnBackend, _ENUMS):
         return torch.load(path, weights_only=False)
 
 
 @contextmanager
-def _importable() -> Generator[None]:
-    name = "megatron.core.transformer.enums"
-    fakes = {part: ModuleType(part) for part in (name.rsplit(".", k)[0] for k in range(3, -1, -1))}
-    vars(fakes[name])["AttnBackend"] = AttnBackend
-    with mock.patch.dict(sys.modules, fakes), mock.patch.object(AttnBackend, "__module__", name):
+def importable(cls: type, name: str) -> Generator[None]:
+    """While it lasts, a class stands in the module of that name, from which a pickle then takes it."""
+    parts = name.split(".")
+    fakes = {part: ModuleType(part) for part in (".".join(parts[: k + 1]) for k in range(len(parts)))}
+    vars(fakes[name])[cls.__name__] = cls
+    with mock.patch.dict(sys.modules, fakes), mock.patch.object(cls, "__module__", name):
         yield
 
 

@@ -13,10 +13,25 @@ from mdl.archs.registry import all_archs, evidence
 from mdl.convert.inventory import take_inventory
 from mdl.convert.open import open_checkpoint
 
+from . import (
+    blooms,
+    deepseeks,
+    foundry,
+    gpts,
+    hf,
+    lit,
+    mambas,
+    megatron,
+    neox,
+    olmoes,
+    opts,
+    torch_gpts,
+    torchtune_cases,
+    xt,
+)
 from . import checkpoints as make
 from . import checkpoints_gemma as gemma
 from . import checkpoints_olmo as olmo
-from . import deepseeks, gpts, lit, mambas, megatron, neox, olmoes, opts, torch_gpts, torchtune_cases, xt
 from .checkpoints_llamas import lingua_consolidated, titan_fused, titan_names, titan_qwen3
 
 
@@ -81,6 +96,7 @@ OWN: dict[str, tuple[str, Callable[[Path], Path]]] = {
     "megatron, torch_dist": ("megatron", lambda p: megatron.dist(p / "run", "qwen3", stacked=False)),
     "megatron_stacked": ("megatron_stacked", lambda p: megatron.dist(p / "run", "qwen2", stacked=True)),
     "gpt_neox": ("gpt_neox", lambda p: neox.layers(p / "run", "parallel", 2)),
+    "bloom": ("bloom", lambda p: blooms.layers(p / "run", "bloom", 2)),
     "gpt_neox, before 2024": ("gpt_neox", lambda p: neox.layers(p / "run", "fused", new=False)),
     "gpt_neox, without a pipeline": ("gpt_neox", lambda p: neox.sequential(p / "run", "serial")),
     "lingua": ("lingua", lambda p: lingua_consolidated(p / "folder", make.llama_state())),
@@ -90,6 +106,9 @@ OWN: dict[str, tuple[str, Callable[[Path], Path]]] = {
     "mamba2, bare": ("mamba2", lambda p: gpts.saved(p / "x.pt", mambas.state(2))),
     "deepseek_inference": ("deepseek_inference", lambda p: deepseeks.saved(p / "folder", deepseeks.state(), 2)),
     "olmoe": ("olmoe", lambda p: olmoes.saved(p / "folder", olmoes.state())),
+    "dbrx": ("dbrx", lambda p: foundry.folder(p / "folder", "dbrx")),
+    "dbrx, as Mixtral": ("dbrx", lambda p: foundry.folder(p / "folder", "mixtral")),
+    "dbrx, as Hugging Face has it": ("huggingface", lambda p: hf.checkpoint(p / "folder", "DbrxForCausalLM")),
     "olmoe, bare": ("olmoe", lambda p: gpts.saved(p / "x.pt", olmoes.state())),
     "torchtitan, fused": ("torchtitan", lambda p: gpts.saved(p / "x.pt", titan_fused(titan_names()))),
     "torchtitan_qwen3": ("torchtitan_qwen3", lambda p: gpts.saved(p / "x.pt", titan_qwen3())),

@@ -116,6 +116,12 @@ def test_when_follows_the_flags() -> None:
     assert dict(bound(body, bias=False).fills) == {"z.0": "m.yaml:6:29", "z.1": "m.yaml:6:29"}
 
 
+@pytest.mark.parametrize(("condition", "holds"), [("bias and big", False), ("bias and not big", True), ("big", False)])
+def test_when_may_name_several_flags(condition: str, holds: bool) -> None:
+    got = bound(f"when: {{{condition}: {{keep: [a]}}}}", bias=True, big=False)
+    assert bool(got.rules) is holds
+
+
 def test_ties_drops_and_joins() -> None:
     got = bound(
         "tie: {a: b, 'c.{i}': {to: d, otherwise: 'e.{i}'}}\n"
@@ -162,7 +168,12 @@ def test_ties_drops_and_joins() -> None:
         ("shards: {cat0: [a], cat1: [a]}", "a: two shards rules"),
         ("fill: {zeros: [a, 'a']}", "a is made twice"),
         ("drop: {'a.{i}': x, a.1: y}", "a.1 is claimed twice"),
-        ("when: {biased: {keep: [a]}}", "unknown condition 'biased'; known flags: bias (or 'not FLAG')"),
+        (
+            "when: {biased: {keep: [a]}}",
+            "unknown condition 'biased'; known flags: bias (or 'not FLAG', or several joined by 'and')",
+        ),
+        ("when: {bias and: {keep: [a]}}", "unknown condition 'bias and'"),
+        ("when: {bias or bias: {keep: [a]}}", "unknown condition 'bias or bias'"),
         ("when: {no bias: {keep: [a]}}", "unknown condition 'no bias'"),
         ("when: {'': {keep: [a]}}", "unknown condition ''"),
     ],

@@ -23,6 +23,7 @@ from . import servable as make
         ({"model_type": "deepseek_v3"}, "-rotary_embedding"),
         ({"model_type": "falcon", "alibi": True}, "ALiBi"),
         ({"model_type": "granite", "logits_scaling": 8.0}, "logits_scaling"),
+        ({"model_type": "bloom", "architectures": ["BloomForCausalLM"]}, "mdl has a class of its own"),
         ({"model_type": "jetmoe"}, "MoE backend"),
         ({"model_type": "lfm2"}, "differs"),
         ({"model_type": "phi3", "rope_parameters": {"rope_type": "longrope"}}, "LongRoPE"),
@@ -39,6 +40,7 @@ def test_named_where_it_applies(config: dict[str, Any], phrase: str) -> None:
     [
         {"model_type": "llama"},
         {"model_type": "gpt2"},
+        {"model_type": "bloom", "architectures": ["MdlBloomForCausalLM"]},
         {"model_type": "falcon", "alibi": False},
         {"model_type": "granite", "logits_scaling": 1.0},
         {"model_type": "phi3"},

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mdl.convert.manifest import describe_op, revive_op
-from mdl.mappings import moves, values
+from mdl.mappings import moves, quantised, values
 from mdl.mappings.lazy import Array, Lazy, raw_dtype, value_dtype
 from mdl.mappings.ops import Op, OpError, Single, invert, trace
 from mdl.mappings.parts import Parts, without
@@ -108,6 +108,46 @@ def test_mean_and_sum_of_ranks() -> None:
     assert lazy.summed([Lazy.of(b, "float32")], mean=False).read().tolist() == (a * 4).tolist()
 
 
+@pytest.mark.parametrize("shape", [(256, 384), (300, 130), (1, 1), (576, 64)], ids=str)
+@pytest.mark.parametrize("stored", ["float8_e4m3fn", "float8_e5m2"])
+@pytest.mark.parametrize("to", ["bfloat16", "float32"])
+def test_dequantize_is_a_product_rounded_once(shape: tuple[int, int], stored: str, to: str) -> None:
+    """In blocks as small as they come; torch does the same by itself, with the factors written out."""
+    import torch
+
+    rng = torch.Generator().manual_seed(1)
+    matrix = torch.randint(0, 256, shape, generator=rng, dtype=torch.uint8)
+    factors = torch.rand(*(-(-n // 128) for n in shape), generator=rng) * 1e-3
+    spread = factors.repeat_interleave(128, 0)[: shape[0]].repeat_interleave(128, 1)[:, : shape[1]]
+    wanted = (matrix.view(getattr(torch, stored)).float() * spread).to(getattr(torch, to))
+
+    op = quantised.Dequantize(128, to)
+    lazy = op.apply([Lazy.of(matrix.numpy(), stored), Lazy.of(factors.numpy(), "float32")])[0]
+
+    assert (lazy.shape, lazy.dtype, op.dtype(stored)) == (shape, to, to)
+    got = torch.from_numpy(np.concatenate([block.reshape(-1) for block in lazy.blocks(1 << 10)]).copy())
+    got = got.view(getattr(torch, to)).reshape(shape)
+    assert got.isnan().equal(wanted.isnan())
+    assert got.nan_to_num().equal(wanted.nan_to_num())
+    assert revive_op(json.loads(json.dumps(describe_op(op)))) == op
+
+
+@pytest.mark.parametrize(
+    ("shapes", "dtypes", "says"),
+    [
+        ([(256, 256)], ("float8_e4m3fn",), "takes a matrix and its blocks' factors, got 1"),
+        ([(256, 257), (2, 2)], ("float8_e4m3fn", "float32"), r"\[2, 2\] factors do not fit a matrix of \[256, 257\]"),
+        ([(256,), (2,)], ("float8_e4m3fn", "float32"), r"\[2\] factors do not fit a matrix of \[256\]"),
+        ([(256, 256), (2, 2)], ("int8", "float32"), "int8 is no type of eight bits with factors"),
+        ([(256, 256), (2, 2)], ("float8_e4m3fn", "float16"), "takes factors of float32"),
+    ],
+)
+def test_what_does_not_fit_dequantize(shapes: list[tuple[int, ...]], dtypes: tuple[str, ...], says: str) -> None:
+    op = quantised.Dequantize(128)
+    with pytest.raises(OpError, match=says):
+        trace((op,), shapes, op.taken(dtypes))
+
+
 HEADS = st.sampled_from([1, 2, 3, 4])
 
 
@@ -197,6 +237,11 @@ def test_pipelines_invert_in_reverse_order() -> None:
 def test_one_way_operations_stop_a_reversal(op: Op) -> None:
     with pytest.raises(OpError, match="cannot be undone"):
         invert((op,), [(2, 2)], "float32")
+
+
+def test_factors_that_are_gone_stop_a_reversal() -> None:
+    with pytest.raises(OpError, match="dequantize cannot be undone"):
+        invert((quantised.Dequantize(128),), [(256, 2), (2, 1)], "float8_e4m3fn")
 
 
 @pytest.mark.parametrize(

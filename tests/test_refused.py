@@ -88,8 +88,8 @@ LAYOUTS: dict[str, list[list[str]]] = {
     "packed_weights": [
         [*_HF, _Q + "weight_packed", _Q + "weight_scale", _Q + "weight_shape"],
         [*_HF, _Q + "weight", _Q + "weight_scale", _Q + "input_scale"],
-        [*_HF, _Q + "weight", _Q + "weight_scale_inv"],
     ],
+    "float8_blocks": [[*_HF, _Q + "weight", _Q + "weight_scale_inv"]],
     "gpt_fast_quantised": [
         ["tok_embeddings.weight", "layers.0.attention.wqkv.weight", "layers.0.attention.wqkv.scales_and_zeros"],
     ],

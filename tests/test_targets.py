@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from mdl.archs import targets
+from mdl.archs.served import COMPUTES, SERVED
 from mdl.archs.targets import from_spec, known_classes
-from mdl.convert.expected import expected_tensors, from_class
+from mdl.convert.expected import expected_target, expected_tensors, from_class
 from mdl.errors import Kind, MdlError
 
 GPT2: dict[str, Any] = {
@@ -72,6 +73,25 @@ OPT: dict[str, Any] = {
     "ffn_dim": 48,
     "max_position_embeddings": 24,
     "num_attention_heads": 4,
+}
+
+_BLOOM: dict[str, Any] = {
+    "architectures": ["BloomForCausalLM"],
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "n_layer": 2,
+    "n_head": 4,
+}
+
+_DBRX: dict[str, Any] = {
+    "architectures": ["DbrxForCausalLM"],
+    "vocab_size": 40,
+    "d_model": 16,
+    "n_layers": 2,
+    "n_heads": 4,
+    "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
+    "ffn_config": {"ffn_hidden_size": 8, "moe_num_experts": 3, "moe_top_k": 2},
+    "tie_word_embeddings": False,
 }
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -140,6 +160,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "Olmoe": {**_OLMOE, "num_experts": 3},
     "Olmoe_by_default": {k: v for k, v in _OLMOE.items() if k not in ("num_key_value_heads", "tie_word_embeddings")},
     "Olmoe_tied_biases": {**_OLMOE, "num_experts": 2, "tie_word_embeddings": True, "attention_bias": True},
+    "Bloom": _BLOOM,
+    "Bloom_untied": {**_BLOOM, "tie_word_embeddings": False, "num_hidden_layers": 3},
+    "Bloom_of_2022": {"architectures": ["BloomForCausalLM"], "n_embed": 32, "n_layer": 1, "num_attention_heads": 4},
+    "Bloom_by_default": {"architectures": ["BloomForCausalLM"]},
     "llama_one_key_head": {**LLAMA, "num_key_value_heads": 1, "attention_bias": True, "tie_word_embeddings": True},
 }
 
@@ -149,6 +173,13 @@ def test_a_file_says_what_the_class_has(name: str) -> None:
     config = CONFIGS[name]
 
     assert from_spec(config) == from_class(config)
+
+
+def test_a_class_of_our_own_has_what_the_one_that_it_computes_has() -> None:
+    configs: dict[str, dict[str, Any]] = {"BloomForCausalLM": _BLOOM, "DbrxForCausalLM": _DBRX}
+    assert COMPUTES.keys() == SERVED.keys()
+    for ours, name in COMPUTES.items():
+        assert expected_target({**configs[name], "architectures": [ours]}) == from_class(configs[name])
 
 
 def test_every_file_is_compared() -> None:

@@ -36,7 +36,12 @@ class Fault:
 _TRANSFORMERS = "serve it with vLLM's Transformers backend: `-- --model-impl transformers`"
 
 FAULTS = (
-    Fault("bloom", "computes the exact GELU where BLOOM has the tanh form (NMSE about 2e-8)"),
+    Fault(
+        "bloom",
+        "computes the exact GELU where BLOOM has the tanh form (NMSE about 2e-8)",
+        "convert the checkpoint: mdl has a class of its own for it",
+        lambda c: c.get("architectures") == ["BloomForCausalLM"],
+    ),
     Fault(
         "falcon", "computes ALiBi otherwise than the original (NMSE about 7e-3)", when=lambda c: bool(c.get("alibi"))
     ),
@@ -50,7 +55,7 @@ FAULTS = (
     Fault(
         "mamba",
         "has Mamba 1's selective scan for GPUs only, so that on a CPU it loads this model and can't run it",
-        "verify and serve it on a GPU; the conversion itself needs none",
+        "verify and serve it on a GPU; the conversion needs none, and on a CPU mdl's eager forward alone stands for it",
     ),
     Fault(
         "mamba2",
@@ -58,7 +63,12 @@ FAULTS = (
         "compare with the original code: --reference",
         lambda c: int(c.get("n_groups") or 1) > 1,
     ),
-    Fault("dbrx", "can't load it: its own loader looks for the experts' stacks where its class no longer keeps them"),
+    Fault(
+        "dbrx",
+        "can't load it: its own loader looks for the experts' stacks where its class no longer keeps them",
+        "convert the checkpoint: mdl has a class of its own for it",
+        lambda c: c.get("architectures") == ["DbrxForCausalLM"],
+    ),
     Fault("zamba2", "differs; the cause is not known"),
     Fault("apertus", "computes xIELU slightly otherwise (NMSE about 2e-6)", _TRANSFORMERS),
     Fault("ernie4_5_moe", "differs in its native class; the cause is not known", _TRANSFORMERS),

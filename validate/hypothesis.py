@@ -145,7 +145,7 @@ def from_config(prepared: Prepared, config: Mapping[str, Any]) -> Iterator[Chang
 def _implied(prepared: Prepared, config: Mapping[str, Any], path: str, there: Any) -> Iterator[tuple[str, Value]]:
     """Which dims, at which value, would put this into the config. Words for "nothing" differ between the two."""
     for name, dim in prepared.dims.entries.items():
-        for value in dict.fromkeys((there, "none")):
+        for value in (there, "none"):  # not as keys: what config.json says may be a list
             if value != dim.value and dict(_config(prepared, {name: value}, config)).get(path, _unset) == there:
                 yield name, value
 

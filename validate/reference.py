@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ..archs.base import Arch, Dims
 from ..archs.guard import build_eager, load_weights
-from ..convert.plan import Plan
+from ..convert.plan import Plan, Step
 from ..convert.sources import lazy_source
 from ..convert.stored import Files
 from ..errors import MdlError, input_error, machine_error, usage_error
@@ -79,8 +79,15 @@ def builtin_reference(arch: Arch, dims: Dims, plan: Plan) -> Reference:
 
 def rounded_to(plan: Plan) -> str:
     """The type that a conversion with ``--dtype`` rounded weights to, or nothing."""
-    rounded = sorted({s.dtype for s in plan.writes if s.sources and s.dtype != s.source_dtype})
-    return ", ".join(rounded)
+    return ", ".join(sorted({s.dtype for s in plan.writes if s.sources and s.dtype != _planned(s)}))
+
+
+def _planned(step: Step) -> str:
+    """The type that a step writes where nobody asks for another."""
+    dtype = step.source_dtype
+    for op in step.ops:
+        dtype = op.dtype(dtype)
+    return dtype
 
 
 def _raw_weights(plan: Plan, wanted: set[str]) -> dict[str, torch.Tensor]:
@@ -95,7 +102,7 @@ def _raw_weights(plan: Plan, wanted: set[str]) -> dict[str, torch.Tensor]:
                 if source.name not in wanted:
                     continue
                 value = lazy_source(files, source)
-                if step.kind not in ("drop", "tie"):
+                if step.kind not in ("drop", "tie") and value.dtype == step.source_dtype:  # not the factors of float8
                     value = value.cast(step.dtype)
                 value = value if value.dtype == "float64" else value.cast("float32")
                 weights[source.name] = torch.from_numpy(np.array(value.read()))

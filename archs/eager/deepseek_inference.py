@@ -25,6 +25,7 @@ _KINDS: dict[type, tuple[str, ...]] = {
         *("dense_layers", "experts", "expert_ffn", "shared_experts", "experts_per_token", "expert_groups"),
         *("limited_groups", "rope_beta_fast", "rope_beta_slow", "rope_original_context"),
     ),
+    bool: ("scaled",),
     float: ("norm_eps", "rope_theta", "rope_factor", "rope_mscale", "route_scale"),
 }
 Sizes = Mapping[str, Any]
@@ -36,6 +37,8 @@ def build(dims: Mapping[str, Value]) -> nn.Module:
     Raises MdlError (INPUT) when a dim is missing or of another type.
     """
     sizes = taken(dims, _KINDS)
+    if sizes["scaled"]:
+        sizes |= taken(dims, {int: ("block",)})
     with torch.device("meta"):  # no memory for weights that are replaced anyway
         return Transformer(sizes).eval()
 
@@ -66,6 +69,26 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Block(sizes, dense=k < sizes["dense_layers"]) for k in range(sizes["layers"]))
         self.norm = RMSNorm(sizes["hidden"], sizes["norm_eps"])
         self.head = Linear(sizes["hidden"], sizes["vocab"], bias=False)
+        for matrix in self._scaled():
+            blocks = [-(-size // sizes["block"]) for size in matrix.weight.shape]
+            matrix.scale = nn.Parameter(torch.empty(blocks))
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load; float8 weights then become what DeepSeek's linear makes of them before it computes: the product with
+        their blocks' factors, in bfloat16. From then on they are weights like any other."""
+        done = super().load_state_dict(state_dict, strict, assign)
+        for matrix in self._scaled():
+            (rows, columns), block = matrix.weight.shape, self.sizes["block"]
+            scale: Any = matrix.scale
+            factors = scale.repeat_interleave(block, 0)[:rows].repeat_interleave(block, 1)[:, :columns]
+            product = (matrix.weight * factors).bfloat16()
+            matrix.weight = nn.Parameter(product.to(matrix.weight.dtype))
+            del matrix.scale
+        return done
+
+    def _scaled(self) -> list[Linear]:
+        """The matrices of the blocks, where they are float8: the head is none of them, nor is the gate."""
+        return [one for one in self.layers.modules() if isinstance(one, Linear) and self.sizes["scaled"]]
 
     def forward(self, ids: Tensor) -> Tensor:
         """Token ids [B, T] to logits [B, T, V]."""

@@ -191,15 +191,25 @@ class Attention(nn.Module):
         return self.wo(attend(rotate(q, cos, sin), rotate(k, cos, sin), v, self.window))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, window: int = 0, *, scalar: float = 0.0, cap: float = 0.0) -> Tensor:
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int = 0,
+    *,
+    scalar: float = 0.0,
+    cap: float = 0.0,
+    added: Tensor | None = None,
+) -> Tensor:
     """Causal softmax(q k^T / sqrt(D)) v of rotated q [B, T, H, D] and of k, v [B, T, K, D], as [B, T, H·D].
 
     A query sees the last ``window`` positions, its own included; all before it where that is 0. ``scalar`` stands in
-    D's place where it is not 0, and ``cap`` limits the scores where it is not.
+    D's place where it is not 0, ``cap`` limits the scores where it is not, and ``added`` [H, 1, T] is added to them.
     """
     group = q.shape[2] // k.shape[2]
     q, k, v = q.transpose(1, 2), *(t.transpose(1, 2).repeat_interleave(group, dim=1) for t in (k, v))  # [B, H, T, D]
     scores = softcap(q @ k.transpose(-2, -1) / math.sqrt(scalar or q.shape[-1]), cap)
+    scores = scores if added is None else scores + added
     every = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device)
     unseen = every.triu(1) | every.tril(-window) if window else every.triu(1)
     scores = scores.masked_fill_(unseen, -math.inf).to(torch.promote_types(q.dtype, torch.float32))

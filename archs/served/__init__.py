@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-SERVED: dict[str, str] = {}
+SERVED: dict[str, str] = {
+    "MdlBloomForCausalLM": "mdl.archs.served.bloom:MdlBloomForCausalLM",
+    "MdlDbrxForCausalLM": "mdl.archs.served.dbrx:MdlDbrxForCausalLM",
+}
 """Architecture as written in ``config.json`` → ``"module:Class"`` of the model that serves it.
 
 Strings, so that naming a class here imports neither torch nor vllm: vLLM imports it when a layout asks for it.
+"""
+
+COMPUTES: dict[str, str] = {"MdlBloomForCausalLM": "BloomForCausalLM", "MdlDbrxForCausalLM": "DbrxForCausalLM"}
+"""Architecture → transformers' class that computes the same, from the same tensors and fields of ``config.json``.
+
+vLLM's own class of that name computes something else or can't be loaded, which is why there is one here.
 """
 
 

@@ -20,6 +20,7 @@ import yaml
 from ...errors import input_error, machine_error
 from ...mappings import expr
 from ...mappings.tensors import Shape, Target
+from ..served import COMPUTES
 
 _FOLDER = Path(__file__).parent
 
@@ -27,12 +28,13 @@ _FOLDER = Path(__file__).parent
 @lru_cache(maxsize=1)
 def _known() -> dict[str, dict[str, Any]]:
     specs = (yaml.safe_load(path.read_text(encoding="utf-8")) for path in sorted(_FOLDER.glob("*.yaml")))
-    return {spec["class"]: spec for spec in specs}
+    known = {spec["class"]: spec for spec in specs}
+    return known | {ours: known[name] for ours, name in COMPUTES.items() if name in known}
 
 
 def known_classes() -> tuple[str, ...]:
-    """The classes that have a file here."""
-    return tuple(_known())
+    """The classes that have a file here, by transformers' names."""
+    return tuple(name for name in _known() if name not in COMPUTES)
 
 
 def resolved(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -75,13 +77,16 @@ def _by_transformers(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def transformers_class(name: str) -> Any:
-    """The transformers class of that name. Raises MdlError: MACHINE without transformers, INPUT without the class."""
+    """The transformers class of that name, or that computes what ours of that name does.
+
+    Raises MdlError: MACHINE without transformers, INPUT without the class.
+    """
     try:
         import transformers
     except ImportError as error:
         what = f"checking a plan against {name} needs torch and transformers ({error})"
         raise machine_error(what, do="pip install mdl[cpu]") from error
-    cls = getattr(transformers, name, None)
+    cls = getattr(transformers, COMPUTES.get(name, name), None)
     if cls is None:
         raise input_error(f"transformers has no class {name}", do="add its tensors as a file in archs/targets")
     return cls

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from mdl.convert.export import export
-from mdl.convert.prepare import prepare
+from mdl.convert.prepare import Options, prepare
+from mdl.convert.run import convert
 from mdl.errors import MdlError
 from mdl.validate.client import Engine
 
@@ -83,10 +84,76 @@ def test_without_config_json_its_values_are_asked_for(tmp_path: Path) -> None:
         assert f"--set {key}=VALUE" in str(caught.value)
 
 
-def test_float8_is_refused_with_the_way_out(tmp_path: Path) -> None:
-    state = deepseeks.state() | {"layers.0.attn.wo.scale": torch.ones(1, 2)}
-    with pytest.raises(MdlError, match=r"1 matrices are float8 with a scale for each block.*fp8_cast_bf16.py"):
-        prepare(deepseeks.saved(tmp_path / "raw", state))
+@pytest.mark.parametrize("q_rank", [deepseeks.Q_RANK, 0], ids=["low rank", "straight"])
+def test_float8_becomes_what_fp8_cast_bf16_makes_of_it(q_rank: int, tmp_path: Path) -> None:
+    state = deepseeks.quantised(deepseeks.state(q_rank=q_rank))
+    assert state["layers.0.attn.wkv_a.scale"].shape == (5, 1), "the last block has fewer rows"
+    raw = deepseeks.saved(tmp_path / "raw", state, q_lora_rank=q_rank)
+    prepared = layout(raw, tmp_path / "out")
+
+    wanted = deepseeks.dequantised(state)
+    made = make.saved(tmp_path / "out")
+    assert prepared.config["dtype"] == "bfloat16"
+    assert len(made) == len(wanted)
+    steps = {s.targets[0]: s.sources[0].name for s in prepared.plan.writes}
+    for target, tensor in made.items():
+        assert tensor.dtype == wanted[steps[target]].dtype
+        assert tensor.equal(wanted[steps[target]]), target
+    logits = by_transformers(tmp_path / "out", prepared, IDS)
+    assert nmse(eager(raw, ids=IDS), logits) < 1e-12
+
+
+def test_float8_in_ranks_is_the_same_as_in_one(tmp_path: Path) -> None:
+    state = deepseeks.quantised(deepseeks.state(ffn=128, inner=64), 64)
+    said = Options(given={"block": "64"})
+    one, two = (deepseeks.saved(tmp_path / f"raw{n}", state, n, inter_dim=128, moe_inter_dim=64) for n in (1, 2))
+    for raw, out in ((one, "one"), (two, "two")):
+        convert(prepare(raw, said), tmp_path / out, options=said, tokenizer="none")
+    make.same(make.saved(tmp_path / "two"), make.saved(tmp_path / "one"))
+    lost = export(tmp_path / "two", tmp_path / "back").lost
+    assert {problem.what.rpartition(": ")[2] for problem in lost if "config" not in problem.what} == {
+        "dequantize cannot be undone exactly"
+    }
+
+
+@pytest.mark.parametrize("wrong", ["scale", "block", "row"])
+def test_a_mistake_in_float8_shows(wrong: str, tmp_path: Path) -> None:
+    state = deepseeks.quantised(deepseeks.state())
+    prepared = layout(deepseeks.saved(tmp_path / "raw", state), tmp_path / "out")
+    wanted = by_transformers(tmp_path / "out", prepared, IDS)
+    scale = state["layers.1.attn.wkv_b.scale"]
+    if wrong == "scale":
+        scale[2, 3] *= 1.01
+    elif wrong == "block":
+        scale.copy_(scale.T.clone())
+    else:
+        scale.copy_(scale.roll(1, 0))
+    assert nmse(eager(deepseeks.saved(tmp_path / "wrong", state), ids=IDS), wanted) > 1e-8
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"layers.0.attn.wo.scale": None}, r"layers.0.attn.wo.weight is float8_e4m3fn without its factors"),
+        (
+            {"layers.0.attn.wo.scale": torch.ones(2, 1)},
+            r"\[2, 1\] factors do not fit a matrix of \[128, 256\], which has",
+        ),
+        ({"layers.0.attn.wo.weight": torch.ones(128, 256)}, "dequantize: float32 is no type of eight bits"),
+        ({"layers.0.attn.wo.scale": torch.ones(1, 2).half()}, "dequantize takes factors of float32"),
+    ],
+)
+def test_float8_that_does_not_fit_its_factors(change: dict[str, Any], said: str, tmp_path: Path) -> None:
+    state = deepseeks.quantised(deepseeks.state()) | change
+    raw = deepseeks.saved(tmp_path / "raw", {name: t for name, t in state.items() if t is not None})
+    with pytest.raises(MdlError, match=said):
+        prepare(raw).plan.refuse()
+
+
+def test_ranks_cut_inside_a_block_are_refused(tmp_path: Path) -> None:
+    state = deepseeks.quantised(deepseeks.state(ffn=512, inner=256), 64)  # two factors for 192 rows of a head
+    with pytest.raises(MdlError, match=r"wq_b.weight is cut into 2 ranks of 192, inside a block of 128"):
+        prepare(deepseeks.saved(tmp_path / "raw", state, 2, inter_dim=512, moe_inter_dim=256))
 
 
 @pytest.mark.parametrize(
@@ -132,6 +199,8 @@ def test_the_ranks_hold_what_the_program_cuts() -> None:
 
 
 @pytest.mark.engine
-def test_vllm_computes_it(tmp_path: Path, engine: Engine) -> None:
-    layout(deepseeks.saved(tmp_path / "raw", deepseeks.state(), 2), tmp_path / "out")
+@pytest.mark.parametrize("float8", [False, True], ids=["plain", "float8"])
+def test_vllm_computes_it(float8: bool, tmp_path: Path, engine: Engine) -> None:
+    state = deepseeks.quantised(deepseeks.state()) if float8 else deepseeks.state()
+    layout(deepseeks.saved(tmp_path / "raw", state, 1 if float8 else 2), tmp_path / "out")
     is_green(tmp_path / "out", engine)

@@ -16,6 +16,7 @@ from mdl.convert.prepare import prepare
 from mdl.errors import Kind, MdlError
 from mdl.validate.client import Engine
 from mdl.validate.verify import verify
+from mdl.views import show_plan
 
 from .. import checkpoints as make
 from .. import mambas
@@ -60,6 +61,13 @@ def test_it_computes_what_transformers_computes_of_the_layout(given: dict[str, A
     name = "backbone.layers.0.mixer.in_proj.weight"
     turned[name] = turned[name].roll(mambas.INNER, 0)  # the gate before the channels
     assert nmse(eager(mambas.saved(tmp_path / "turned", turned, {}), ids=mambas.IDS), wanted) > 1e-3
+
+
+def test_the_plan_says_what_a_cpu_can_prove(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    show_plan(prepare(checkpoint(tmp_path / "raw")), reverse=False)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "has Mamba 1's selective scan for GPUs only" in said
+    assert "on a CPU mdl's eager forward alone stands for it" in said
 
 
 def test_no_config_is_needed(tmp_path: Path) -> None:
