@@ -137,7 +137,9 @@ def _reverse(manifest: Manifest) -> tuple[list[_Back], list[Problem]]:
     for step in manifest.steps:
         if step["kind"] == "drop":
             lost.append(Problem(f"{step['sources'][0]['name']} was dropped: {step['reason']}", step["rule"]))
-        elif step["kind"] not in ("fill", "tie"):
+            continue
+        lost += _composed(step)
+        if step["kind"] not in ("fill", "tie"):
             try:
                 backs += _undo(step)
             except OpError as error:
@@ -155,6 +157,19 @@ def _reverse(manifest: Manifest) -> tuple[list[_Back], list[Problem]]:
             backs.append(replace(twin, name=source["name"], raws=raws, files=files, join=source["join"]))
     order = {name: k for k, name in enumerate(cast("list[str]", manifest.source["order"]))}
     return sorted(backs, key=lambda back: order[back.name]), lost
+
+
+def _composed(step: Map[str, Any]) -> list[Problem]:
+    """What is to be said of sources that lay in parts: they come back as wholes, for a layout holds nothing else."""
+    made = [(s["name"], rank["made"]) for s in step["sources"] for rank in s["ranks"] if "made" in rank]
+    return [
+        Problem(
+            f"{name} comes back as a whole: the layout no longer tells the parts of which it was made "
+            f"({m['how']} of {', '.join(part['raw'].rpartition('/')[2] for part in m['parts'])})",
+            step["rule"],
+        )
+        for name, m in made
+    ]
 
 
 def _undo(step: Map[str, Any]) -> list[_Back]:
