@@ -1,17 +1,20 @@
 """A LoRA adapter as PEFT saves it: what its settings say, and which of its tensors belong to which module.
 
 ``--merge-lora`` names its folder, or its file of weights: adapter_config.json lies beside adapter_model.safetensors.
+Where the matrices lie in the checkpoint itself, beside the weights, it names adapter_config.json alone.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ..archs.base import Inventory
 from ..errors import Kind, MdlError, Problem, input_error, usage_error
 from ..mappings.tensors import TensorInfo
 from .beside import parse_settings
@@ -19,7 +22,8 @@ from .inventory import take_inventory
 from .open import open_checkpoint
 
 SETTINGS = "adapter_config.json"
-_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "adapter_model.pt")
+"""As PEFT calls them; the last is torchtune's, in its own names."""
 _USED = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "init_lora_weights")
 _TOLD = ("peft_type", "base_model_name_or_path", "modules_to_save")
 _TRAINING = (
@@ -60,11 +64,12 @@ class Pair:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter's settings; its ``pairs`` by module, and ``saved``, the weights that take the place of the model's
-    own, by their names."""
+    """An adapter's settings, and the file with them; its ``pairs`` by module, and ``saved``, the weights that take the
+    place of the model's own, by their names."""
 
     path: Path
     settings: Mapping[str, Any]
+    told_in: str
     files: tuple[str, ...]
     pairs: Mapping[str, Pair] = field(default_factory=dict[str, Pair])
     saved: Mapping[str, TensorInfo] = field(default_factory=dict[str, TensorInfo])
@@ -94,28 +99,44 @@ def _of(patterns: Any, module: str, otherwise: Any) -> Any:
     return otherwise
 
 
-def open_adapter(path: Path) -> Adapter:
-    """Read an adapter's settings, and where its tensors lie. Raises MdlError: USAGE where there is none, INPUT for one
-    that can't be merged exactly, with every reason."""
+def open_adapter(path: Path, inventory: Inventory) -> tuple[Adapter, Inventory]:
+    """Read an adapter's settings, and where its tensors lie; and the checkpoint without what is the adapter's. Raises
+    MdlError: USAGE where there is none, INPUT for one that can't be merged exactly, with every reason."""
     folder = path if path.is_dir() else path.parent
-    where = str(path)
+    file = folder / SETTINGS
     if not path.exists():
-        raise usage_error("--merge-lora: there is no such file or folder", where, "give the folder of the adapter")
-    if not (folder / SETTINGS).is_file():
+        raise usage_error("--merge-lora: there is no such file or folder", str(path), "give the folder of the adapter")
+    if not file.is_file():
         what = f"--merge-lora: no {SETTINGS} lies there, which says with which scale an adapter is added"
-        raise usage_error(what, where, "give the folder that model.save_pretrained() wrote of a PeftModel")
+        raise usage_error(what, str(path), "give the folder that model.save_pretrained() wrote of a PeftModel")
     try:
-        settings = parse_settings(folder / SETTINGS)
+        settings = parse_settings(file)
     except (ValueError, OSError) as error:
-        raise input_error(f"can't be parsed ({error})", str(folder / SETTINGS), "mend or copy it again") from error
-    if problems := _refused(settings, folder / SETTINGS):
+        raise input_error(f"can't be parsed ({error})", str(file), "mend or copy it again") from error
+    if problems := _refused(settings, file):
         raise MdlError(Kind.INPUT, problems)
-    file = next((folder / name for name in _WEIGHTS if path.is_dir() and (folder / name).is_file()), path)
-    if file.name == SETTINGS:
-        raise usage_error("--merge-lora: these are an adapter's settings alone", where, "give its folder")
-    held = take_inventory(open_checkpoint(file))
-    files = (*held.files, str((folder / SETTINGS).absolute()))
-    return _sorted(Adapter(path.absolute(), settings, files), held.tensors)
+    own = os.path.abspath(file)  # noqa: PTH100 - as the checkpoint's own files are named, symlinks and all
+    if path.name == SETTINGS:
+        held, inventory = _within(inventory, path)
+        return _sorted(Adapter(path.absolute(), settings, own, (own,)), held), inventory
+    weights = next((folder / name for name in _WEIGHTS if path.is_dir() and (folder / name).is_file()), path)
+    found = take_inventory(open_checkpoint(weights))
+    return _sorted(Adapter(path.absolute(), settings, own, (*found.files, own)), found.tensors), inventory
+
+
+def _within(inventory: Inventory, path: Path) -> tuple[dict[str, tuple[TensorInfo, ...]], Inventory]:
+    """The matrices that lie in the checkpoint itself, and the checkpoint without them, under the names that it had
+    before PEFT wrapped its layers."""
+    held = {name: infos for name, infos in inventory.tensors.items() if _LORA.fullmatch(name)}
+    if not held:
+        what = f"--merge-lora: {SETTINGS} alone is for matrices in the checkpoint itself, and there are none"
+        raise usage_error(what, str(path), "give the folder that holds the adapter's weights, too")
+    rest: dict[str, tuple[TensorInfo, ...]] = {}
+    for name, infos in inventory.tensors.items():
+        if name not in held:
+            plain = _WRAPPED.sub("", name.removeprefix(_PREFIX))
+            rest[plain] = tuple(replace(info, name=plain) for info in infos)
+    return held, replace(inventory, tensors=rest)
 
 
 def _refused(settings: Mapping[str, Any], file: Path) -> list[Problem]:
@@ -177,4 +198,4 @@ def _sorted(adapter: Adapter, tensors: Mapping[str, tuple[TensorInfo, ...]]) -> 
         raise MdlError(
             Kind.INPUT, problems or [Problem("holds no LoRA matrices", str(adapter.path), "give the adapter's folder")]
         )
-    return Adapter(adapter.path, adapter.settings, adapter.files, pairs, saved)
+    return replace(adapter, pairs=pairs, saved=saved)

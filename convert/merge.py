@@ -26,7 +26,7 @@ _OTHER = "give the adapter of this very model, or the model that this adapter wa
 def with_adapter(inventory: Inventory, path: Path) -> Inventory:
     """The inventory whose weights hold an adapter. Raises MdlError with everything that keeps it from being merged
     exactly: tensors that belong nowhere, other shapes, settings that mean more than B · A."""
-    adapter = open_adapter(path)
+    adapter, inventory = open_adapter(path, inventory)
     if inventory.ranks > 1:
         what = f"this checkpoint lies in {inventory.ranks} rank files; an adapter is merged into whole weights"
         raise input_error(what, inventory.path, "convert without --merge-lora, and merge into the layout")
@@ -80,8 +80,9 @@ class _Merger:
             scales = f"{next(iter(self.scales)):g}"
         total = len(self.inventory.tensors)
         base = a.settings.get("base_model_name_or_path")
+        whose = "in the checkpoint itself" if a.path.name == SETTINGS else f"of {a.path.name}"
         said = [
-            f"LoRA of {a.path.name} is merged into {self.scales.total():,} of {total:,} tensors: W + scale · (B A), "
+            f"LoRA {whose} is merged into {self.scales.total():,} of {total:,} tensors: W + scale · (B A), "
             f"scale {scales}, in float64, rounded once to W's own type (PEFT rounds the product and then the sum)"
             + (f"; it names {base} as its model" if base else "")
         ]
@@ -121,7 +122,7 @@ class _Merger:
             self.problems.append(Problem(f"{module}: {error}", str(self.adapter.path), _OTHER))
             return None
         self.scales[scale] += 1
-        return whole_of(Made(LORA, (base, a, b), scale, turned), base, base.name, base.raw)
+        return whole_of(Made(LORA, (base, a, b), scale, turned, self.adapter.told_in), base, base.name, base.raw)
 
     def _turned(self, embedding: bool, weight: Shape, a: Shape, b: Shape) -> bool:
         """Whether W is stored as the transpose of B A. Raises ValueError where B A does not fit, or where it fits both

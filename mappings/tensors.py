@@ -122,13 +122,14 @@ class Piece:
 @dataclass(frozen=True)
 class Made:
     """How a tensor that lies nowhere as a whole is computed from others: what :mod:`mdl.convert.composed` calls it, and
-    the ``parts`` in the order that it wants. ``scale`` and ``turned`` are LoRA's: the factor of its product, and
-    whether that is transposed."""
+    the ``parts`` in the order that it wants. ``scale``, ``turned`` and ``settings`` are LoRA's: the factor of its
+    product, whether that is transposed, and the file that said so."""
 
     how: str
     parts: tuple[TensorInfo, ...]
     scale: float = 1.0
     turned: bool = False
+    settings: str = ""
 
 
 def dense(shape: Shape) -> Shape:

@@ -156,6 +156,32 @@ def test_a_base_model_s_file_lacks_the_attribute_that_the_adapter_names(tmp_path
     assert sum(step.made == ("merge LoRA",) for step in prepared.plan.steps) == 3
 
 
+def test_matrices_in_the_checkpoint_itself(gpt: Path, lora: Path, tmp_path: Path) -> None:
+    """A PeftModel's whole state dict, and loralib's; what is the scale, adapter_config.json says."""
+    state = servable.nanogpt_state()
+    held = adapters.tensors(state, BLOCKS)
+    peft, loralib = dict(state), dict(state)
+    for name, tensor in held.items():
+        plain = name.removeprefix(adapters.PREFIX)
+        peft[plain.replace(".weight", ".default.weight")] = tensor
+        loralib[plain.removesuffix(".weight")] = tensor
+    for module in BLOCKS:
+        peft[f"{module}.base_layer.weight"] = peft.pop(f"{module}.weight")
+    peft = {f"{adapters.PREFIX}{name}": tensor for name, tensor in peft.items()}
+    merged(gpt, lora, tmp_path / "out")
+    for name, inside in (("peft", peft), ("loralib", loralib)):
+        path = make.trained(tmp_path / f"{name}.pt", inside, make.nanogpt_args(state))
+
+        with pytest.raises(MdlError, match=r"--merge-lora adapter_config\.json"):
+            prepare(path)
+        prepared = merged(path, lora / "adapter_config.json", tmp_path / name)
+
+        make.same(make.saved(tmp_path / name), make.saved(tmp_path / "out"))
+        assert "LoRA in the checkpoint itself is merged into 2 of 29" in " ".join(prepared.inventory.remarks)
+        mine = builtin_reference(prepared.arch, prepared.dims, prepared.plan).logits(IDS, "float64")
+        assert nmse(by_transformers(tmp_path / name), mine) < 1e-12
+
+
 # --- what is said of it -------------------------------------------------------------------------------------------
 
 
@@ -177,8 +203,8 @@ def test_plan_manifest_and_export_say_what_was_merged(gpt: Path, lora: Path, tmp
 
     done = export(tmp_path / "out", tmp_path / "back.pt")
 
-    assert len(done.lost) == 2
-    assert all("comes back as a whole" in problem.what and "lora_A.weight" in problem.what for problem in done.lost)
+    (lost,) = done.lost
+    assert lost.what.startswith("2 tensors come back as wholes, whose parts a layout does not hold: merge LoRA, such")
     back, state = torch.load(tmp_path / "back.pt", weights_only=False)["model"], servable.nanogpt_state()
     assert list(back) == list(state)
     same = {name for name, tensor in back.items() if torch.equal(tensor, state[name])}
@@ -265,7 +291,7 @@ def test_paths_that_are_no_adapter(gpt: Path, lora: Path, tmp_path: Path) -> Non
 
     assert "no such file" in str(refused(gpt, tmp_path / "nowhere"))
     assert "no adapter_config.json lies there" in str(refused(gpt, gpt))
-    assert "settings alone" in str(refused(gpt, lora / "adapter_config.json"))
+    assert "matrices in the checkpoint itself, and there are none" in str(refused(gpt, lora / "adapter_config.json"))
     assert "holds no checkpoint" in str(refused(gpt, lora))
 
 

@@ -11,6 +11,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,12 +31,13 @@ def whole_weight(info: TensorInfo, files: Files) -> Tensor:
     if info.made is None:
         return _stored(info, files)
     parts = {_role(part): part for part in info.made.parts}
+    lora = partial(_lora, info.made.settings)
     known = {
+        frozenset({"weight", "A", "B"}): lora,
+        frozenset({"table", "embedding A", "embedding B"}): lora,
         frozenset({"length", "direction"}): _weight_norm,
         frozenset({"matrix", "u", "v"}): _spectral_norm,
         frozenset({"matrix", "mask"}): _masked,
-        frozenset({"weight", "A", "B"}): _lora,
-        frozenset({"table", "embedding A", "embedding B"}): _lora,
         frozenset({"weight"}): _replaced,
     }
     for beside, role, meant in (("embedding A", "weight", "table"), ("matrix", "direction", "v")):
@@ -101,13 +103,13 @@ def _masked(parts: Mapping[str, TensorInfo], files: Files) -> Tensor:
     return _stored(parts["matrix"], files) * _stored(parts["mask"], files)
 
 
-def _lora(parts: Mapping[str, TensorInfo], files: Files) -> Tensor:
-    """W + scale · B A, with the scale of the adapter's own settings."""
+def _lora(said: str, parts: Mapping[str, TensorInfo], files: Files) -> Tensor:
+    """W + scale · B A, with the scale that the adapter's settings, a file, say."""
     table = "table" in parts
     names = ("table", "embedding A", "embedding B") if table else ("weight", "A", "B")
     weight, a, b = (_stored(parts[name], files) for name in names)
     info = parts[names[1]]
-    settings = json.loads((Path(info.file).parent / "adapter_config.json").read_text(encoding="utf-8"))
+    settings = json.loads(Path(said).read_text(encoding="utf-8"))
     product = b @ a
     square = product.shape[0] == product.shape[1]
     turned = table or (bool(settings.get("fan_in_fan_out")) if square else product.shape != weight.shape)
