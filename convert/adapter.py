@@ -47,6 +47,7 @@ _INIT = (True, False, None, "gaussian", "eva", "orthogonal")
 """Beginnings that leave the model's own weights alone."""
 _PATTERN = re.compile(r"\^?[\w.\-\\*]+")
 _MOST_STARS = 3
+_MOST_ALPHA = 1e30
 _PREFIX = "base_model.model."
 _LORA = re.compile(r"(.+)\.(?:lora_(embedding_)?([ABab]))(?:\.(?!weight$|bias$)\w+)?(?:\.weight)?")
 _WRAPPED = re.compile(r"\.(?:base_layer|modules_to_save(?:\.default)?)(?=\.)")
@@ -85,9 +86,9 @@ class Adapter:
         said = _of(self.settings.get("rank_pattern"), module, self.settings.get("r"))
         alpha = _of(self.settings.get("alpha_pattern"), module, self.settings.get("lora_alpha"))
         if said != rank:
-            raise ValueError(f"its matrices have rank {rank}, {SETTINGS} says {said}")
-        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
-            raise ValueError(f"{SETTINGS} gives no lora_alpha for it, but {alpha!r}")
+            raise ValueError(f"its matrices have rank {rank}, {SETTINGS} says {str(said)[:100]}")
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < _MOST_ALPHA:
+            raise ValueError(f"{SETTINGS} gives no lora_alpha for it, but {str(alpha)[:100]!r}")
         return alpha / math.sqrt(rank) if self.settings.get("use_rslora") else alpha / rank
 
 
@@ -154,7 +155,8 @@ def _refused(settings: Mapping[str, Any], file: Path) -> list[Problem]:
             Problem(what, str(file), f"{_MERGE}; or save it as plain LoRA (PEFT's docs on {init} tell how)")
         )
     for key in ("rank_pattern", "alpha_pattern"):
-        for pattern in settings.get(key) or {}:
+        patterns = settings.get(key) or {}
+        for pattern in patterns if isinstance(patterns, dict) else (patterns,):
             if not isinstance(pattern, str) or not _PATTERN.fullmatch(pattern) or pattern.count("*") > _MOST_STARS:
                 what = f"{key} has {pattern!r}, a regular expression that is not read here"
                 problems.append(Problem(what, str(file), "write the names of the modules that it stands for"))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..mappings.tensors import Made, Shape, TensorInfo, dense
@@ -145,19 +146,24 @@ def _by(weight: Lazy, factor: Array, dtype: str, function: Callable[[Array, Arra
 
 
 def _once(one: Lazy, other: Lazy, dtype: str, function: Callable[[Array, Array], Array]) -> Lazy:
-    """A function of two float64 arrays, rounded once to ``dtype``."""
+    """A function of two float64 arrays, rounded once to ``dtype``.
+
+    What becomes 0 by that is not told to whoever watches: sums come as near to 0 as they like, and it is an error of
+    half a step, as everywhere. An infinity is found in the values.
+    """
     import numpy as np
 
     from ..mappings.lazy import Rounding
 
     narrow = dtype not in ("float32", "float64")
+    rounding = Rounding("float32" if narrow else "float64", dtype)
 
     def made(xs: list[Array]) -> Array:
         with np.errstate(all="ignore"):
             values = np.asarray(function(xs[0], xs[1]))
-            return _to_odd(values) if narrow else values
+            return rounding(_to_odd(values) if narrow else values)
 
-    return one.combined([other], made, Rounding("float32" if narrow else "float64", dtype))
+    return replace(one.combined([other], made), dtype=dtype)
 
 
 def _to_odd(values: Array) -> Array:

@@ -79,12 +79,12 @@ class _Merger:
         if len(self.scales) == 1:
             scales = f"{next(iter(self.scales)):g}"
         total = len(self.inventory.tensors)
-        base = a.settings.get("base_model_name_or_path")
+        base = str(a.settings.get("base_model_name_or_path") or "")[:200]
         whose = "in the checkpoint itself" if a.path.name == SETTINGS else f"of {a.path.name}"
         said = [
             f"LoRA {whose} is merged into {self.scales.total():,} of {total:,} tensors: W + scale · (B A), "
             f"scale {scales}, in float64, rounded once to W's own type (PEFT rounds the product and then the sum)"
-            + (f"; it names {base} as its model" if base else "")
+            + (f"; it names {base} as its model" if base.isprintable() and base else "")
         ]
         if self.replaced:
             names = ", ".join(self.replaced[:_SHOWN]) + (" …" if len(self.replaced) > _SHOWN else "")
@@ -127,7 +127,7 @@ class _Merger:
     def _turned(self, embedding: bool, weight: Shape, a: Shape, b: Shape) -> bool:
         """Whether W is stored as the transpose of B A. Raises ValueError where B A does not fit, or where it fits both
         ways and the settings can't be believed."""
-        if len(a) != 2 or len(b) != 2 or len(weight) != 2 or a[0] != b[1]:
+        if len(a) != 2 or len(b) != 2 or len(weight) != 2 or a[0] != b[1] or not a[0]:
             raise ValueError(f"A {list(a)}, B {list(b)} and the weight {list(weight)} are no matrices of one product")
         product = b[0], a[1]
         if weight not in (product, product[::-1]):

@@ -23,7 +23,7 @@ from mdl.validate.client import Engine
 from mdl.validate.reference import builtin_reference
 from mdl.validate.verify import Settings, verify
 
-from . import adapters, hf, servable
+from . import adapters, hf, servable, torchtune_cases, upstream
 from . import checkpoints as make
 from .converted import IDS, by_transformers, nmse
 
@@ -156,6 +156,40 @@ def test_a_base_model_s_file_lacks_the_attribute_that_the_adapter_names(tmp_path
     assert sum(step.made == ("merge LoRA",) for step in prepared.plan.steps) == 3
 
 
+def test_torchtune_s_adapter_on_torchtune_s_model(tmp_path: Path) -> None:
+    """adapter_model.pt and adapter_config.json, as its checkpointer leaves them; against its own unmerged forward."""
+    build = upstream.torchtune("llama3:lora_llama3")
+    from torchtune.modules.peft import get_adapter_state_dict
+
+    modules = ["q_proj", "output_proj"]
+    model = build(lora_attn_modules=modules, apply_lora_to_mlp=True, lora_rank=4, lora_alpha=6, **torchtune_cases.SIZES,
+                  intermediate_dim=160).eval()  # fmt: skip
+    rng = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=rng)
+            parameter.copy_(noise / parameter.shape[-1] ** 0.5 if parameter.dim() > 1 else 1 + 0.3 * noise)
+    held = get_adapter_state_dict(model.state_dict())
+    state = {name: tensor for name, tensor in model.state_dict().items() if name not in held}
+    torch.save(state, tmp_path / "torchtune_model_0.pt")
+    (tmp_path / "epoch_0").mkdir()
+    torch.save(held, tmp_path / "epoch_0" / "adapter_model.pt")
+    said = {"r": 4, "lora_alpha": 6, "target_modules": [*modules, "w1", "w2", "w3"], "peft_type": "LORA"}
+    (tmp_path / "epoch_0" / "adapter_config.json").write_text(json.dumps(said))
+
+    given = {"builder": "llama3", "heads": "4", "context": "128"}
+    options = Options(given=given, arch="torchtune", merge_lora=str(tmp_path / "epoch_0"))
+    prepared = prepare(tmp_path / "torchtune_model_0.pt", options)
+
+    prepared.plan.refuse()
+    assert "is merged into 10 of 21 tensors" in " ".join(prepared.inventory.remarks)
+    ids = torchtune_cases.IDS
+    with torch.no_grad():
+        wanted = model(ids[None])[0]
+    mine = builtin_reference(prepared.arch, prepared.dims, prepared.plan).logits(ids.tolist(), "float64")
+    assert nmse(mine, wanted) < torchtune_cases.LIMIT  # theirs is float32's
+
+
 def test_matrices_in_the_checkpoint_itself(gpt: Path, lora: Path, tmp_path: Path) -> None:
     """A PeftModel's whole state dict, and loralib's; what is the scale, adapter_config.json says."""
     state = servable.nanogpt_state()
@@ -219,6 +253,23 @@ def test_it_is_bit_for_bit_the_same_in_any_blocks(gpt: Path, lora: Path, tmp_pat
     make.same(make.saved(tmp_path / "two"), make.saved(tmp_path / "one"))
 
 
+def test_a_sum_near_zero_needs_no_flag(tmp_path: Path) -> None:
+    """Below float16's smallest half step; a value of the checkpoint's own that a cast makes 0 still needs one."""
+    state = servable.nanogpt_state()
+    state = {name: tensor.half() for name, tensor in state.items() if name != "lm_head.weight"}
+    held = adapters.tensors(state, BLOCKS)
+    for name in held:
+        held[name][:] = 0
+    for end in ("A", "B"):
+        held[f"{adapters.PREFIX}{BLOCKS[0]}.lora_{end}.weight"][:] = 1e-5
+    state[f"{BLOCKS[0]}.weight"][0] = 0
+    source = make.nanogpt(tmp_path / "x.pt", state)
+
+    merged(source, adapters.saved(tmp_path / "lora", held), tmp_path / "out")
+
+    assert not make.saved(tmp_path / "out")[f"{BLOCKS[0]}.weight"][:, 0].any()
+
+
 # --- what is refused ----------------------------------------------------------------------------------------------
 
 
@@ -237,6 +288,10 @@ def test_it_is_bit_for_bit_the_same_in_any_blocks(gpt: Path, lora: Path, tmp_pat
         ({"r": 8}, "have rank 4, adapter_config.json says 8"),
         ({"lora_alpha": "six"}, "no lora_alpha"),
         ({"lora_alpha": ...}, "no lora_alpha"),
+        ({"lora_alpha": 10**400}, "no lora_alpha"),
+        ({"alpha_pattern": 3}, "regular expression"),
+        ({"rank_pattern": {"c_attn": "4"}}, "have rank 4, adapter_config.json says 4"),
+        ({"base_model_name_or_path": "a\u001b[31m", "r": 3}, "says 3"),
     ],
 )
 def test_settings_that_mean_more_than_the_product(
