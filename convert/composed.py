@@ -21,6 +21,10 @@ LORA, REPLACED = "merge LoRA", "replace by the adapter's"
 """What a whole may be made by; parts in this order: direction and length; matrix, left and right vector; values and
 mask; weight, A and B; the new weight."""
 
+_DIGITS = 52 - 23
+_CUT = (1 << _DIGITS) - 1
+"""Digits that float64 has and float32 has not."""
+
 _ROWS = 4 << 20
 """Bytes of a weight that are read at a time to measure it."""
 
@@ -153,27 +157,30 @@ def _once(one: Lazy, other: Lazy, dtype: str, function: Callable[[Array, Array],
     """
     import numpy as np
 
-    from ..mappings.lazy import Rounding
+    from ..mappings.lazy import Rounding, raw_dtype
+    from ..mappings.products import TILE
 
     narrow = dtype not in ("float32", "float64")
     rounding = Rounding("float32" if narrow else "float64", dtype)
 
     def made(xs: list[Array]) -> Array:
+        one, other = (np.ascontiguousarray(x).reshape(-1) for x in xs)
+        out: Array = np.empty(one.size, raw_dtype(dtype))
         with np.errstate(all="ignore"):
-            values = np.asarray(function(xs[0], xs[1]))
-            return rounding(_to_odd(values) if narrow else values)
+            for at in range(0, one.size, TILE):
+                values = function(one[at : at + TILE], other[at : at + TILE])
+                rounding(_to_odd(values) if narrow else values, out[at : at + TILE])
+        return out.reshape(xs[0].shape)
 
     return replace(one.combined([other], made), dtype=dtype)
 
 
 def _to_odd(values: Array) -> Array:
-    """float64 cut to float32 with the last bit set where something was cut off: the next rounding then comes out as if
-    it were the first (Boldo and Melquiond, 2008). Casts to two bytes go through float32, rounding twice."""
+    """float64 cut to float32's digits, the last one set where something was cut off: the next rounding then comes out
+    as if it were the first (Boldo and Melquiond, 2008). A cast to two bytes goes through float32 and rounds twice."""
     import numpy as np
 
-    made = values.astype(np.float32)
-    wide = made.astype(np.float64)
-    bits = made.view(np.uint32)
-    bits -= (np.abs(wide) > np.abs(values)) & np.isfinite(values)  # back towards zero, in magnitude; from inf too
-    bits |= (wide != values) & np.isfinite(values)
-    return made
+    bits = values.view(np.int64)
+    kept = bits & ~_CUT
+    kept |= ((bits & _CUT) != 0).astype(np.int64) << _DIGITS
+    return kept.view(np.float64).astype(np.float32)

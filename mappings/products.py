@@ -10,6 +10,9 @@ from .nodes import Node
 from .rounding import Array
 from .tensors import Shape
 
+TILE = 1 << 15
+"""Values that are worked out at a time: they stay in the CPU's cache while terms are added."""
+
 
 @dataclass(frozen=True)
 class Product(Node):
@@ -41,7 +44,7 @@ class Product(Node):
         axes = (0, *(k + 1 for k in order))
         return Product(self.left.transpose(axes), self.right.transpose(axes))
 
-    def slice(self, axis: int, start: int, stop: int) -> Node:
+    def slice(self, axis: int, start: int, stop: int) -> Product:
         kept = (slice(None),) * (axis + 1) + (slice(start, stop),)
         return Product(self.left[kept], self.right[kept])
 
@@ -51,6 +54,16 @@ class Product(Node):
         return out
 
     def read_into(self, out: Array) -> None:
+        axis = next((k for k, n in enumerate(out.shape) if n > 1), None)
+        if axis is None or out.size <= TILE:
+            self._add_up(out)
+            return
+        rows = max(1, TILE * out.shape[axis] // out.size)
+        for start in range(0, out.shape[axis], rows):
+            stop = min(start + rows, out.shape[axis])
+            self.slice(axis, start, stop)._add_up(out[(slice(None),) * axis + (slice(start, stop),)])
+
+    def _add_up(self, out: Array) -> None:
         with np.errstate(all="ignore"):  # whoever looks at the values finds what is not finite
             np.multiply(self.left[0], self.right[0], out=out)
             term = np.empty(out.shape)
