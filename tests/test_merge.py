@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -243,6 +245,30 @@ def test_plan_manifest_and_export_say_what_was_merged(gpt: Path, lora: Path, tmp
     assert list(back) == list(state)
     same = {name for name, tensor in back.items() if torch.equal(tensor, state[name])}
     assert set(state) - same == {f"{module}.weight" for module in BLOCKS}
+
+
+def test_the_command_line_says_it_and_refuses(gpt: Path, lora: Path, tmp_path: Path) -> None:
+    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        code = "import sys; sys.argv[0] = 'mdl'; from mdl.cli import main; main()"
+        line = [sys.executable, "-c", code, *map(str, arguments)]
+        return subprocess.run(line, capture_output=True, text=True, check=False)
+
+    said = "LoRA of lora is merged into 2 of 29 tensors"
+    planned = run("plan", gpt, "--merge-lora", lora)
+    assert planned.returncode == 0
+    assert "merge LoRA, transpose" in planned.stdout
+    assert said in planned.stdout
+    assert said in run("inspect", gpt, "--merge-lora", lora).stdout
+    done = json.loads(
+        run("convert", gpt, tmp_path / "out", "--merge-lora", lora, "--tokenizer", "none", "--json").stdout
+    )
+    assert done["manifest"]["options"]["merge_lora"] == str(lora)
+    assert run("plan", gpt, "--merge-lora", tmp_path / "nowhere").returncode == Kind.USAGE.value
+    (lora / "adapter_config.json").write_text(json.dumps({**adapters.SETTINGS, "use_dora": True}))
+    again = run("convert", gpt, tmp_path / "again", "--merge-lora", lora)
+    assert again.returncode == Kind.INPUT.value
+    assert "use_dora is True: DoRA scales every merged column" in again.stderr
+    assert not (tmp_path / "again").exists()
 
 
 def test_it_is_bit_for_bit_the_same_in_any_blocks(gpt: Path, lora: Path, tmp_path: Path) -> None:
