@@ -23,6 +23,7 @@ from .options import (
     FsyncOption,
     Json,
     Layout,
+    MergeOption,
     NonfiniteOption,
     PartOption,
     PromptsOption,
@@ -78,6 +79,7 @@ def inspect(
     set_: SetOption = None,
     config: ConfigOption = None,
     weights: WeightsOption = None,
+    merge_lora: MergeOption = None,
     json: Json = False,
 ) -> None:
     """Say what is in a checkpoint, which architecture it is, and why we think so. Reads metadata only."""
@@ -85,7 +87,7 @@ def inspect(
     from . import views
     from .convert.prepare import recognise
 
-    recognised = recognise(checkpoint, said(arch, set_, weights, None, config))
+    recognised = recognise(checkpoint, said(arch, set_, weights, None, config, merge_lora))
     _show(json, lambda: views.inspection(recognised), lambda: views.show_inspection(recognised))
 
 
@@ -97,6 +99,7 @@ def plan(
     config: ConfigOption = None,
     weights: WeightsOption = None,
     dtype: DtypeOption = None,
+    merge_lora: MergeOption = None,
     reverse: Annotated[
         bool, typer.Option("--reverse", help="Show the plan backwards, as `mdl export` runs it.")
     ] = False,
@@ -107,7 +110,7 @@ def plan(
     from . import views
     from .convert.prepare import prepare
 
-    prepared = prepare(checkpoint, said(arch, set_, weights, dtype, config))
+    prepared = prepare(checkpoint, said(arch, set_, weights, dtype, config, merge_lora))
     _show(json, lambda: views.planned(prepared), lambda: views.show_plan(prepared, reverse=reverse))
     if json:
         _exit(3 if prepared.plan.problems else 0)  # the document lists them
@@ -123,6 +126,7 @@ def convert(
     config: ConfigOption = None,
     weights: WeightsOption = None,
     dtype: DtypeOption = None,
+    merge_lora: MergeOption = None,
     tokenizer: TokenizerOption = None,
     max_shard_size: ShardOption = "5GB",
     force: ForceOption = False,
@@ -146,7 +150,7 @@ def convert(
 
     limit = parse_size(max_shard_size)
     mode = Mode(workers, fsync, parse_part(part) if part else None, ray, benchmark)
-    options = said(arch, set_, weights, dtype, config)
+    options = said(arch, set_, weights, dtype, config, merge_lora)
     prepared = prepare(checkpoint, options)
     with render.byte_progress("converting", prepared.plan.nbytes, quiet=state.quiet or json) as progress:
         done = convert_in(
@@ -170,6 +174,7 @@ def verify(
     against: Annotated[Path | None, typer.Option("--against", help="The raw checkpoint, if it was moved.")] = None,
     arch: Annotated[str | None, typer.Option("--arch", help="Your .py file with the family, if it was moved.")] = None,
     config: ConfigOption = None,
+    merge_lora: MergeOption = None,
     reference: ReferenceOption = None,
     reference_python: PythonOption = None,
     reference_timeout: TimeoutOption = None,
@@ -194,11 +199,12 @@ def verify(
     from .validate.verify import verify as run
 
     views.check_reports(junit, html)
-    options = said(arch, config=config)
+    options = said(arch, config=config, merge_lora=merge_lora)
     settings = Settings(
         against=against,
         arch=options.arch,
         config=options.config,
+        merge_lora=options.merge_lora,
         reference=reference,
         reference_python=reference_python,
         reference_timeout=reference_timeout,
@@ -246,17 +252,11 @@ def record(
     from .validate.golden import TIMEOUT, record_checkpoint
 
     options = said(arch, set_, weights, dtype, config)
+    seconds = reference_timeout or TIMEOUT
     with render.steps(quiet=state.quiet or json) as say:
         say("running the reference")
         done = record_checkpoint(
-            checkpoint,
-            reference,
-            out,
-            options,
-            python=reference_python,
-            seed=seed,
-            force=force,
-            timeout=reference_timeout or TIMEOUT,
+            checkpoint, reference, out, options, python=reference_python, seed=seed, force=force, timeout=seconds
         )
     _show(json, lambda: done, lambda: views.show_recorded(out, done))
 

@@ -21,6 +21,9 @@ ConfigOption = Annotated[
     Path | None, typer.Option("--config", help="File of hyperparameters: params.json, config.json, yaml, dumped args.")
 ]
 WeightsOption = Annotated[str | None, typer.Option("--weights", help="Which state dict, where a file holds several.")]
+MergeOption = Annotated[
+    Path | None, typer.Option("--merge-lora", help="Folder of a LoRA adapter of PEFT, to be merged into the weights.")
+]
 DtypeOption = Annotated[str | None, typer.Option("--dtype", help="Round weights: float32, bfloat16 or float16.")]
 TokenizerOption = Annotated[
     str | None, typer.Option("--tokenizer", help="Tokenizer file or folder, or `none` (default: the one beside it).")
@@ -60,6 +63,7 @@ def said(
     weights: str | None = None,
     dtype: str | None = None,
     config: Path | None = None,
+    merge_lora: Path | None = None,
 ) -> Options:
     """What the user said about a checkpoint. Raises MdlError (USAGE) for a --set that sets nothing, or a file that
     can't be read."""
@@ -73,4 +77,5 @@ def said(
     if arch is not None and arch.endswith(".py"):
         arch = str(Path(arch).resolve())
     read = read_config_file(config) if config else None
-    return Options(arch, {name: value for name, _, value in pairs}, weights, dtype, read)
+    merged = str(merge_lora.absolute()) if merge_lora else None
+    return Options(arch, {name: value for name, _, value in pairs}, weights, dtype, read, merged)

@@ -132,7 +132,7 @@ def _comes_back(step: Step) -> bool:
     from .mappings.tensors import ITEMSIZE
 
     narrowed = step.source_dtype not in ("", step.dtype) and ITEMSIZE[step.dtype] <= ITEMSIZE[step.source_dtype]
-    mixed = any(s.join and s.join.how in ("sum", "mean") for s in step.sources)
+    mixed = any(s.infos[0].made or (s.join and s.join.how in ("sum", "mean")) for s in step.sources)
     one_way = any(isinstance(op, _OneWay) for op in _ops(step, reverse=True))
     return step.kind == "tie" or (step.kind != "drop" and not (narrowed or mixed or one_way))
 
@@ -142,7 +142,7 @@ def _by_rule(plan: Plan) -> list[list[Step]]:
     for step in plan.steps:
         shapes = step.shapes or tuple(s.shape for s in step.sources)
         names = [s.name for s in step.sources] or step.targets
-        key = (step.kind, step.rule, step.ops, shapes, step.dtype, render.unnumbered(",".join(names)))
+        key = (step.kind, step.rule, step.ops, shapes, step.dtype, render.unnumbered(",".join(names)), step.made)
         groups.setdefault(key, []).append(step)
     return list(groups.values())
 
@@ -155,6 +155,7 @@ def _plan_row(steps: list[Step], *, reverse: bool) -> tuple[str, ...]:
         return sources, first.kind, first.reason, _shape(first.sources[0].shape), "", first.rule
     joins = [(s.join.how + str(s.join.axis) * (s.join.how == "cat"), len(s.infos)) for s in first.sources if s.join]
     by = [
+        *first.made,
         *(f"{how} of {count}" for how, count in dict.fromkeys(joins)),
         *(_words(op) for op in _ops(first, reverse=reverse)),
     ]

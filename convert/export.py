@@ -133,7 +133,7 @@ def _export(layout: Path, manifest: Manifest, out: Path, progress: Callable[[int
 
 def _reverse(manifest: Manifest) -> tuple[list[_Back], list[Problem]]:
     backs: list[_Back] = []
-    lost: list[Problem] = []
+    lost = _composed(manifest)
     for step in manifest.steps:
         if step["kind"] == "drop":
             lost.append(Problem(f"{step['sources'][0]['name']} was dropped: {step['reason']}", step["rule"]))
@@ -155,6 +155,23 @@ def _reverse(manifest: Manifest) -> tuple[list[_Back], list[Problem]]:
             backs.append(replace(twin, name=source["name"], raws=raws, files=files, join=source["join"]))
     order = {name: k for k, name in enumerate(cast("list[str]", manifest.source["order"]))}
     return sorted(backs, key=lambda back: order[back.name]), lost
+
+
+def _composed(manifest: Manifest) -> list[Problem]:
+    """What is to be said of sources that lay in parts: they come back as wholes, for a layout holds nothing else."""
+    by: dict[str, list[tuple[str, str, Map[str, Any]]]] = {}
+    for step in manifest.steps:
+        for source in step["sources"]:
+            for rank in source["ranks"]:
+                if "made" in rank:
+                    by.setdefault(rank["made"]["how"], []).append((source["name"], step["rule"], rank["made"]))
+    told: list[Problem] = []
+    for how, found in by.items():
+        name, rule, made = found[0]
+        parts = ", ".join(part["raw"].rpartition("/")[2] for part in made["parts"])
+        count = "1 tensor comes back as a whole" if len(found) == 1 else f"{len(found):,} tensors come back as wholes"
+        told.append(Problem(f"{count}, whose parts a layout does not hold: {how}, such as {name} of {parts}", rule))
+    return told
 
 
 def _undo(step: Map[str, Any]) -> list[_Back]:

@@ -11,6 +11,7 @@ from typing import Any
 from ..archs.base import Inventory
 from ..errors import Kind, MdlError, Problem, input_error, usage_error
 from ..mappings.tensors import Target, TensorInfo
+from .folded import folded
 from .grid import Cell, ranks_of, whole_names
 from .inert import NumpyArray, Stub, Unreadable
 from .open import Checkpoint
@@ -43,7 +44,8 @@ Path = tuple[str, ...]
 @collector_paused()
 @counts_kept()
 def take_inventory(ckpt: Checkpoint, *, weights: str | None = None) -> Inventory:
-    """The tensors of a checkpoint under their family's own names, and everything beside them as plain values.
+    """The tensors of a checkpoint under their family's own names, and everything beside them as plain values. Weights
+    that lie in parts stand there as wholes (:mod:`.folded`).
 
     ``weights`` is the path of the state dict, joined by "/", for a file that holds several. Raises MdlError: USAGE if
     ``weights`` names nothing, INPUT if there are no weights or several candidates, if a tensor can't be read, or if
@@ -62,7 +64,7 @@ def take_inventory(ckpt: Checkpoint, *, weights: str | None = None) -> Inventory
         raise MdlError(Kind.INPUT, findings.problems)
     if ckpt.trees:
         _beside(ckpt.trees[0], wrapper, findings)
-    return Inventory(
+    inventory = Inventory(
         path=ckpt.path,
         tensors={name: tuple(found) for name, found in tensors.items()},
         extras=_with_sidecars(findings.extras, ckpt),
@@ -74,6 +76,7 @@ def take_inventory(ckpt: Checkpoint, *, weights: str | None = None) -> Inventory
         files=ckpt.files,
         parts=len({cell.place for cell in ckpt.cells}) or 1,
     )
+    return folded(inventory)
 
 
 @dataclass

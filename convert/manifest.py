@@ -19,6 +19,7 @@ from ..mappings import moves, parts, quantised, values
 from ..mappings.expand import Join
 from ..mappings.jsonable import plain, strict_loads, to_json
 from ..mappings.ops import Op
+from ..mappings.tensors import Made, TensorInfo
 from .plan import Source, Step
 from .prepare import Prepared
 
@@ -242,5 +243,25 @@ def _describe_source(source: Source) -> dict[str, Any]:
         "name": source.name,
         "shape": list(source.shape),
         "join": plain(dataclasses.asdict(source.join)) if source.join else None,
-        "ranks": [{"rank": i.rank, "raw": i.raw, "shape": list(i.shape), "file": i.file} for i in source.infos],
+        "ranks": [_describe_stored(info) for info in source.infos],
     }
+
+
+def _describe_stored(info: TensorInfo) -> dict[str, Any]:
+    made = {"made": _describe_made(info.made)} if info.made else {}
+    return {"rank": info.rank, "raw": info.raw, "shape": list(info.shape), "file": info.file, **made}
+
+
+def _describe_made(made: Made) -> dict[str, Any]:
+    """By what a whole is made of which parts. Their files' folders are among the source's files."""
+    parts = [
+        {
+            "raw": i.raw,
+            "shape": list(i.shape),
+            "dtype": i.dtype,
+            "file": Path(i.file).name,
+            **({"made": _describe_made(i.made)} if i.made else {}),
+        }
+        for i in made.parts
+    ]
+    return {"how": made.how, "scale": made.scale, "turned": made.turned, "parts": parts}

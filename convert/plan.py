@@ -13,6 +13,7 @@ from ..errors import Kind, MdlError, Problem
 from ..mappings.expand import Expanded, Join, Rule
 from ..mappings.ops import Op, OpError, one_type, trace
 from ..mappings.tensors import FLOATING, ITEMSIZE, Shape, TensorInfo
+from .composed import made_by
 
 
 @dataclass(frozen=True, init=False)
@@ -78,6 +79,11 @@ class Step:
     def nbytes(self) -> int:
         """Bytes that the step writes."""
         return sum(math.prod(s) for s in self.shapes) * ITEMSIZE[self.dtype]
+
+    @property
+    def made(self) -> tuple[str, ...]:
+        """How those of its sources that lie in parts are put together."""
+        return made_by([info for source in self.sources for info in source.infos])
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from ..mappings.parse import Mapping, load_mapping
 from .config_file import with_extras, with_remark
 from .expected import expected_target, expected_tensors
 from .inventory import take_inventory, with_prefix_of
+from .merge import refuse_tied, with_adapter
 from .open import Checkpoint, open_checkpoint
 from .pause import collector_paused
 from .plan import Plan, make_plan
@@ -36,6 +37,7 @@ class Options:
     weights: str | None = None
     dtype: str | None = None
     config: ConfigFile | None = None
+    merge_lora: str | None = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,8 @@ def recognise(path: Path, options: Options | None = None) -> Recognised:
     options = options or Options()
     checkpoint = open_checkpoint(path)
     inventory = take_inventory(checkpoint, weights=options.weights)
+    if options.merge_lora:
+        inventory = with_adapter(inventory, Path(options.merge_lora))
     config = Given(options.config) if options.config else None
     if config:
         inventory = with_extras(inventory, config)
@@ -95,6 +99,7 @@ def recognise(path: Path, options: Options | None = None) -> Recognised:
     expanded = expand(mapping, dims.sizes(), dims.flags(), target, dims.words())
     said = dims.entries.get("tied") or told
     dims = dims.having("tied", tied_of(expanded, inventory, said, match.arch, dims))
+    refuse_tied(inventory, expanded, tied=bool(dims["tied"]))
     return Recognised(checkpoint, inventory, match, dims, mapping, expanded)
 
 

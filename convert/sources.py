@@ -12,6 +12,7 @@ import numpy as np
 from ..errors import input_error
 from ..mappings.lazy import Array, Lazy, raw_dtype
 from ..mappings.tensors import TensorInfo
+from .composed import composed
 from .pieces import joined
 from .plan import Source
 from .stored import check_end
@@ -54,6 +55,8 @@ class Maps:
             return Lazy.of(np.zeros(info.shape, raw), info.dtype)
         if info.pieces:
             return joined(info, self.tensor)
+        if info.made:
+            return composed(info, self.tensor)
         mapped = self._map(info.file)
         check_end(info, len(mapped))
         strides = tuple(s * raw.itemsize for s in info.stride)

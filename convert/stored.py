@@ -23,6 +23,7 @@ from ..mappings.nodes import Node
 from ..mappings.scratch import Scratch
 from ..mappings.tensors import ITEMSIZE, Shape, TensorInfo
 from ..mappings.turning import copy_turned
+from .composed import composed
 from .file_cache import Calls
 from .leases import Lease
 from .pieces import joined
@@ -61,6 +62,8 @@ class Files:
             return Lazy.of(np.zeros(info.shape, raw), info.dtype)
         if info.pieces:
             return joined(info, self.tensor)
+        if info.made:
+            return composed(info, self.tensor)
         file = self._readable(info.file)
         check_end(info, file.size)
         strides = tuple(s * raw.itemsize for s in info.stride)

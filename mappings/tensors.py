@@ -44,6 +44,7 @@ class TensorInfo:
     ``storage`` is equal for tensors that share memory in the checkpoint (tied weights). ``raw`` is the path of
     the tensor inside the file as its writer named it, wrapper and prefixes included. A tensor that was saved in
     ``pieces`` lies where they lie; ``file`` is then the one that lists them, and ``offset`` and ``stride`` say nothing.
+    The same holds for one that is ``made`` of others; ``raw`` is then what its writer would have called the whole.
     """
 
     name: str
@@ -56,6 +57,7 @@ class TensorInfo:
     rank: int = 0
     raw: str = field(default="", compare=False)
     pieces: tuple[Piece, ...] = ()
+    made: Made | None = None
 
     def __init__(
         self,
@@ -69,20 +71,22 @@ class TensorInfo:
         rank: int = 0,
         raw: str = "",
         pieces: tuple[Piece, ...] = (),
+        made: Made | None = None,
     ) -> None:
         # A frozen dataclass's own way, through object.__setattr__, takes three times as long, and there are two records
         # for each tensor. One by one, because then all records share one table of keys.
-        made = self.__dict__
-        made["name"] = name
-        made["shape"] = shape
-        made["dtype"] = dtype
-        made["file"] = file
-        made["offset"] = offset
-        made["stride"] = stride
-        made["storage"] = storage
-        made["rank"] = rank
-        made["raw"] = raw
-        made["pieces"] = pieces
+        own = self.__dict__
+        own["name"] = name
+        own["shape"] = shape
+        own["dtype"] = dtype
+        own["file"] = file
+        own["offset"] = offset
+        own["stride"] = stride
+        own["storage"] = storage
+        own["rank"] = rank
+        own["raw"] = raw
+        own["pieces"] = pieces
+        own["made"] = made
 
     @property
     def numel(self) -> int:
@@ -99,6 +103,7 @@ class TensorInfo:
         """Whether the values lie in C order without gaps."""
         return self.numel == 0 or (
             not self.pieces
+            and self.made is None
             and all(
                 n == 1 or s == expected
                 for n, s, expected in zip(self.shape, self.stride, dense(self.shape), strict=True)
@@ -112,6 +117,19 @@ class Piece:
 
     at: Shape
     info: TensorInfo
+
+
+@dataclass(frozen=True)
+class Made:
+    """How a tensor that lies nowhere as a whole is computed from others: what :mod:`mdl.convert.composed` calls it, and
+    the ``parts`` in the order that it wants. ``scale``, ``turned`` and ``settings`` are LoRA's: the factor of its
+    product, whether that is transposed, and the file that said so."""
+
+    how: str
+    parts: tuple[TensorInfo, ...]
+    scale: float = 1.0
+    turned: bool = False
+    settings: str = ""
 
 
 def dense(shape: Shape) -> Shape:

@@ -163,15 +163,19 @@ def test_every_command_and_option_has_help_and_every_command_is_in_the_readme() 
 
 
 COMMANDS = {
-    "inspect": {"checkpoint", "--arch", "--set", "--config", "--weights", "--json"},
-    "plan": {"checkpoint", "--arch", "--set", "--config", "--weights", "--dtype", "--reverse", "--json"},
+    "inspect": {"checkpoint", "--arch", "--set", "--config", "--weights", "--merge-lora", "--json"},
+    "plan": {
+        "checkpoint", "--arch", "--set", "--config", "--weights", "--dtype", "--merge-lora", "--reverse", "--json",
+    },
     "convert": {
-        "checkpoint", "out", "--arch", "--set", "--config", "--weights", "--dtype", "--tokenizer", "--max-shard-size",
+        "checkpoint", "out", "--arch", "--set", "--config", "--weights", "--dtype", "--merge-lora", "--tokenizer",
+        "--max-shard-size",
         "--force", "--allow-nonfinite", "--allow-flush", "--workers", "--fsync", "--part", "--ray", "--benchmark",
         "--json",
     },
     "verify": {
-        "layout", "--against", "--arch", "--config", "--reference", "--reference-python", "--reference-timeout",
+        "layout", "--against", "--arch", "--config", "--merge-lora", "--reference", "--reference-python",
+        "--reference-timeout",
         "--golden", "--prompt", "--seed", "--dtype", "--tensor-parallel-size", "--pipeline-parallel-size", "--mutate",
         "--locate", "--junit", "--html", "--json",
     },

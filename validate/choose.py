@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..archs.given import ConfigFile
 from ..convert.manifest import Manifest, fingerprint
@@ -41,12 +41,21 @@ def source_of(manifest: Manifest, settings: Settings) -> Prepared:
     path = settings.against or Path(manifest.source["path"])
     if not path.exists():
         raise input_error("the checkpoint of this layout is not there any more", str(path), "give it: --against CKPT")
-    prepared = prepare(path, replace(said_before(manifest, settings.config), arch=_arch(manifest, settings)))
+    prepared = prepare(path, replace(_said(manifest, settings), arch=_arch(manifest, settings)))
     now = [fingerprint(Path(file)) for file in prepared.inventory.files]
-    before = manifest.source["files"]
-    if [(f["size"], f["xxh3_ends"]) for f in now] != [(f["size"], f["xxh3_ends"]) for f in before]:
-        raise input_error("is not the checkpoint that this layout was made from", str(path), "convert it again")
+    _check_same(now, manifest.source["files"], path, own=len(prepared.checkpoint.files))
     return prepared
+
+
+def _check_same(now: list[dict[str, Any]], before: list[dict[str, Any]], path: Path, own: int) -> None:
+    """Raise MdlError (INPUT) where files changed: the checkpoint's ``own``, or those of an adapter, which follow."""
+    one, other = ([(f["size"], f["xxh3_ends"]) for f in files] for files in (now, before))
+    if one[:own] != other[:own]:
+        raise input_error("is not the checkpoint that this layout was made from", str(path), "convert it again")
+    if one != other:
+        files = ", ".join(f["file"] for f in now[own:])
+        what = "is not the adapter that was merged into this layout"
+        raise input_error(what, files, "give that one with --merge-lora, or convert again")
 
 
 def said_before(manifest: Manifest, config: ConfigFile | None = None) -> Options:
@@ -54,7 +63,22 @@ def said_before(manifest: Manifest, config: ConfigFile | None = None) -> Options
     said = manifest.options
     recorded = said.get("config")
     config = config or (ConfigFile(recorded["path"], recorded["values"]) if recorded else None)
-    return Options(said.get("arch"), said.get("given", {}), said.get("weights"), said.get("dtype"), config)
+    merged = said.get("merge_lora")
+    return Options(said.get("arch"), said.get("given", {}), said.get("weights"), said.get("dtype"), config, merged)
+
+
+def _said(manifest: Manifest, settings: Settings) -> Options:
+    """The options that a layout was made with, but for what was moved since. Raises MdlError where that is not told."""
+    said = said_before(manifest, settings.config)
+    if settings.merge_lora:
+        if not said.merge_lora:
+            do = "convert again with --merge-lora"
+            raise usage_error("--merge-lora: no adapter was merged into this layout", settings.merge_lora, do)
+        return replace(said, merge_lora=settings.merge_lora)
+    if said.merge_lora and not Path(said.merge_lora).exists():
+        what = "the adapter that was merged into this layout is not there any more"
+        raise input_error(what, said.merge_lora, "give it: --merge-lora PATH")
+    return said
 
 
 def _arch(manifest: Manifest, settings: Settings) -> str | None:
@@ -81,7 +105,7 @@ def choose_reference(prepared: Prepared, settings: Settings, prompts: Sequence[S
     if settings.golden:
         from .golden import golden_reference
 
-        golden = golden_reference(settings.golden, files=[Path(file) for file in prepared.inventory.files])
+        golden = golden_reference(settings.golden, files=[Path(file) for file in prepared.checkpoint.files])
         recorded = golden.inputs.seed if golden.inputs else None
         if settings.seed not in (None, recorded):
             what = f"--seed {settings.seed}, but the golden file's inputs are those of seed {recorded}"

@@ -214,7 +214,8 @@ def _rounded(run: _Run) -> ControlRow:
         return ControlRow(name, description, skipped="needs mdl's own reference: yours holds the weights unrounded")
     tokenizer = run.manifest.tokenizer
     before = said_before(run.manifest, run.settings.config)
-    options = replace(before, arch=run.settings.arch or before.arch, dtype="bfloat16")
+    moved = run.settings.merge_lora or before.merge_lora
+    options = replace(before, arch=run.settings.arch or before.arch, dtype="bfloat16", merge_lora=moved)
     source = "none" if tokenizer.get("kind") in (None, "none") else str(tokenizer["source"])
 
     def act() -> Report:

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING
 
 from ..archs.base import Arch, Dims
 from ..archs.guard import build_eager, load_weights
-from ..convert.plan import Plan, Step
+from ..convert.plan import Plan, Source, Step
 from ..convert.sources import lazy_source
 from ..convert.stored import Files
 from ..errors import MdlError, input_error, machine_error, usage_error
 from .compare import Distance, distance
 from .inputs import Inputs
 from .record import Forward, Unusable, load_model
+from .wholes import rounded, whole_weight
 
 if TYPE_CHECKING:
     import torch
@@ -101,12 +102,25 @@ def _raw_weights(plan: Plan, wanted: set[str]) -> dict[str, torch.Tensor]:
             for source in step.sources:
                 if source.name not in wanted:
                     continue
+                if any(info.made for info in source.infos):
+                    weights[source.name] = _put_together(source, step, files)
+                    continue
                 value = lazy_source(files, source)
                 if step.kind not in ("drop", "tie") and value.dtype == step.source_dtype:  # not the factors of float8
                     value = value.cast(step.dtype)
                 value = value if value.dtype == "float64" else value.cast("float32")
                 weights[source.name] = torch.from_numpy(np.array(value.read()))
     return weights
+
+
+def _put_together(source: Source, step: Step, files: Files) -> torch.Tensor:
+    """A weight that lies in parts: not as the conversion makes it, which is what is to be proven."""
+    import torch
+
+    value = whole_weight(source.infos[0], files)
+    if step.kind not in ("drop", "tie") and step.dtype != source.infos[0].dtype:
+        value = rounded(value, step.dtype)
+    return value if source.infos[0].dtype == step.dtype == "float64" else value.to(torch.float32)
 
 
 def check_spec(spec: str, python: str | None = None) -> None:

@@ -39,16 +39,17 @@ UNASKED = Checked()
 class Settings:
     """How to verify.
 
-    ``against``, ``arch`` and ``config`` overrule the checkpoint's path, the family (a name, or the path of a file) and
-    the file of hyperparameters in the manifest; ``prompts`` are texts; ``seed`` is 0 unless given, or a golden file's
-    own; ``dtype`` is the serving type, by default the layout's own. The reference is the family's eager module, or the
-    user's ``reference`` (FILE.py:FUNCTION, in another environment's ``reference_python`` if given, which may take
-    ``reference_timeout`` seconds), or what ``golden`` recorded of it.
+    ``against``, ``arch``, ``config`` and ``merge_lora`` overrule the checkpoint's path, the family (a name, or the path
+    of a file), the file of hyperparameters and the adapter's path in the manifest; ``prompts`` are texts; ``seed`` is 0
+    unless given, or a golden file's own; ``dtype`` is the serving type, by default the layout's own. The reference is
+    the family's eager module, or the user's ``reference`` (FILE.py:FUNCTION, in another environment's
+    ``reference_python`` if given, which may take ``reference_timeout`` seconds), or what ``golden`` recorded of it.
     """
 
     against: Path | None = None
     arch: str | None = None
     config: ConfigFile | None = None
+    merge_lora: str | None = None
     reference: str | None = None
     reference_python: str | None = None
     reference_timeout: float | None = None
