@@ -11,7 +11,7 @@ from typing import Any
 from ..archs.base import Inventory
 from ..errors import Kind, MdlError, Problem, input_error, usage_error
 from ..mappings.tensors import Target, TensorInfo
-from .grid import Cell, ranks_of, whole_names
+from .grid import Cell, experts_of, in_order, ranks_of, whole_names
 from .inert import NumpyArray, Stub, Unreadable
 from .open import Checkpoint
 from .pause import collector_paused
@@ -73,6 +73,7 @@ def take_inventory(ckpt: Checkpoint, *, weights: str | None = None) -> Inventory
         format=ckpt.format,
         files=ckpt.files,
         parts=len({cell.place for cell in ckpt.cells}) or 1,
+        experts=experts_of(ckpt.cells) if ckpt.cells else 1,
     )
 
 
@@ -88,8 +89,9 @@ class _Findings:
 def _together(
     ckpt: Checkpoint, wrapper: Path, held: list[dict[str, TensorInfo]], names: dict[str, str], findings: _Findings
 ) -> dict[str, list[TensorInfo]]:
-    """The tensors by their names in the whole model, one entry for each rank that holds it."""
+    """The tensors by their names in the whole model, one entry for each rank that holds it, and for each copy."""
     tensors: dict[str, list[TensorInfo]] = {}
+    last: dict[str, Cell] = {}
     cells = ckpt.cells or tuple(Cell(Folder(), rank) for rank in range(len(held)))
     whole = whole_names(cells, [[names[raw] for raw in one] for one in held]) if ckpt.cells else []
     for k, (cell, one) in enumerate(zip(cells, held, strict=True)):
@@ -98,10 +100,14 @@ def _together(
         for raw, leaf in one.items():
             name = whole[k][names[raw]] if whole else names[raw]
             entries = tensors.setdefault(name, [])
-            if entries and entries[-1].rank == cell.rank:
+            before = last.setdefault(name, cell)
+            last[name] = cell
+            if entries and before.rank == cell.rank and (cell.place != before.place or cell.expert <= before.expert):
                 what = f"{name} is in two parts of the model, {entries[-1].file} and {leaf.file}"
                 findings.problems.append(Problem(what, ckpt.path, "keep it in one of them only"))
             entries.append(_located(leaf, name, cell.rank, above + raw))
+    if ckpt.cells and experts_of(ckpt.cells) > 1:
+        return {name: tensors[name] for name in in_order(one.values() for one in whole)}
     return tensors
 
 
@@ -320,7 +326,7 @@ def _check_collisions(names: dict[str, str], findings: _Findings) -> None:
 
 def _check_whole(tensors: dict[str, list[TensorInfo]], ckpt: Checkpoint, ranks: int, findings: _Findings) -> None:
     """Notes and problems that concern all tensors at once."""
-    partial = [name for name, found in tensors.items() if len(found) < ranks]
+    partial = [name for name, found in tensors.items() if ranks > 1 and len({info.rank for info in found}) < ranks]
     if partial:
         findings.notes.append(f"present in some rank files only: {_some(partial)}")
     if flat := [name for name in tensors if _FLAT.fullmatch(name.rpartition(".")[2])]:

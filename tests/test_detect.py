@@ -16,7 +16,7 @@ from mdl.convert.open import open_checkpoint
 from . import checkpoints as make
 from . import checkpoints_gemma as gemma
 from . import checkpoints_olmo as olmo
-from . import deepseeks, gpts, lit, mambas, megatron, neox, olmoes, opts, torch_gpts, torchtune_cases, xt
+from . import deepseeks, gpts, lit, mambas, megatron, megatron_moe, neox, olmoes, opts, torch_gpts, torchtune_cases, xt
 from .checkpoints_llamas import lingua_consolidated, titan_fused, titan_names, titan_qwen3
 
 
@@ -80,6 +80,14 @@ OWN: dict[str, tuple[str, Callable[[Path], Path]]] = {
     "megatron, as GPT-2": ("megatron", lambda p: megatron.grid(p / "run", "gpt2")),
     "megatron, torch_dist": ("megatron", lambda p: megatron.dist(p / "run", "qwen3", stacked=False)),
     "megatron_stacked": ("megatron_stacked", lambda p: megatron.dist(p / "run", "qwen2", stacked=True)),
+    "megatron_moe": ("megatron_moe", lambda p: megatron_moe.grid(p / "run", "mixtral", cut=(2, 2, 2))),
+    "megatron_moe, TEGroupedMLP": ("megatron_moe", lambda p: megatron_moe.grid(p / "run", "qwen3_moe", "numbered")),
+    "megatron_moe, GroupedMLP": (
+        "megatron_moe",
+        lambda p: megatron_moe.grid(p / "run", "mixtral", "grouped", (1, 1, 2)),
+    ),
+    "megatron_moe, torch_dist": ("megatron_moe", lambda p: megatron_moe.dist(p / "run", "mixtral", stacked=False)),
+    "megatron_moe, stacked": ("megatron_moe", lambda p: megatron_moe.dist(p / "run", "qwen3_moe", stacked=True)),
     "gpt_neox": ("gpt_neox", lambda p: neox.layers(p / "run", "parallel", 2)),
     "gpt_neox, before 2024": ("gpt_neox", lambda p: neox.layers(p / "run", "fused", new=False)),
     "gpt_neox, without a pipeline": ("gpt_neox", lambda p: neox.sequential(p / "run", "serial")),
