@@ -14,12 +14,15 @@ from ..mappings.tensors import Target, TensorInfo
 from .grid import Cell, experts_of, in_order, ranks_of, whole_names
 from .inert import NumpyArray, Stub, Unreadable
 from .open import Checkpoint
+from .paths import WITHIN
 from .pause import collector_paused
 from .plain import TooLargeError, counts_kept, is_tensor, is_training, key_text, plain, tensors_in
 
 WRAPPERS = ("model", "state_dict", "model_state_dict", "module", "net", "weights", "params")
 WRAPPERS_EMA = ("ema", "ema_model", "model_ema", "ema_state_dict")
 """Keys under which training scripts store a state dict."""
+TABLES = ("language_model",)
+"""Keys of tables of tables that are a state dict nevertheless: Megatron-LM before megatron-core."""
 WRAPPER_PARTS = frozenset(
     {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
 )
@@ -180,7 +183,7 @@ def _candidates(node: Any, path: Path, seen: set[int]) -> Iterator[Path]:
     below = [found for key in WRAPPERS + WRAPPERS_EMA for found in _candidates(table.get(key), (*path, key), seen)]
     if below:
         yield from below
-    elif _has_weights(node):
+    elif _has_weights(node) or (path and any(tensors_in(table.get(key)) for key in TABLES)):
         yield path
 
 
@@ -245,7 +248,7 @@ def _is_outside(key: object, value: Any, wrapper: Path) -> bool:
 
 
 def _flat(entries: Iterable[tuple[Any, Any]]) -> Iterator[tuple[str, Any]]:
-    """Entries of a state dict; tables of tensors inside it are entered, their names joined by a dot."""
+    """Entries of a state dict; tables of tensors inside it are entered, their names joined by :data:`WITHIN`."""
     waiting = [("", iter(entries))]
     visited = 0
     while waiting:
@@ -255,7 +258,7 @@ def _flat(entries: Iterable[tuple[Any, Any]]) -> Iterator[tuple[str, Any]]:
                 visited += len(value)
                 if len(waiting) > MAX_NESTED or visited > MAX_VISITED:
                     raise input_error("the weights lie in tables inside tables without end", do=_STATE_DICT)
-                waiting.append((f"{prefix}{key_text(key)}.", iter(dict.items(value))))
+                waiting.append((f"{prefix}{key_text(key)}{WITHIN}", iter(dict.items(value))))
                 break
             yield prefix + (key if type(key) is str else key_text(key)), value
         else:
@@ -268,9 +271,9 @@ def _some(names: list[str]) -> str:
 
 def _strip(raws: dict[str, None], findings: _Findings) -> tuple[dict[str, str], tuple[str, ...]]:
     """Names without wrapper parts and shared attributes, by raw name; and what was taken off."""
-    names = {raw: raw for raw in raws}
+    names = {raw: raw.replace(WITHIN, ".") for raw in raws}
     prefixes: list[str] = []
-    everything = "\n".join(raws)
+    everything = "\n".join(names.values())
     for part in sorted(part for part in WRAPPER_PARTS if f"{part}." in everything):
         hits = [raw for raw in names if f"{part}." in names[raw]]
         touched = [raw for raw in hits if part in names[raw].split(".")[:-1]]

@@ -26,6 +26,7 @@ from . import (
     lit,
     mambas,
     megatron,
+    megatron_legacy,
     megatron_moe,
     neox,
     olmoes,
@@ -114,6 +115,13 @@ def _trainers() -> Iterator[Case]:
         yield Case("megatron", f"{row}, TP 2, PP 2", lambda p, row=row: megatron.grid(p, row, 2, 2), core)
     yield Case("megatron", "llama, torch_dist", lambda p: megatron.dist(p, "llama", stacked=False), core)
     yield Case("megatron_stacked", "qwen2", lambda p: megatron.dist(p, "qwen2", stacked=True), core)
+    legacy = "Megatron-LM core_v0.9.0"
+    for row, release in (("gpt2", "v1.0"), ("gpt2", "of 2020"), ("llama_pairs", "core_v0.8")):
+
+        def older(p: Path, row: str = row, release: str = release) -> Path:
+            return megatron_legacy.grid(p, row, release, 2)
+
+        yield Case("megatron_legacy", f"{row}, {release}, TP 2", older, legacy)
     yield from _with_experts()
     for row, ranks in (("parallel", 2), ("serial", 1), ("tied", 1)):
         yield Case("gpt_neox", f"{row}, TP {ranks}", lambda p, r=row, n=ranks: neox.layers(p, r, n), held)

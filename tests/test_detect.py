@@ -16,7 +16,21 @@ from mdl.convert.open import open_checkpoint
 from . import checkpoints as make
 from . import checkpoints_gemma as gemma
 from . import checkpoints_olmo as olmo
-from . import deepseeks, gpts, lit, mambas, megatron, megatron_moe, neox, olmoes, opts, torch_gpts, torchtune_cases, xt
+from . import (
+    deepseeks,
+    gpts,
+    lit,
+    mambas,
+    megatron,
+    megatron_legacy,
+    megatron_moe,
+    neox,
+    olmoes,
+    opts,
+    torch_gpts,
+    torchtune_cases,
+    xt,
+)
 from .checkpoints_llamas import lingua_consolidated, titan_fused, titan_names, titan_qwen3
 
 
@@ -88,6 +102,11 @@ OWN: dict[str, tuple[str, Callable[[Path], Path]]] = {
     ),
     "megatron_moe, torch_dist": ("megatron_moe", lambda p: megatron_moe.dist(p / "run", "mixtral", stacked=False)),
     "megatron_moe, stacked": ("megatron_moe", lambda p: megatron_moe.dist(p / "run", "qwen3_moe", stacked=True)),
+    "megatron_legacy": ("megatron_legacy", lambda p: megatron_legacy.grid(p / "run", "gpt2", "v1.0")),
+    "megatron_legacy, core_v0.8": (
+        "megatron_legacy",
+        lambda p: megatron_legacy.grid(p / "run", "llama", "core_v0.8", 2, 2),
+    ),
     "gpt_neox": ("gpt_neox", lambda p: neox.layers(p / "run", "parallel", 2)),
     "gpt_neox, before 2024": ("gpt_neox", lambda p: neox.layers(p / "run", "fused", new=False)),
     "gpt_neox, without a pipeline": ("gpt_neox", lambda p: neox.sequential(p / "run", "serial")),
