@@ -10,10 +10,13 @@ from unittest import mock
 import pytest
 import torch
 
+from mdl.archs.registry import load_arch, mapping_path
 from mdl.convert.export import export
 from mdl.convert.prepare import Options, prepare
+from mdl.convert.run import convert
 from mdl.errors import Kind, MdlError
 from mdl.validate.client import Engine
+from mdl.validate.verify import Settings, verify
 
 from .. import checkpoints as make
 from .. import gpts_checks as checks
@@ -241,3 +244,36 @@ def test_vllm_computes_what_torch_dist_holds(tmp_path: Path, engine: Engine) -> 
     checks.layout(megatron_moe.dist(tmp_path / "in", "qwen3_moe_share", stacked=True), tmp_path / "out")
 
     checks.is_green(tmp_path / "out", engine)
+
+
+_WRONG = {
+    "router": "made = right(dims)\n    for _, one in made.named_modules():\n        if hasattr(one, 'weigh'):\n"
+    "            one.weigh = lambda x, weigh=one.weigh, n=one.count: (lambda w, e: (w, n - 1 - e))(*weigh(x))\n"
+    "    return made",
+    "softmax": "return right({**dims, 'pre_softmax': True})",
+    "experts": "return right(dims)",
+}
+"""Forwards that take the router's rows the other way round, or the softmax before the choice; and the right one."""
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("what", _WRONG)
+def test_a_wrong_mixture_fails(what: str, tmp_path: Path, engine: Engine) -> None:
+    """Whoever reads the router backwards, overlooks a flag, or takes one rank's experts for those of the other."""
+    code = f"from mdl.archs.eager.megatron_moe import build as right\n\n\ndef build(dims):\n    {_WRONG[what]}\n"
+    (tmp_path / f"wrong_{what}.py").write_text(code)
+    (tmp_path / "wrong.py").write_text(
+        "from dataclasses import replace\n\nfrom mdl.archs.megatron_moe import ARCH as RIGHT\n\n"
+        f"ARCH = replace(RIGHT, name='wrong', eager='wrong_{what}:build')\n"
+    )
+    mapping = mapping_path(load_arch("megatron_moe")).read_text()
+    if what == "experts":  # with the router backwards as well, it would be right again
+        mapping = mapping.replace("{moe}.experts.{e}.", "{moe}.experts.{experts-1-e}.")
+    (tmp_path / "wrong.yaml").write_text(mapping)
+    options = Options(arch=str(tmp_path / "wrong.py"))
+    source = megatron_moe.grid(tmp_path / "in", "qwen3_moe", cut=(1, 1, 2))
+    convert(prepare(source, options), tmp_path / "out", options=options, tokenizer="none")
+
+    report = verify(tmp_path / "out", Settings(arch=str(tmp_path / "wrong.py")), engine=engine)
+
+    assert {check.name: check.ok for check in report.checks}["prefill"] is False
