@@ -24,7 +24,8 @@ class Inventory:
     ``extras`` holds what lay beside the weights (``model_args``, ``params.json`` as ``params``, ``config`` …) as
     plain values; ``wrapper`` is the path to the state dict inside the file (``("model",)`` for nanoGPT);
     ``notes`` says in sentences what was unwrapped, stripped or ignored, ``remarks`` what plans and reports say too;
-    ``parts`` is how many files along the layers (pipeline stages) each rank has.
+    ``parts`` is how many files along the layers (pipeline stages) each rank has, ``experts`` over how many more the
+    experts are spread; what is no expert's lies in all of these, with one entry for each.
     """
 
     path: str
@@ -37,6 +38,7 @@ class Inventory:
     format: str = ""
     files: tuple[str, ...] = ()
     parts: int = 1
+    experts: int = 1
     remarks: tuple[str, ...] = ()
 
     def __contains__(self, name: object) -> bool:

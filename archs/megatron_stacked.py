@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from .base import Arch, Inventory
 from .classes.megatron import hf_config
-from .megatron import core_names, dims, where
+from .megatron import core_names, dims, has_experts, where
 
 
 def detect(inv: Inventory) -> list[str]:
     """megatron-core's names without a layer's number, on tensors that have one dimension more."""
     shape = inv.shape("decoder.layers.self_attention.linear_qkv.weight")
-    if not core_names(inv) or shape is None or len(shape) != 3:
+    if not core_names(inv) or shape is None or len(shape) != 3 or has_experts(inv):
         return []
     names = "decoder.layers.self_attention.linear_qkv and linear_proj are megatron-core's names"
     return [names, f"each holds all {shape[0]} layers, as torch_dist stacks them", *where(inv)]

@@ -10,6 +10,7 @@ from pathlib import Path, PurePath
 from typing import Any, cast
 
 from ..errors import Kind, MdlError, Problem, input_error, usage_error
+from ..mappings.expand import Join
 from ..mappings.jsonable import numbers_back
 from ..mappings.lazy import Lazy
 from ..mappings.ops import Op, OpError, invert
@@ -38,12 +39,21 @@ class Exported:
 
 
 @dataclass(frozen=True)
+class _Home:
+    """One place where an original tensor, or a rank's part of it, lay: its name and shape in that file."""
+
+    rank: int
+    raw: str
+    file: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class _Back:
     """One original tensor: how to make it from targets of the layout."""
 
     name: str
-    raws: tuple[str, ...]
-    files: tuple[str, ...]
+    homes: tuple[_Home, ...]
     targets: tuple[str, ...]
     ops: tuple[Op, ...]
     index: int
@@ -85,7 +95,7 @@ def _places(manifest: Manifest, out: Path) -> dict[str, Path]:
     """Where the content of each of the checkpoint's files goes: shards become one file again, and parts of a grid
     (ranks, pipeline stages) files in the folders that they lay in. Those that were safetensors become torch's own
     format as well, and are named so."""
-    files = {file for step in manifest.steps for source in step["sources"] for file in _homes(source)[1]}
+    files = {home.file for step in manifest.steps for source in step["sources"] for home in _homes(source)}
     if not _many(manifest):
         return dict.fromkeys(files, out)
     folders = {os.path.dirname(file) for file in files}  # noqa: PTH120 - text, whose ".." is not to be resolved
@@ -102,7 +112,7 @@ def _places(manifest: Manifest, out: Path) -> dict[str, Path]:
 
 def _many(manifest: Manifest) -> bool:
     """Whether the checkpoint comes back as a folder of files."""
-    return manifest.source["ranks"] > 1 or manifest.source.get("parts", 1) > 1
+    return any(manifest.source.get(key, 1) > 1 for key in ("ranks", "parts", "experts"))
 
 
 def _check_places(places: Map[str, Path], out: Path, manifest: Manifest, force: bool) -> None:
@@ -151,8 +161,7 @@ def _reverse(manifest: Manifest) -> tuple[list[_Back], list[Problem]]:
             if twin is None:
                 lost.append(Problem(f"{source['name']}: its twin could not be brought back", step["rule"]))
                 continue
-            raws, files = _homes(source)
-            backs.append(replace(twin, name=source["name"], raws=raws, files=files, join=source["join"]))
+            backs.append(replace(twin, name=source["name"], homes=_homes(source), join=source["join"]))
     order = {name: k for k, name in enumerate(cast("list[str]", manifest.source["order"]))}
     return sorted(backs, key=lambda back: order[back.name]), lost
 
@@ -186,22 +195,24 @@ def _undo(step: Map[str, Any]) -> list[_Back]:
             raise OpError(f"the {source['join']['how']} of rank files cannot be taken apart")
     found: list[_Back] = []
     for index, source in enumerate(step["sources"]):
-        raws, files = _homes(source)
-        targets = tuple(step["targets"])
-        found.append(_Back(source["name"], raws, files, targets, back, index, source["join"], stored))
+        found.append(_Back(source["name"], _homes(source), tuple(step["targets"]), back, index, source["join"], stored))
     return found
 
 
-def _homes(source: Map[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    ranks = cast("list[dict[str, Any]]", source["ranks"])
-    return tuple(r["raw"] for r in ranks), tuple(r["file"] for r in ranks)
+def _homes(source: Map[str, Any]) -> tuple[_Home, ...]:
+    return tuple(_Home(r["rank"], r["raw"], r["file"], tuple(r["shape"])) for r in source["ranks"])
 
 
-def _rank_value(whole: Lazy, join_data: Map[str, Any] | None, rank: int, ranks: int) -> Lazy:
-    """The part of a whole tensor that one rank file held."""
-    join = revive_join(join_data)
+def _rank_values(whole: Lazy, join: Join | None, homes: tuple[_Home, ...]) -> list[Lazy]:
+    """For each place the part of a whole tensor that it held; copies of one rank hold the same."""
+    order = {rank: k for k, rank in enumerate(dict.fromkeys(home.rank for home in homes))}
     if join is None or join.how in ("equal", "disjoint"):
-        return whole
+        return [whole] * len(homes)
+    parts = [_rank_value(whole, join, order[home.rank], len(order)) for home in homes]
+    return [p if p.shape == home.shape else p.reshape(home.shape) for p, home in zip(parts, homes, strict=True)]
+
+
+def _rank_value(whole: Lazy, join: Join, rank: int, ranks: int) -> Lazy:
     if join.how == "cat":
         share = whole.shape[join.axis] // ranks
         return whole.slice(join.axis, rank * share, (rank + 1) * share)
@@ -229,8 +240,8 @@ def _write(
         for op in back.ops:
             values = op.apply(values)
         whole = values[back.index].cast(back.dtype)
-        for rank, (raw, file) in enumerate(zip(back.raws, back.files, strict=True)):
-            per_file.setdefault(places[file], {})[raw] = _rank_value(whole, back.join, rank, len(back.raws))
+        for home, value in zip(back.homes, _rank_values(whole, revive_join(back.join), back.homes), strict=True):
+            per_file.setdefault(places[home.file], {})[home.raw] = value
     wrapper = tuple(manifest.source["wrapper"])
     extras = numbers_back(manifest.source["extras"]) if _has_room(manifest) else {}
     ties = (step for step in manifest.steps if step["kind"] == "tie")

@@ -12,15 +12,18 @@ from ..archs.base import Inventory
 from ..errors import Kind, MdlError, Problem, input_error, usage_error
 from ..mappings.tensors import Target, TensorInfo
 from .folded import folded
-from .grid import Cell, ranks_of, whole_names
+from .grid import Cell, experts_of, in_order, ranks_of, whole_names
 from .inert import NumpyArray, Stub, Unreadable
 from .open import Checkpoint
+from .paths import WITHIN
 from .pause import collector_paused
 from .plain import TooLargeError, counts_kept, is_tensor, is_training, key_text, plain, tensors_in
 
 WRAPPERS = ("model", "state_dict", "model_state_dict", "module", "net", "weights", "params")
 WRAPPERS_EMA = ("ema", "ema_model", "model_ema", "ema_state_dict")
 """Keys under which training scripts store a state dict."""
+TABLES = ("language_model",)
+"""Keys of tables of tables that are a state dict nevertheless: Megatron-LM before megatron-core."""
 WRAPPER_PARTS = frozenset(
     {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
 )
@@ -75,6 +78,7 @@ def take_inventory(ckpt: Checkpoint, *, weights: str | None = None) -> Inventory
         format=ckpt.format,
         files=ckpt.files,
         parts=len({cell.place for cell in ckpt.cells}) or 1,
+        experts=experts_of(ckpt.cells) if ckpt.cells else 1,
     )
     return folded(inventory)
 
@@ -91,8 +95,9 @@ class _Findings:
 def _together(
     ckpt: Checkpoint, wrapper: Path, held: list[dict[str, TensorInfo]], names: dict[str, str], findings: _Findings
 ) -> dict[str, list[TensorInfo]]:
-    """The tensors by their names in the whole model, one entry for each rank that holds it."""
+    """The tensors by their names in the whole model, one entry for each rank that holds it, and for each copy."""
     tensors: dict[str, list[TensorInfo]] = {}
+    last: dict[str, Cell] = {}
     cells = ckpt.cells or tuple(Cell(Folder(), rank) for rank in range(len(held)))
     whole = whole_names(cells, [[names[raw] for raw in one] for one in held]) if ckpt.cells else []
     for k, (cell, one) in enumerate(zip(cells, held, strict=True)):
@@ -101,10 +106,14 @@ def _together(
         for raw, leaf in one.items():
             name = whole[k][names[raw]] if whole else names[raw]
             entries = tensors.setdefault(name, [])
-            if entries and entries[-1].rank == cell.rank:
+            before = last.setdefault(name, cell)
+            last[name] = cell
+            if entries and before.rank == cell.rank and (cell.place != before.place or cell.expert <= before.expert):
                 what = f"{name} is in two parts of the model, {entries[-1].file} and {leaf.file}"
                 findings.problems.append(Problem(what, ckpt.path, "keep it in one of them only"))
             entries.append(_located(leaf, name, cell.rank, above + raw))
+    if ckpt.cells and experts_of(ckpt.cells) > 1:
+        return {name: tensors[name] for name in in_order(one.values() for one in whole)}
     return tensors
 
 
@@ -177,7 +186,7 @@ def _candidates(node: Any, path: Path, seen: set[int]) -> Iterator[Path]:
     below = [found for key in WRAPPERS + WRAPPERS_EMA for found in _candidates(table.get(key), (*path, key), seen)]
     if below:
         yield from below
-    elif _has_weights(node):
+    elif _has_weights(node) or (path and any(tensors_in(table.get(key)) for key in TABLES)):
         yield path
 
 
@@ -242,7 +251,7 @@ def _is_outside(key: object, value: Any, wrapper: Path) -> bool:
 
 
 def _flat(entries: Iterable[tuple[Any, Any]]) -> Iterator[tuple[str, Any]]:
-    """Entries of a state dict; tables of tensors inside it are entered, their names joined by a dot."""
+    """Entries of a state dict; tables of tensors inside it are entered, their names joined by :data:`WITHIN`."""
     waiting = [("", iter(entries))]
     visited = 0
     while waiting:
@@ -252,7 +261,7 @@ def _flat(entries: Iterable[tuple[Any, Any]]) -> Iterator[tuple[str, Any]]:
                 visited += len(value)
                 if len(waiting) > MAX_NESTED or visited > MAX_VISITED:
                     raise input_error("the weights lie in tables inside tables without end", do=_STATE_DICT)
-                waiting.append((f"{prefix}{key_text(key)}.", iter(dict.items(value))))
+                waiting.append((f"{prefix}{key_text(key)}{WITHIN}", iter(dict.items(value))))
                 break
             yield prefix + (key if type(key) is str else key_text(key)), value
         else:
@@ -265,9 +274,9 @@ def _some(names: list[str]) -> str:
 
 def _strip(raws: dict[str, None], findings: _Findings) -> tuple[dict[str, str], tuple[str, ...]]:
     """Names without wrapper parts and shared attributes, by raw name; and what was taken off."""
-    names = {raw: raw for raw in raws}
+    names = {raw: raw.replace(WITHIN, ".") for raw in raws}
     prefixes: list[str] = []
-    everything = "\n".join(raws)
+    everything = "\n".join(names.values())
     for part in sorted(part for part in WRAPPER_PARTS if f"{part}." in everything):
         hits = [raw for raw in names if f"{part}." in names[raw]]
         touched = [raw for raw in hits if part in names[raw].split(".")[:-1]]
@@ -323,7 +332,7 @@ def _check_collisions(names: dict[str, str], findings: _Findings) -> None:
 
 def _check_whole(tensors: dict[str, list[TensorInfo]], ckpt: Checkpoint, ranks: int, findings: _Findings) -> None:
     """Notes and problems that concern all tensors at once."""
-    partial = [name for name, found in tensors.items() if len(found) < ranks]
+    partial = [name for name, found in tensors.items() if ranks > 1 and len({info.rank for info in found}) < ranks]
     if partial:
         findings.notes.append(f"present in some rank files only: {_some(partial)}")
     if flat := [name for name in tensors if _FLAT.fullmatch(name.rpartition(".")[2])]:

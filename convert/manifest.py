@@ -139,6 +139,7 @@ def make_manifest(
             "prefixes": list(inventory.prefixes),
             "ranks": inventory.ranks,
             "parts": inventory.parts,
+            "experts": inventory.experts,
             "files": [fingerprint(Path(file)) for file in inventory.files],
             "order": list(inventory.tensors),
             "extras": plain(inventory.extras),
@@ -235,7 +236,9 @@ def _revived(argument: Any) -> Any:
 
 def revive_join(data: Map[str, Any] | None) -> Join | None:
     """The join of a described source."""
-    return Join(data["how"], data["where"], data["axis"], tuple(data["sizes"])) if data else None
+    if not data:
+        return None
+    return Join(data["how"], data["where"], data["axis"], tuple(data["sizes"]), tuple(data.get("view", ())))
 
 
 def _describe_source(source: Source) -> dict[str, Any]:

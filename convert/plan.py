@@ -7,10 +7,12 @@ from collections import Counter
 from collections.abc import Iterable
 from collections.abc import Mapping as Map
 from dataclasses import dataclass
+from itertools import groupby
 
 from ..archs.base import Inventory
 from ..errors import Kind, MdlError, Problem
 from ..mappings.expand import Expanded, Join, Rule
+from ..mappings.moves import Reshape
 from ..mappings.ops import Op, OpError, one_type, trace
 from ..mappings.tensors import FLOATING, ITEMSIZE, Shape, TensorInfo
 from .composed import made_by
@@ -263,11 +265,16 @@ class _Planner:
         return fine
 
     def _source(self, name: str) -> Source:
-        if self.inventory.ranks == 1:
+        if self.inventory.ranks == 1 and not self._is_viewed(name):
             return self._plain(name)
         if name not in self._sources:
             self._sources[name] = self._joined(name)
         return self._sources[name]
+
+    def _is_viewed(self, name: str) -> bool:
+        """Whether the tensor has another shape than the one it is stored in, with a single rank as well."""
+        join = self.expanded.joins.get(name)
+        return join is not None and bool(join.view)
 
     def _plain(self, name: str) -> Source:
         infos = self.inventory.tensors[name]
@@ -279,12 +286,13 @@ class _Planner:
         if join is None:
             self._problem(f"{name} is in {len(infos)} rank files, but no shards rule joins it", self.inventory.path)
             return self._plain(name)
-        if len(infos) != (1 if join.how == "disjoint" else self.inventory.ranks):
-            what = f"{name} is in {len(infos)} of {self.inventory.ranks} rank files, which '{join.how}' does not allow"
+        held = [infos_of_rank[0].shape for infos_of_rank in by_rank(infos)]
+        if len(held) != (1 if join.how == "disjoint" else self.inventory.ranks):
+            what = f"{name} is in {len(held)} of {self.inventory.ranks} rank files, which '{join.how}' does not allow"
             self._problem(what, join.where)
             return self._plain(name)
         try:
-            return Source(name, infos, joined_shape(join, [info.shape for info in infos]), join)
+            return Source(name, infos, joined_shape(join, held), join)
         except OpError as error:
             self._problem(f"{name}: {error}", join.where)
             return self._plain(name)
@@ -301,8 +309,15 @@ def _stored(rule: Rule, sources: tuple[Source, ...]) -> str:
     return rule.ops[0].taken(tuple([one_type(tuple([info.dtype for info in s.infos])) for s in sources]))
 
 
+def by_rank(infos: Iterable[TensorInfo]) -> list[list[TensorInfo]]:
+    """The entries of one tensor, rank by rank; several of one rank are copies."""
+    return [list(copies) for _, copies in groupby(infos, lambda info: info.rank)]
+
+
 def joined_shape(join: Join, shapes: list[Shape]) -> Shape:
     """The shape of a tensor whose rank files have these shapes. Raises OpError where they do not fit together."""
+    if join.view:
+        shapes = [Reshape(join.view).shape1(shape) for shape in shapes]
     first = shapes[0]
     if join.how in ("cat", "blocks"):
         rests = {(*s[: join.axis], *s[join.axis + 1 :]) for s in shapes}

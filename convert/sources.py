@@ -11,10 +11,11 @@ import numpy as np
 
 from ..errors import input_error
 from ..mappings.lazy import Array, Lazy, raw_dtype
+from ..mappings.moves import Reshape
 from ..mappings.tensors import TensorInfo
 from .composed import composed
 from .pieces import joined
-from .plan import Source
+from .plan import Source, by_rank
 from .stored import check_end
 
 
@@ -72,8 +73,10 @@ class Maps:
 
 def lazy_source(files: Tensors, source: Source) -> Lazy:
     """The whole of one source tensor: its only file's view, or its rank files joined as the mapping says."""
-    ranks = [files.tensor(info) for info in source.infos]
+    ranks = [_copies(source.name, [files.tensor(info) for info in copies]) for copies in by_rank(source.infos)]
     join = source.join
+    if join is not None and join.view:
+        ranks = [rank.reshape(Reshape(join.view).shape1(rank.shape)) for rank in ranks]
     first, rest = ranks[0], ranks[1:]
     if join is None or join.how == "disjoint" or not rest:
         return first
@@ -84,6 +87,11 @@ def lazy_source(files: Tensors, source: Source) -> Lazy:
     if join.how == "equal":
         return first.combined(rest, _demand_equal(source.name))
     return first.summed(rest, mean=join.how == "mean")
+
+
+def _copies(name: str, copies: list[Lazy]) -> Lazy:
+    """What one rank holds in several files, for the experts are spread over them; compared while it is read."""
+    return copies[0].combined(copies[1:], _demand_equal(name, "copy")) if copies[1:] else copies[0]
 
 
 def _join_blocks(ranks: list[Lazy], axis: int, sizes: tuple[int, ...]) -> Lazy:
@@ -97,11 +105,11 @@ def _join_blocks(ranks: list[Lazy], axis: int, sizes: tuple[int, ...]) -> Lazy:
     return parts[0].concat(parts[1:], axis)
 
 
-def _demand_equal(name: str) -> Callable[[list[Array]], Array]:
+def _demand_equal(name: str, kind: str = "rank") -> Callable[[list[Array]], Array]:
     def first_of(values: list[Array]) -> Array:
         for rank, other in enumerate(values[1:], start=1):
             if not same_bits(values[0], other):
-                what = f"{name} should be the same in every rank file, but rank {rank} differs from rank 0"
+                what = f"{name} should be the same in every {kind} file, but {kind} {rank} differs from {kind} 0"
                 raise input_error(
                     what, do="these rank files are not of one checkpoint, or training let them drift apart"
                 )

@@ -8,7 +8,7 @@ from ..errors import input_error
 from ..mappings.expand import Expanded
 from ..mappings.ops import OpError
 from ..mappings.tensors import TensorInfo
-from .plan import Source, joined_shape
+from .plan import Source, by_rank, joined_shape
 from .same_bytes import same_bytes
 
 _USUAL = "lm_head.weight"
@@ -68,7 +68,7 @@ def _equal(expanded: Expanded, inventory: Inventory, a: str, b: str) -> bool:
     joins = [expanded.joins.get(name) if inventory.ranks > 1 else None for name in (a, b)]
     try:
         shapes = [
-            joined_shape(join, [i.shape for i in info]) if join else info[0].shape
+            joined_shape(join, [copies[0].shape for copies in by_rank(info)]) if join else info[0].shape
             for join, info in zip(joins, infos, strict=True)
         ]
     except OpError:

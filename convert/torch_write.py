@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import machine_error
 from ..mappings.lazy import Lazy
+from .paths import WITHIN
 
 if TYPE_CHECKING:
     import torch
@@ -41,8 +42,9 @@ def save_torch(
     document: dict[str, Any] = {}
     for raw, tensor in state.items():
         *above, name = raw.split("/", len(wrapper))
+        *inner, name = name.split(WITHIN)
         table = document
-        for key in above:
+        for key in (*above, *inner):
             table = table.setdefault(key, {})
         table[name] = tensor
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -60,12 +60,14 @@ class Rule:
 
 @dataclass(frozen=True)
 class Join:
-    """How rank files of one tensor come together; ``sizes`` are the full block sizes for ``blocks``."""
+    """How rank files of one tensor come together; ``sizes`` are the full block sizes for ``blocks``, ``view`` the shape
+    in which they are cut, where it is not the one they are stored in."""
 
     how: str
     where: str
     axis: int = 0
     sizes: tuple[int, ...] = ()
+    view: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -236,9 +238,9 @@ class _Expander:
                 self._join(self._names(pattern, at), Join(how[:3] if how[:3] == "cat" else how, self._where(at), axis))
         for k, blocks in enumerate(section.blocks):
             at = (*loc, "blocks", k)
-            sizes = tuple(self._size(n, at) for n in blocks.sizes)
+            sizes, view = (tuple(self._size(n, at) for n in given) for given in (blocks.sizes, blocks.view))
             for pattern in blocks.names:
-                self._join(self._names(pattern, at), Join("blocks", self._where(at), blocks.axis, sizes))
+                self._join(self._names(pattern, at), Join("blocks", self._where(at), blocks.axis, sizes, view))
 
     def _join(self, names: Iterable[str], join: Join) -> None:
         for name in names:

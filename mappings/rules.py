@@ -103,11 +103,12 @@ class Tie:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Fused tensors of which each rank holds its own full set of blocks."""
+    """Fused tensors of which each rank holds its own full set of blocks, after it was seen in the shape ``view``."""
 
     names: tuple[str, ...]
     axis: int
     sizes: tuple[int | str, ...]
+    view: tuple[int | str, ...]
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,9 @@ def build(data: Data) -> MappingFile:
 
 def _section(data: Data) -> Section:
     shards = dict(data.get("shards", {}))
-    blocks = tuple(Blocks(b["names"], b.get("axis", 0), b["sizes"]) for b in shards.pop("blocks", ()))
+    blocks = tuple(
+        Blocks(b["names"], b.get("axis", 0), b["sizes"], b.get("view", ())) for b in shards.pop("blocks", ())
+    )
     ties = {name: tie if isinstance(tie, str) else Tie(**tie) for name, tie in data.get("tie", {}).items()}
     return Section(
         keep=data.get("keep", ()),

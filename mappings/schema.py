@@ -198,11 +198,15 @@ class Fill(Strict):
 
 
 class Blocks(Strict):
-    """Fused tensors of which each rank holds its own full set of blocks: cut in each rank, joined block by block."""
+    """Fused tensors of which each rank holds its own full set of blocks: cut in each rank, joined block by block.
+
+    ``view`` is a shape that each rank's tensor is given before, and that of what is joined; one size may be -1.
+    """
 
     names: tuple[str, ...]
     axis: int = 0
     sizes: tuple[Size, ...]
+    view: tuple[Size, ...] = ()
 
 
 class Shards(Strict):

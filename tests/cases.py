@@ -24,6 +24,8 @@ from . import (
     lit,
     mambas,
     megatron,
+    megatron_legacy,
+    megatron_moe,
     neox,
     olmoes,
     opts,
@@ -119,6 +121,14 @@ def _trainers() -> Iterator[Case]:
         yield Case("megatron", f"{row}, TP 2, PP 2", lambda p, row=row: megatron.grid(p, row, 2, 2), core)
     yield Case("megatron", "llama, torch_dist", lambda p: megatron.dist(p, "llama", stacked=False), core)
     yield Case("megatron_stacked", "qwen2", lambda p: megatron.dist(p, "qwen2", stacked=True), core)
+    legacy = "Megatron-LM core_v0.9.0"
+    for row, release in (("gpt2", "v1.0"), ("gpt2", "of 2020"), ("llama_pairs", "core_v0.8")):
+
+        def older(p: Path, row: str = row, release: str = release) -> Path:
+            return megatron_legacy.grid(p, row, release, 2)
+
+        yield Case("megatron_legacy", f"{row}, {release}, TP 2", older, legacy)
+    yield from _with_experts()
     for row, ranks in (("parallel", 2), ("serial", 1), ("tied", 1)):
         yield Case("gpt_neox", f"{row}, TP {ranks}", lambda p, r=row, n=ranks: neox.layers(p, r, n), held)
     for row, heads in blooms.HEADS.items():
@@ -133,6 +143,25 @@ def _trainers() -> Iterator[Case]:
     given, titan = {"heads": "4", "context": "256"}, "torchtitan 0.3.0, f7084fc, 73a0e69"
     yield Case("torchtitan", "names of 0.3", lambda p: llamas.titan(p / "step", llamas.titan_names()), titan, given)
     yield Case("torchtitan", "fused q, k, v", lambda p: _fused(p / "step"), titan, given)
+
+
+def _with_experts() -> Iterator[Case]:
+    """Megatron-LM's mixtures, in all of its forms."""
+    core, moved = "megatron-core 0.16.1", "SequentialMLP, moved"
+    for title, row, form, cut, whole, held in (
+        ("Mixtral, SequentialMLP, TP 2, EP 2", "mixtral_pairs", "local", (2, 1, 2), False, core),
+        ("Qwen3-MoE, SequentialMLP, ETP 1, TP 2, EP 4", "qwen3_moe_every", "local", (2, 1, 4), True, core),
+        ("Qwen3-MoE, TEGroupedMLP, PP 2, EP 2", "qwen3_moe_first", "numbered", (1, 2, 2), False, moved),
+        ("Mixtral, GroupedMLP, TP 2, EP 2", "mixtral", "grouped", (2, 1, 2), False, moved),
+    ):
+
+        def write(p: Path, row: str = row, form: str = form, cut: Any = cut, whole: bool = whole) -> Path:
+            return megatron_moe.grid(p, row, form, cut, whole=whole)
+
+        yield Case("megatron_moe", title, write, held)
+    for row, stacked in (("qwen3_moe_share", True), ("mixtral", False)):
+        title = f"{row}, torch_dist{', layers stacked' if stacked else ''}"
+        yield Case("megatron_moe", title, lambda p, r=row, s=stacked: megatron_moe.dist(p, r, stacked=s), core)
 
 
 def _researchers() -> Iterator[Case]:

@@ -46,7 +46,8 @@ def test_the_mappings_of_the_house_are_read(name: str) -> None:
     mapping = load_mapping(mapping_path(all_archs()[name]))
 
     assert mapping.file.ranges["i"] == "layers"
-    assert set(mapping.file.ranges.values()) <= {"layers", "dense_layers", "moe_layers", "heads", "experts"}
+    sparse = {"sparse_layers", "start", "dense_run", "expert_parts"}
+    assert set(mapping.file.ranges.values()) <= {"layers", "dense_layers", "moe_layers", "heads", "experts"} | sparse
 
 
 def test_positions_are_those_of_the_rules() -> None:

@@ -10,9 +10,8 @@ from ..llama_meta import rope_parameters
 from ..nanogpt import gpt2_sizes
 from .choosing import Unsupported, first, refuse_settings
 
-_UNSUPPORTED: Unsupported = {
+UNSUPPORTED: Unsupported = {
     "multi_latent_attention": ((None, False), "multi-head latent attention"),
-    "num_experts": ((None, 0), "experts"),
     "apply_layernorm_1p": ((None, False), "norms whose weights are stored less 1"),
     "apply_residual_connection_post_layernorm": ((None, False), "residuals taken behind the norm"),
     "window_size": ((None,), "a sliding window"),
@@ -24,6 +23,8 @@ _UNSUPPORTED: Unsupported = {
     "no_rope_freq": ((None,), "layers without rotary positions"),
     "mtp_num_layers": ((None, 0), "multi-token prediction"),
     "is_hybrid_model": ((None, False), "Mamba layers"),
+    "glu_linear_offset": ((None, 0, 0.0), "gates that are added to"),
+    "activation_func_clamp_value": ((None,), "activations that are clamped"),
 }
 """Arguments that change what the model computes, the values that leave it as it is, and what others mean."""
 _LLAMA_LIKE = ("Llama", "Qwen2", "Qwen3")
@@ -32,7 +33,9 @@ _MODEL_TYPES = {"GPTNeoX": "gpt_neox", "GPT2": "gpt2"}
 
 def choose(m: Measure, said: Mapping[str, Any]) -> None:
     """Settle ``target``, or report why no class will do."""
-    refuse_settings(m, "args", said, _UNSUPPORTED, "which this family does not carry over")
+    refuse_settings(
+        m, "args", said, {**UNSUPPORTED, "num_experts": ((None, 0), "experts")}, "which this family does not carry over"
+    )
     if m["norm"] == "RMSNorm":
         name, reason = _like_llama(m)
     else:
@@ -107,7 +110,8 @@ def hf_config(d: Dims) -> dict[str, Any]:
     return common | (gpt2_sizes(d) if name == "GPT2" else _neox(d) if name == "GPTNeoX" else _llama(d, name))
 
 
-def _sizes(d: Dims) -> dict[str, Any]:
+def rotary_sizes(d: Dims) -> dict[str, Any]:
+    """The fields that all classes with rotary positions have in common."""
     return {
         "hidden_size": d["hidden"],
         "intermediate_size": d["ffn"],
@@ -126,7 +130,7 @@ def _rope(d: Dims) -> dict[str, Any]:
 
 def _neox(d: Dims) -> dict[str, Any]:
     return {
-        **_sizes(d),
+        **rotary_sizes(d),
         "hidden_act": d["activation"],
         "layer_norm_eps": d["norm_eps"],
         "use_parallel_residual": False,
@@ -136,7 +140,7 @@ def _neox(d: Dims) -> dict[str, Any]:
 
 def _llama(d: Dims, name: str) -> dict[str, Any]:
     fields = {
-        **_sizes(d),
+        **rotary_sizes(d),
         "num_key_value_heads": d["kv_heads"],
         "head_dim": d["head_dim"],
         "rms_norm_eps": d["norm_eps"],

@@ -128,7 +128,11 @@ class GPT(nn.Module):
 
     def layers(self, sizes: Sizes) -> nn.Module:
         """The modules that hold the layers' weights."""
-        return nn.ModuleList(Block(sizes) for _ in range(sizes["layers"]))
+        return nn.ModuleList(self.one(sizes, number) for number in range(sizes["layers"]))
+
+    def one(self, sizes: Sizes, number: int) -> Block:
+        """The block of one layer."""
+        return Block(sizes)
 
     def run(self, x: Tensor, table: tuple[Tensor, Tensor] | None) -> Tensor:
         """Hidden states [B, T, C] through all layers."""

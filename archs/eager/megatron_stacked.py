@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..base import Value
-from .megatron import GPT, Block, Sizes, sizes_of
+from .megatron import GPT, Sizes, sizes_of
 
 
 def build(dims: Mapping[str, Value]) -> nn.Module:
@@ -26,7 +26,7 @@ class StackedGPT(GPT):
 
     def layers(self, sizes: Sizes) -> nn.Module:
         """The weights of all layers, [L, …] under the name that each has in one block."""
-        self.block = (Block(sizes),)  # in a tuple, so that its parameters are not the model's
+        self.block = (self.one(sizes, 0),)  # in a tuple, so that its parameters are not the model's
         held = nn.Module()
         for name, one in self.block[0].named_parameters():
             *path, leaf = name.split(".")

@@ -145,7 +145,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "the save": (_another_save, "names iter_0000006, which is not there"),
     "the number": (_no_number, "holds 'last', neither a number nor 'release'"),
     "numbers": (_hole, r"its layers are numbered \[1, 2\], neither from 0 nor from 2"),
-    "experts": (_experts, "save it with --ckpt-format torch_dist"),
+    "kinds": (_experts, "folders of ranks with a stage's number and without"),
 }
 
 
