@@ -61,10 +61,17 @@ class GPT(torch.nn.Module):
 def build(checkpoint):
     saved = torch.load(checkpoint, weights_only=True)
     return GPT(saved.get("model", saved), 2)
+
+
+def alone(checkpoint):
+    """The same as a plain callable, which has no float64 run."""
+    model = build(checkpoint)
+    return lambda ids: model(ids).detach()
 '''
 
 LLAMA = '''
 import math
+import pathlib
 import torch
 import torch.nn.functional as F
 
@@ -121,11 +128,52 @@ class Llama(torch.nn.Module):
         return F.linear(self.normed(x, "norm"), self.w["output/weight"])
 
 
+RENAMED = {"attn.": "attention.", ".output_proj": ".wo", ".q_proj": ".wq", ".k_proj": ".wk", ".v_proj": ".wv",
+           ".mlp.": ".feed_forward.", "sa_norm": "attention_norm", "mlp_norm": "ffn_norm", ".scale": ".weight"}
+
+
+def torchtune_name(name):
+    for old, new in RENAMED.items():
+        name = name.replace(old, new)
+    return name
+
+
+def from_megatron(saved, size=32, group=2):
+    """Llama's names for a state dict of Megatron: q, k and v of each group of heads lie together."""
+    made = {"tok_embeddings.weight": saved["embedding.word_embeddings.weight"],
+            "norm.weight": saved["decoder.final_layernorm.weight"], "output.weight": saved["output_layer.weight"]}
+    i = 0
+    while "decoder.layers.%d.self_attention.linear_qkv.weight" % i in saved:
+        a, b = "decoder.layers.%d." % i, "layers.%d." % i
+        qkv = saved[a + "self_attention.linear_qkv.weight"]
+        qkv = qkv.view(-1, group + 2, size, qkv.shape[1])
+        for n, part in zip("qkv", (qkv[:, :group], qkv[:, group : group + 1], qkv[:, group + 1 :])):
+            made[b + "attention.w" + n + ".weight"] = part.reshape(-1, qkv.shape[-1])
+        made[b + "attention.wo.weight"] = saved[a + "self_attention.linear_proj.weight"]
+        gate, up = saved[a + "mlp.linear_fc1.weight"].chunk(2)
+        made |= {b + "feed_forward.w1.weight": gate, b + "feed_forward.w3.weight": up}
+        made[b + "feed_forward.w2.weight"] = saved[a + "mlp.linear_fc2.weight"]
+        made[b + "attention_norm.weight"] = saved[a + "input_layernorm.weight"]
+        made[b + "ffn_norm.weight"] = saved[a + "pre_mlp_layernorm.weight"]
+        i += 1
+    return made
+
+
 def build(checkpoint):
-    import pathlib
     path = pathlib.Path(checkpoint)
-    saved = torch.load(path if path.is_file() else path / "consolidated.00.pth", weights_only=True)
-    return Llama({k: v for k, v in saved.get("model", saved).items()}, 4)
+    if path.is_dir():
+        path = next(p for p in path.rglob("*.p*") if p.suffix in (".pth", ".pt"))
+    saved = torch.load(path, weights_only=WHOLE)
+    saved = saved.get("model", saved)
+    if "embedding.word_embeddings.weight" in saved:
+        saved = from_megatron(saved)
+    return Llama({torchtune_name(k): v for k, v in saved.items()}, 4)
+
+
+def alone(checkpoint):
+    """The same as a plain callable, which has no float64 run."""
+    model = build(checkpoint)
+    return lambda ids: model(ids).detach()
 '''
 
 
@@ -142,10 +190,12 @@ def llama(
     halves: bool = False,
     scaled: bool = False,
     islands: bool = False,
+    whole: bool = True,
     name: str = "model.py",
 ) -> str:
-    """Llama's forward, for --reference. ``islands`` computes norms in float32, whatever the weights' type."""
-    values = f"THETA, EPS, HALVES, SCALED, ISLANDS = {theta!r}, {eps!r}, {halves}, {scaled}, {islands}"
+    """Llama's forward, for --reference. ``islands`` computes norms in float32, whatever the weights' type; ``whole``
+    is torch.load's weights_only."""
+    values = f"THETA, EPS, HALVES, SCALED, ISLANDS, WHOLE = {theta!r}, {eps!r}, {halves}, {scaled}, {islands}, {whole}"
     return _written(folder / name, f"{LLAMA}\n\n{values}\n")
 
 

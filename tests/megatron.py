@@ -119,18 +119,18 @@ def document(row: str, tensors: dict[str, State], **more: Any) -> dict[str, Any]
 def save(path: Path, content: Any) -> None:
     """``torch.save`` where Megatron's classes can be imported, which no reader of it can rely on."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _importable():
+    with importable():
         torch.save(content, path)
 
 
 def load(path: Path) -> Any:
     """``torch.load`` where Megatron's classes can be imported."""
-    with _importable():
+    with importable():
         return torch.load(path, weights_only=False)
 
 
 @contextmanager
-def _importable() -> Generator[None]:
+def importable() -> Generator[None]:
     name = "megatron.core.transformer.enums"
     fakes = {part: ModuleType(part) for part in (name.rsplit(".", k)[0] for k in range(3, -1, -1))}
     vars(fakes[name])["AttnBackend"] = AttnBackend

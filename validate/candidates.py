@@ -95,9 +95,9 @@ def combinations(
 
 def _asked_wrongly(error: MdlError, asked: Asked) -> MdlError:
     """The error, with what was asked: the values are taken as --set takes them, and the problem speaks of that."""
-    where = " ".join(f"--decide {name}={','.join(values)}" for name, values in asked.items())
+    with_ = "with " + " ".join(f"--decide {name}={','.join(values)}" for name, values in asked.items())
     return MdlError(
-        error.kind, [Problem(p.what, where if "--set" in p.what else p.where, p.do) for p in error.problems]
+        error.kind, [Problem(p.what, f"{p.where}, {with_}" if p.where else with_, p.do) for p in error.problems]
     )
 
 

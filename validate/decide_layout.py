@@ -73,12 +73,18 @@ def decide_layout(layout: Path, manifest: Manifest, prepared: Prepared, settings
     options = replace(said_before(manifest, settings.config), arch=arch_of(manifest, settings))
 
     def command(values: Mapping[str, str]) -> str:
-        return convert_command(path, str(layout), options, values, _tokenizer(manifest, path), force=True)
+        said = _setting(options, prepared.dims, values)
+        return convert_command(path, str(layout), said, {}, _tokenizer(manifest, path), force=True)
 
-    made, refused = combinations(settings.decide, lambda values: prepare(path, with_values(options, values)))
+    def candidate(values: Mapping[str, str]) -> Prepared:
+        return prepare(path, _setting(options, prepared.dims, values))
+
+    made, refused = combinations(settings.decide, candidate)
     reference = choose_reference(prepared, settings, facts.encode(layout, settings.prompts))
     decision = decide(made, refused, settings, reference, command)
-    others = {name: _other(path, options, prepared.dims, name, value) for name, value in decision.values.items()}
+    others = {
+        name: _other(candidate({name: value}).dims, prepared.dims, name) for name, value in decision.values.items()
+    }
     others = {name: other for name, other in others.items() if other}
     known = ", ".join(f"{name}={other}" for name, other in others.items())
     wrong = [f"convert it again: {command({name: decision.values[name] for name in others})}"] if others else []
@@ -86,9 +92,15 @@ def decide_layout(layout: Path, manifest: Manifest, prepared: Prepared, settings
     return Decided(decision, reference, check, bool(others), round(time.perf_counter() - begin, 2))
 
 
-def _other(path: Path, options: Options, dims: Dims, name: str, value: str) -> str:
-    """What the layout has in place of this value; empty where it has this very value, whichever way it was said."""
-    decided = prepare(path, with_values(options, {name: value})).dims
+def _setting(options: Options, dims: Dims, values: Mapping[str, str]) -> Options:
+    """The options with these values, in place of what was said before of the same dims, under whichever name."""
+    before = {dims.entries[name].because for name in values if name in dims}
+    given = {key: text for key, text in options.given.items() if f"--set {key}={text}" not in before}
+    return with_values(replace(options, given=given), values)
+
+
+def _other(decided: Dims, dims: Dims, name: str) -> str:
+    """What the layout has in place of the decided value; empty where it has this very value, whoever said so."""
     if dict(decided) == dict(dims):
         return ""
     changed = [key for key in dims if decided.get(key) != dims[key]]
