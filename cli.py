@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -191,9 +190,7 @@ def verify(
     from . import verifying, views
     from .validate.candidates import parse_decide
     from .validate.choose import check_settings
-    from .validate.report import keep_report
     from .validate.verify import Settings
-    from .validate.verify import verify as run
 
     views.check_reports(junit, html)
     options = said(arch, set_, weights, None, config)
@@ -215,19 +212,8 @@ def verify(
         command=shlex.join(["mdl", *sys.argv[1:]]),
     )
     check_settings(settings)
-    if verifying.is_raw(layout, settings, options):
-        _exit(verifying.decided(layout, settings, options, state, files=bool(junit or html)))
-        return
-    if mutate:
-        _exit(verifying.mutated(layout, settings, state))
-        return
-    with render.steps(quiet=state.quiet or json) as say:
-        report = run(layout, settings, say=say)
-    report = keep_report(report, layout)
-    unwritten = views.write_reports(report, junit, html)
-    report = replace(report, notes=(*report.notes, *(f"{p.where}: {p.what}" for p in unwritten)))
-    _show(json, lambda: report, lambda: views.show_report(report))
-    _exit(1 if not report.ok else 4 if unwritten else 0)
+    other = verifying.other(layout, settings, options, state, mutate=mutate, files=bool(junit or html))
+    _exit(verifying.verified(layout, settings, state, junit, html) if other is None else other)
 
 
 @app.command()

@@ -1,7 +1,8 @@
-"""The other things that `mdl verify` does: testing itself, and deciding between values before there is a layout."""
+"""What `mdl verify` does: verify a layout, test itself, or decide between values before there is a layout."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,33 @@ if TYPE_CHECKING:
     from .program import State
     from .validate.decision import Decision
     from .validate.verify import Settings
+
+
+def verified(layout: Path, settings: Settings, state: State, junit: Path | None, html: Path | None) -> int:
+    """`mdl verify OUT`: verify, keep the report and print it. The exit code."""
+    from .validate.report import keep_report
+    from .validate.verify import verify
+
+    with render.steps(quiet=state.quiet or state.json) as say:
+        report = verify(layout, settings, say=say)
+    report = keep_report(report, layout)
+    unwritten = views.write_reports(report, junit, html)
+    report = replace(report, notes=(*report.notes, *(f"{p.where}: {p.what}" for p in unwritten)))
+    if state.json:
+        render.print_json(report)
+    else:
+        views.show_report(report)
+    return 1 if not report.ok else 4 if unwritten else 0
+
+
+def other(path: Path, settings: Settings, options: Options, state: State, *, mutate: bool, files: bool) -> int | None:
+    """What else may be asked: to decide for a raw checkpoint, or to test the verifier. The exit code; None for neither.
+
+    ``files`` tells that a report is to be written. Raises MdlError (USAGE) for options that do not go together.
+    """
+    if is_raw(path, settings, options):
+        return decided(path, settings, options, state, files=files)
+    return mutated(path, settings, state) if mutate else None
 
 
 def mutated(layout: Path, settings: Settings, state: State) -> int:
