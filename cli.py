@@ -5,9 +5,8 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -17,6 +16,7 @@ from .options import (
     BenchmarkOption,
     Checkpoint,
     ConfigOption,
+    DecideOption,
     DtypeOption,
     FlushOption,
     ForceOption,
@@ -40,9 +40,6 @@ from .options import (
     said,
 )
 from .watched import watched
-
-if TYPE_CHECKING:
-    from .validate.verify import Settings
 
 app = typer.Typer(
     name="mdl",
@@ -170,7 +167,7 @@ def convert(
 
 @app.command()
 def verify(
-    layout: Layout,
+    layout: Annotated[Path, typer.Argument(help="A folder that `mdl convert` wrote; a raw checkpoint to --decide.")],
     against: Annotated[Path | None, typer.Option("--against", help="The raw checkpoint, if it was moved.")] = None,
     arch: Annotated[str | None, typer.Option("--arch", help="Your .py file with the family, if it was moved.")] = None,
     config: ConfigOption = None,
@@ -179,6 +176,9 @@ def verify(
     reference_python: PythonOption = None,
     reference_timeout: TimeoutOption = None,
     golden: Annotated[Path | None, typer.Option("--golden", help="What `mdl record` wrote, in place of code.")] = None,
+    decide: DecideOption = None,
+    set_: SetOption = None,
+    weights: WeightsOption = None,
     prompt: PromptsOption = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Seed of the inputs (0, or the golden file's).")] = None,
     dtype: Annotated[str | None, typer.Option("--dtype", help="Serving type to check too (default: its own).")] = None,
@@ -192,14 +192,13 @@ def verify(
 ) -> None:
     """Run the layout under vLLM and the original forward on the same tokens; exit 1 if they differ."""
     state.json = json
-    from . import views
+    from . import verifying, views
+    from .validate.candidates import parse_decide
     from .validate.choose import check_settings
-    from .validate.report import keep_report
     from .validate.verify import Settings
-    from .validate.verify import verify as run
 
     views.check_reports(junit, html)
-    options = said(arch, config=config, merge_lora=merge_lora)
+    options = said(arch, set_, weights, None, config, merge_lora)
     settings = Settings(
         against=against,
         arch=options.arch,
@@ -209,6 +208,7 @@ def verify(
         reference_python=reference_python,
         reference_timeout=reference_timeout,
         golden=golden,
+        decide=parse_decide(decide or ()),
         prompts=tuple(prompt or ()),
         seed=seed,
         dtype=dtype,
@@ -218,16 +218,8 @@ def verify(
         command=shlex.join(["mdl", *sys.argv[1:]]),
     )
     check_settings(settings)
-    if mutate:
-        _mutate(layout, settings, json)
-        return
-    with render.steps(quiet=state.quiet or json) as say:
-        report = run(layout, settings, say=say)
-    report = keep_report(report, layout)
-    unwritten = views.write_reports(report, junit, html)
-    report = replace(report, notes=(*report.notes, *(f"{p.where}: {p.what}" for p in unwritten)))
-    _show(json, lambda: report, lambda: views.show_report(report))
-    _exit(1 if not report.ok else 4 if unwritten else 0)
+    other = verifying.other(layout, settings, options, state, mutate=mutate, files=bool(junit or html))
+    _exit(verifying.verified(layout, settings, state, junit, html) if other is None else other)
 
 
 @app.command()
@@ -362,18 +354,6 @@ def doctor(json: Json = False) -> None:
     findings = examine()
     _show(json, lambda: findings, lambda: views.show_findings(findings))
     _exit(4 if any(finding.state == "fail" for finding in findings) else 0)
-
-
-def _mutate(layout: Path, settings: Settings, json: bool) -> None:
-    """`mdl verify --mutate`: how many known mistakes does the verifier notice in this very layout?"""
-    from . import views
-    from .validate.client import Engine
-    from .validate.mutate import run_mutations
-
-    with render.steps(quiet=state.quiet or json) as say, Engine() as engine:
-        table = run_mutations(layout, settings, engine=engine, say=say)
-    _show(json, lambda: table, lambda: views.show_mutations(table))
-    _exit(0 if table.ok else 1)
 
 
 def _show(as_json: bool, document: Callable[[], Any], table: Callable[[], None]) -> None:

@@ -53,6 +53,12 @@ TimeoutOption = Annotated[
     float | None,
     typer.Option("--reference-timeout", min=1, help="Seconds that --reference may take in its process (3600)."),
 ]
+DecideOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--decide", help="NAME=A,B: which value does --reference compute with? Repeatable. See docs/verify.md."
+    ),
+]
 PromptsOption = Annotated[list[str] | None, typer.Option("--prompt", help="Also compare on this text (repeatable).")]
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of the test inputs.")]
 

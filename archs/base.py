@@ -174,7 +174,7 @@ class Measure:
         if not found and default is not None:
             found = [Dim(default[0], "default", default[1])]
         if not found:
-            self._ask(name, keys, ask)
+            self._ask(name, keys, ask, kind, choices)
             return None
         if choices and found[0].value not in choices:
             allowed = ", ".join(str(c) for c in choices)
@@ -276,10 +276,17 @@ class Measure:
                     do="the checkpoint and its hyperparameters do not belong together, or this is another family",
                 )
 
-    def _ask(self, name: str, keys: tuple[str, ...], ask: str) -> None:
+    def _ask(
+        self, name: str, keys: tuple[str, ...], ask: str, kind: Callable[[str], Value], choices: tuple[Value, ...]
+    ) -> None:
         key = keys[0] if keys else name
         reason = f": {ask}" if ask else ""
-        self.problem(f"{name} is neither in the checkpoint nor in its shapes{reason}", do=f"pass --set {key}=VALUE")
+        do = f"pass --set {key}=VALUE"
+        if kind is not int:
+            tried = ("true", "false") if kind is boolean else choices or ("A", "B")
+            values = ",".join(str(value) for value in tried)
+            do += f", or let your own code decide: mdl verify CKPT --reference FILE.py:FUNCTION --decide {key}={values}"
+        self.problem(f"{name} is neither in the checkpoint nor in its shapes{reason}", do=do)
 
 
 def _finite(value: Value) -> Value:

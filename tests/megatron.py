@@ -122,18 +122,18 @@ def document(row: str, tensors: dict[str, State], **more: Any) -> dict[str, Any]
 def save(path: Path, content: Any) -> None:
     """``torch.save`` where Megatron's classes can be imported, which no reader of it can rely on."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with importable(AttnBackend, _ENUMS):
+    with importable():
         torch.save(content, path)
 
 
 def load(path: Path) -> Any:
     """``torch.load`` where Megatron's classes can be imported."""
-    with importable(AttnBackend, _ENUMS):
+    with importable():
         return torch.load(path, weights_only=False)
 
 
 @contextmanager
-def importable(cls: type, name: str) -> Generator[None]:
+def importable(cls: type = AttnBackend, name: str = _ENUMS) -> Generator[None]:
     """While it lasts, a class stands in the module of that name, from which a pickle then takes it."""
     parts = name.split(".")
     fakes = {part: ModuleType(part) for part in (".".join(parts[: k + 1]) for k in range(len(parts)))}

@@ -94,7 +94,8 @@ def test_what_is_nowhere_is_asked_for_with_its_flag(tmp_path: Path) -> None:
 
     assert [do for _, do in refusals(nanogpt.ARCH, tmp_path / "nano.pt")] == [
         "pass --set n_head=VALUE",
-        "pass --set activation=VALUE",
+        "pass --set activation=VALUE, or let your own code decide: "
+        "mdl verify CKPT --reference FILE.py:FUNCTION --decide activation=gelu,gelu_new",
     ]
     # what can't be settled before the heads are known is a name all the same
     asked = refusals(llama2c.ARCH, tmp_path / "llama.pt", n_kv_heads="2", head_dim="8")

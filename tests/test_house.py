@@ -19,6 +19,7 @@ BESIDE = {
     "render": {"errors", "mappings"},
     "views": {"errors", "mappings", "archs", "convert", "validate", "render"},
     "options": {"errors", "convert"},
+    "verifying": {"errors", "convert", "validate", "program", "render", "views"},
     "program": {"errors", "render"},
     "watched": {"errors"},
 }
@@ -175,8 +176,8 @@ COMMANDS = {
     },
     "verify": {
         "layout", "--against", "--arch", "--config", "--merge-lora", "--reference", "--reference-python",
-        "--reference-timeout",
-        "--golden", "--prompt", "--seed", "--dtype", "--tensor-parallel-size", "--pipeline-parallel-size", "--mutate",
+        "--reference-timeout", "--golden", "--decide", "--set", "--weights",
+        "--prompt", "--seed", "--dtype", "--tensor-parallel-size", "--pipeline-parallel-size", "--mutate",
         "--locate", "--junit", "--html", "--json",
     },
     "record": {

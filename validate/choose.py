@@ -11,6 +11,7 @@ from ..archs.given import ConfigFile
 from ..convert.manifest import Manifest, fingerprint
 from ..convert.prepare import DTYPES, Options, Prepared, prepare
 from ..errors import input_error, usage_error
+from .candidates import check_count
 from .reference import Reference, builtin_reference, check_spec, rounded_to, user_reference
 
 if TYPE_CHECKING:
@@ -30,6 +31,10 @@ def check_settings(settings: Settings) -> None:
         raise usage_error("--reference-timeout is for code in another process", do=do)
     if settings.reference_timeout is not None and settings.reference_timeout <= 0:
         raise usage_error(f"--reference-timeout {settings.reference_timeout}: not a time", do="give seconds")
+    if settings.decide and not (settings.reference or settings.golden):
+        do = "give your own forward, --reference FILE.py:FUNCTION, or --golden FILE: mdl's was told the same values"
+        raise usage_error("--decide needs a forward pass that knows", do=do)
+    check_count(settings.decide)
     if settings.reference:
         check_spec(settings.reference, settings.reference_python)
     if settings.against and not settings.against.exists():
@@ -41,7 +46,7 @@ def source_of(manifest: Manifest, settings: Settings) -> Prepared:
     path = settings.against or Path(manifest.source["path"])
     if not path.exists():
         raise input_error("the checkpoint of this layout is not there any more", str(path), "give it: --against CKPT")
-    prepared = prepare(path, replace(_said(manifest, settings), arch=_arch(manifest, settings)))
+    prepared = prepare(path, replace(_said(manifest, settings), arch=arch_of(manifest, settings)))
     now = [fingerprint(Path(file)) for file in prepared.inventory.files]
     _check_same(now, manifest.source["files"], path, own=len(prepared.checkpoint.files))
     return prepared
@@ -81,7 +86,7 @@ def _said(manifest: Manifest, settings: Settings) -> Options:
     return said
 
 
-def _arch(manifest: Manifest, settings: Settings) -> str | None:
+def arch_of(manifest: Manifest, settings: Settings) -> str | None:
     """The family as it is named now, or as it was when the layout was made. A file's code runs only if it is named now:
     the layout may be a stranger's."""
     said = manifest.options.get("arch")

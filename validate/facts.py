@@ -43,7 +43,7 @@ def describe(inputs: Inputs) -> str:
     )
 
 
-def versions(result: EngineResult | EngineFailure) -> dict[str, str]:
+def versions(result: EngineResult | EngineFailure | None = None) -> dict[str, str]:
     import torch
 
     found = {"mdl": own_version(), "torch": torch.__version__}

@@ -8,6 +8,7 @@ from pathlib import Path
 from string import Template
 
 from . import charts
+from .decision import Decision
 from .report import Check, Evidence, Located, Report
 
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -21,6 +22,7 @@ _MARKS = {True: "M20 33 L28 41 L45 23", False: "M23 23 L41 41 M41 23 L23 41"}
 def to_html(report: Report) -> str:
     """The whole page. It follows the reader's choice of light or dark."""
     parts = [_header(report), _tiles(report), _checks(report.checks)]
+    parts += [_decision(report.decision)] if report.decision else []
     parts += [_located(report.located)] if report.located else []
     parts += [_evidence(report.evidence)] if report.evidence else []
     parts.append(_reproduce(report))
@@ -68,6 +70,17 @@ def _row(check: Check) -> str:
         f'<tr class="{state}"><td><b>{escape(check.name)}</b></td><td><span class="chip">{word}</span></td>'
         f"<td>{escape(check.measured)}{detail}</td><td>{escape(check.limit)}</td></tr>"
     )
+
+
+def _decision(decision: Decision) -> str:
+    """What --decide tried: every candidate, the nearest first."""
+    cells = (map(escape, row) for row in decision.rows(None))
+    rows = "".join(
+        f"<tr><td><code>{values}</code></td><td>{nmse}</td><td>{units}</td></tr>" for values, nmse, units in cells
+    )
+    head = "<thead><tr><th>candidate</th><th>NMSE</th><th></th></tr></thead>"
+    table = f'<div class="card scroll"><table>{head}<tbody>{rows}</tbody></table></div>'
+    return f"<h2>The values that were tried</h2>{table}"
 
 
 def _located(found: Located) -> str:

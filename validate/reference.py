@@ -123,6 +123,13 @@ def _put_together(source: Source, step: Step, files: Files) -> torch.Tensor:
     return value if source.infos[0].dtype == step.dtype == "float64" else value.to(torch.float32)
 
 
+def check_vocabulary(reference: Reference, logits: torch.Tensor, vocab: int) -> None:
+    """Raise MdlError (INPUT) for logits [T, V] of another vocabulary than the checkpoint's ``vocab`` rows."""
+    if logits.shape[-1] != vocab:
+        what = f"gives {logits.shape[-1]} logits per position, the checkpoint has {vocab} rows"
+        raise input_error(what, reference.name, "the reference and the checkpoint do not belong together")
+
+
 def check_spec(spec: str, python: str | None = None) -> None:
     """What can be said of ``FILE.py:FUNCTION`` before anything runs. Raises MdlError: USAGE where it names no file or
     no function, INPUT where the file is not Python (of this version: another ``python`` has to see for itself)."""

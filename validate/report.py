@@ -12,6 +12,7 @@ from typing import Any, cast
 from ..convert.manifest import NAME as MANIFEST
 from ..convert.receipts import write_at_once
 from ..mappings.jsonable import to_json
+from .decision import Decision
 
 NAME = "mdl-report.json"
 REFUSED = "failed to "
@@ -95,6 +96,7 @@ class Report:
     seconds: Mapping[str, float]
     evidence: Evidence | None = None
     located: Located | None = None
+    decision: Decision | None = None
 
     def to_json(self) -> str:
         """The whole report as one JSON document."""
@@ -109,8 +111,10 @@ class Report:
             (c.measured for c in self.checks if c.name == "coverage" and c.measured.startswith(REFUSED)), ""
         ):
             return f"NOT the same model: vLLM {refused} the layout"
-        failed = ", ".join(check.name for check in self.checks if check.ok is False)
-        return f"NOT the same model: {failed or 'a check'} failed"
+        failed = [check for check in self.checks if check.ok is False]
+        if [check.name for check in failed] == ["decide"]:
+            return f"NOT proven: {failed[0].measured}"
+        return f"NOT the same model: {', '.join(check.name for check in failed) or 'a check'} failed"
 
 
 def manifest_hash(layout: Path) -> str:

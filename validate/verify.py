@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,17 @@ from ..convert.locks import reading
 from ..convert.manifest import Manifest, read_manifest
 from ..convert.prepare import Prepared
 from ..convert.tokenizer import Checked
-from ..errors import Kind, MdlError, Problem, input_error
+from ..errors import Kind, MdlError, Problem
 from . import checks, facts, scenarios
 from .checks import Expected
 from .choose import check_settings, choose_reference, mapping_note, source_of
 from .client import Engine, EngineFailure, EngineResult, Scenario
 from .compare import Distance, distance
+from .decide_layout import decide_layout
 from .faults import known_faults, naming_faults
 from .inputs import Inputs, make_inputs
 from .layout import layout_problems, tokenizer_checked
-from .reference import Reference
+from .reference import Reference, check_vocabulary
 from .report import Check, Evidence, Located, Report, manifest_hash
 
 TIERS = ("prefill", "decode", "generate")
@@ -44,6 +45,8 @@ class Settings:
     unless given, or a golden file's own; ``dtype`` is the serving type, by default the layout's own. The reference is
     the family's eager module, or the user's ``reference`` (FILE.py:FUNCTION, in another environment's
     ``reference_python`` if given, which may take ``reference_timeout`` seconds), or what ``golden`` recorded of it.
+    ``decide`` asks which of some values (name → texts as --set takes them) that reference computes with, before
+    anything else.
     """
 
     against: Path | None = None
@@ -54,6 +57,7 @@ class Settings:
     reference_python: str | None = None
     reference_timeout: float | None = None
     golden: Path | None = None
+    decide: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
     prompts: tuple[str, ...] = ()
     seed: int | None = None
     dtype: str | None = None
@@ -91,6 +95,12 @@ def _verify(layout: Path, settings: Settings, engine: Engine | None, say: Say) -
     say("looking at the layout's files")
     manifest = read_whole(layout)
     prepared = source_of(manifest, settings)
+    decided = None
+    if settings.decide:
+        say("running the reference and each candidate")
+        decided = decide_layout(layout, manifest, prepared, settings)
+        if decided.wrong:
+            return decided.report(layout, prepared, settings)
     with (
         # vLLM imports in its own process while the reference runs in this one
         nullcontext(engine) if engine else Engine(env=_environment(settings)) as running,
@@ -98,12 +108,13 @@ def _verify(layout: Path, settings: Settings, engine: Engine | None, say: Say) -
     ):
         begin = time.perf_counter()
         say("running the reference in float32 and float64")
-        side = reference_side(layout, prepared, settings, Path(scratch))
+        side = reference_side(layout, prepared, settings, Path(scratch), decided.reference if decided else None)
         spent = time.perf_counter() - begin
         say("comparing the tokenizer with its source")
         tokenizer = tokenizer_checked(layout, manifest)
         report = judge_layout(layout, side, settings, running, Path(scratch), say, tokenizer)
-        return replace(report, seconds={"reference": round(spent, 2), **report.seconds})
+        report = replace(report, seconds={"reference": round(spent, 2), **report.seconds})
+        return decided.added_to(report) if decided else report
 
 
 def read_whole(layout: Path) -> Manifest:
@@ -120,10 +131,13 @@ def _environment(settings: Settings) -> dict[str, str]:
     return {"VLLM_CPU_OMP_THREADS_BIND": "nobind"} if _parallel(settings) else {}
 
 
-def reference_side(layout: Path, prepared: Prepared, settings: Settings, scratch: Path) -> Side:
-    """Choose the reference and run it on every sequence; exact logits go to ``scratch``, errors stay."""
+def reference_side(
+    layout: Path, prepared: Prepared, settings: Settings, scratch: Path, chosen: Reference | None = None
+) -> Side:
+    """Choose the reference (unless it was ``chosen``) and run it on every sequence; exact logits go to ``scratch``,
+    errors stay."""
     prompts = facts.encode(layout, settings.prompts)
-    reference = choose_reference(prepared, settings, prompts)
+    reference = chosen or choose_reference(prepared, settings, prompts)
     inputs = reference.inputs
     if inputs is None:
         vocab, context = prepared.dims.integer("vocab"), prepared.dims.integer("context")
@@ -145,9 +159,7 @@ def run_reference(reference: Reference, inputs: Inputs, scratch: Path, vocab: in
     floors: list[Distance] = []
     for k, one in enumerate(inputs.sequences):
         exact = reference.logits(list(one.ids), exact_type).clone()
-        if exact.shape[-1] != vocab:
-            what = f"gives {exact.shape[-1]} logits per position, the checkpoint has {vocab} rows"
-            raise input_error(what, reference.name, "the reference and the checkpoint do not belong together")
+        check_vocabulary(reference, exact, vocab)
         floors.append(recorded[k] if recorded else distance(single[k], exact))
         single[k : k + 1] = [exact[:0]]  # its memory is needed for the next ones
         files.append(scratch / f"reference-{k:04d}.safetensors")

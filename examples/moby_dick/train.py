@@ -70,6 +70,14 @@ class GPT(nn.Module):
         return self.lm_head(self.transformer["ln_f"](x))
 
 
+def build(checkpoint: Path) -> GPT:
+    """The saved model again: what `mdl verify --reference examples/moby_dick/train.py:build` asks for."""
+    saved = torch.load(checkpoint, weights_only=True)
+    model = GPT(**saved["model_args"])
+    model.load_state_dict(saved["model"])
+    return model
+
+
 def batch(data: torch.Tensor, size: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     starts = torch.randint(len(data) - length - 1, (size,)).tolist()
     rows = torch.stack([data[s : s + length + 1] for s in starts])

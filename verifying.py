@@ -1,0 +1,123 @@
+"""What `mdl verify` does: verify a layout, test itself, or decide between values before there is a layout."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from . import render, views
+from .errors import usage_error
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from .convert.prepare import Options
+    from .program import State
+    from .validate.decision import Decision
+    from .validate.verify import Settings
+
+
+def verified(layout: Path, settings: Settings, state: State, junit: Path | None, html: Path | None) -> int:
+    """`mdl verify OUT`: verify, keep the report and print it. The exit code."""
+    from .validate.report import keep_report
+    from .validate.verify import verify
+
+    with render.steps(quiet=state.quiet or state.json) as say:
+        report = verify(layout, settings, say=say)
+    report = keep_report(report, layout)
+    unwritten = views.write_reports(report, junit, html)
+    report = replace(report, notes=(*report.notes, *(f"{p.where}: {p.what}" for p in unwritten)))
+    if state.json:
+        render.print_json(report)
+    else:
+        views.show_report(report)
+    return 1 if not report.ok else 4 if unwritten else 0
+
+
+def other(path: Path, settings: Settings, options: Options, state: State, *, mutate: bool, files: bool) -> int | None:
+    """What else may be asked: to decide for a raw checkpoint, or to test the verifier. The exit code; None for neither.
+
+    ``files`` tells that a report is to be written. Raises MdlError (USAGE) for options that do not go together.
+    """
+    if is_raw(path, settings, options):
+        return decided(path, settings, options, state, files=files)
+    return mutated(path, settings, state) if mutate else None
+
+
+def mutated(layout: Path, settings: Settings, state: State) -> int:
+    """`mdl verify --mutate`: how many known mistakes does the verifier notice in this very layout? The exit code."""
+    from .validate.client import Engine
+    from .validate.mutate import run_mutations
+
+    if settings.decide:
+        raise usage_error("--mutate tests the verifier, --decide the layout", do="give one of them")
+    with render.steps(quiet=state.quiet or state.json) as say, Engine() as engine:
+        table = run_mutations(layout, settings, engine=engine, say=say)
+    if state.json:
+        render.print_json(table)
+    else:
+        views.show_mutations(table)
+    return 0 if table.ok else 1
+
+
+def is_raw(path: Path, settings: Settings, options: Options) -> bool:
+    """Whether to decide for a raw checkpoint. Raises MdlError (USAGE) for options that are for raw checkpoints only."""
+    from .convert.manifest import NAME
+
+    raw = path.exists() and not (path / NAME).is_file()
+    if raw and settings.decide:
+        return True
+    if options.given or options.weights:
+        what = "--set and --weights are for a raw checkpoint with --decide"
+        do = "a layout knows what it was converted with: leave them out, or convert again with other values"
+        raise usage_error(what, str(path), do)
+    return False
+
+
+def decided(checkpoint: Path, settings: Settings, options: Options, state: State, *, files: bool) -> int:
+    """`mdl verify CKPT --decide …`: the values to convert with. The exit code: 0 if all were decided.
+
+    ``files`` tells that a report was asked for, which is one of a layout.
+    """
+    from .validate.decide import decide_checkpoint
+    from .validate.decide_layout import convert_command
+
+    if files or settings.prompts or settings.dtype or settings.against:
+        do = "leave --junit, --html, --prompt, --dtype and --against out, or convert first and verify the layout"
+        raise usage_error("this is a raw checkpoint: there is no layout to report on yet", str(checkpoint), do)
+    with render.steps(quiet=state.quiet or state.json) as say:
+        say("running the reference and each candidate")
+        found = decide_checkpoint(
+            checkpoint,
+            options,
+            settings,
+            lambda values: convert_command(checkpoint, "OUT", options, values),
+        )
+    if state.json:
+        render.print_json(found)
+    else:
+        _show(found)
+    return 0 if found.ok else 1
+
+
+def _show(d: Decision) -> None:
+    """The table of a decision."""
+    console = render.out()
+    made = render.table("candidate", "NMSE", "")
+    for row in d.rows():
+        made.add_row(*row)
+    console.print(made)
+    console.print()
+    lines: list[tuple[str, str | Iterable[str]]] = [
+        ("family", d.arch),
+        ("reference", f"{d.reference} on {render.shown(d.checkpoint)}"),
+        ("inputs", f"{d.inputs}, seed {d.seed}"),
+        ("decided by", d.reasons),
+    ]
+    if d.notes:
+        lines.append(("notes", d.notes))
+    lines.append(("verdict", d.measured))
+    if d.command:
+        lines.append(("next", d.command))
+    console.print(render.facts(lines))
