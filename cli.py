@@ -81,11 +81,9 @@ def inspect(
 ) -> None:
     """Say what is in a checkpoint, which architecture it is, and why we think so. Reads metadata only."""
     state.json = json
-    from . import views
-    from .convert.prepare import recognise
+    from .inspecting import inspect as run
 
-    recognised = recognise(checkpoint, said(arch, set_, weights, None, config, merge_lora))
-    _show(json, lambda: views.inspection(recognised), lambda: views.show_inspection(recognised))
+    run(checkpoint, said(arch, set_, weights, None, config, merge_lora), json=json)
 
 
 @app.command()

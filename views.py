@@ -14,67 +14,15 @@ from .mappings.jsonable import Each
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from .archs.base import Arch, Dims
+    from .archs.base import Arch
     from .convert.export import Exported
     from .convert.parts import Contributed
     from .convert.plan import Plan, Step
-    from .convert.prepare import Prepared, Recognised
+    from .convert.prepare import Prepared
     from .convert.run import Converted
-    from .mappings.tensors import TensorInfo
     from .validate.doctor import Finding
     from .validate.kills import MutationTable
     from .validate.report import Report
-
-
-def inspection(r: Recognised) -> dict[str, Any]:
-    """What `mdl inspect --json` prints."""
-    inv = r.inventory
-    return {
-        "path": inv.path,
-        "format": inv.format,
-        "files": inv.files,
-        "ranks": inv.ranks,
-        "arch": r.arch.name,
-        "target": r.target,
-        "because": r.match.because,
-        "dims": r.dims.entries,
-        "tokenizers": r.checkpoint.tokenizers,
-        "notes": (*inv.notes, *inv.remarks),
-        "tensors": Each(_listed, (info for infos in inv.tensors.values() for info in infos)),
-    }
-
-
-def _listed(info: TensorInfo) -> dict[str, Any]:
-    return {"name": info.name, "shape": info.shape, "dtype": info.dtype, "rank": info.rank, "raw": info.raw}
-
-
-def show_inspection(r: Recognised) -> None:
-    """The table of `mdl inspect`."""
-    inv, console = r.inventory, render.out()
-    infos = [info for ranks in inv.tensors.values() for info in ranks]
-    dtypes = ", ".join(sorted({info.dtype for info in infos}))
-    total = render.size(sum(info.nbytes for info in infos))
-    ranks = f", {inv.ranks} ranks" if inv.ranks > 1 else ""
-    what = f"{inv.format}, {len(inv.tensors)} tensors, {dtypes}, {total}{ranks}"
-    lines: list[tuple[str, str | Iterable[str]]] = [
-        ("checkpoint", f"{render.shown(inv.path)} ({what})"),
-        ("architecture", f"{r.arch.name}: {r.arch.title} ({r.arch.source}) → {r.target}"),
-        ("because", r.match.because),
-        ("tokenizer", [render.shown(p) for p in r.checkpoint.tokenizers] or ("none beside it",)),
-        ("notes", (*inv.notes, *inv.remarks) or ("nothing was unwrapped or ignored",)),
-    ]
-    console.print(render.facts(lines))
-    console.print()
-    show_dims(r.dims)
-
-
-def show_dims(dims: Dims) -> None:
-    """Every size and constant with where it comes from."""
-    made = render.table("value", "", "from", "because")
-    for name, dim in dims.entries.items():
-        style = "yellow" if dim.source in ("default", "user") else ""
-        made.add_row(name, str(dim.value), render.text(dim.source, style=style), dim.because)
-    render.out().print(made)
 
 
 def planned(p: Prepared) -> dict[str, Any]:
