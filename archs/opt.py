@@ -23,8 +23,10 @@ _UNSERVED = {
     "scale_fc": "norms inside the blocks",
     "scale_heads": "a factor on every head",
 }
-_SCALE = "true for every released OPT, whose embedding is taken as it stands; fairseq's default multiplies it by the root \
+_SCALE = (
+    "true for every released OPT, whose embedding is taken as it stands; fairseq's default multiplies it by the root \
 of its width (false)"
+)
 
 
 def detect(inv: Inventory) -> list[str]:
@@ -128,7 +130,7 @@ def _refuse(m: Measure, where: str) -> None:
     scaled = m.set("no_scale_embedding", kind=boolean, file=named, default=default, ask=_SCALE) is False
     if scaled:
         m.problem(
-            "the embedding is multiplied by the root of its width (no_scale_embedding is false), which OPT's class does not do",
+            "the embedding is multiplied by the root of its width (no_scale_embedding is false), not in OPT's class",
             do="multiply embed_tokens.weight by it, keep the old one as decoder.output_projection.weight, and pass "
             "--set no_scale_embedding=true",
         )
