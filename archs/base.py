@@ -186,22 +186,25 @@ class Measure:
         """What --config says of a value that is taken as it stands: of its own type, and once."""
         file = self._config.file.name if self._config else ""
         for key, said in found.items():
-            if value is not None and type(said) is not type(value):
+            if value is not None and not _same_type(said, value):
                 self.problem(f"{key} in {file} is {said!r}, where {name} is {value!r}", do=f"take {key} out of {file}")
             elif said != next(iter(found.values())):
                 self.problem(f"{file} has several values of {name}: {', '.join(found)}", do="leave one of them")
             else:
                 self._entries[name] = Dim(said, "user", f"{key} in {file} (--config)")
 
-    def accept(self, name: str, value: Value, because: str, also: tuple[str, ...] = ()) -> None:
+    def accept(
+        self, name: str, value: Value, because: str, also: tuple[str, ...] = (), *, config: bool = False
+    ) -> None:
         """Take a value of any kind from a file as it stands, unless the user overrules it (in JSON, or as text).
 
-        ``also`` are other names under which ``--set`` may give it.
+        ``also`` are other names under which ``--set`` may give it. With ``config`` it is a setting, which the file
+        given by ``--config`` may hold too; what was worked out from others is none.
         """
         self._aliases |= dict.fromkeys((name, *also), name)
         self._entries[name] = Dim(value, "file", because)
-        if self._config is not None:
-            self._accept_from_config(name, value, self._config.find(name, also))
+        if config and self._config is not None:
+            self._accept_from_config(name, value, self._config.find_whole(name, also))
         for key in (name, *also):
             if key in self._given:
                 self._entries[name] = Dim(_json_or_text(self._given[key]), "user", f"--set {key}={self._given[key]}")
@@ -313,6 +316,10 @@ def _of_kind(value: Any, kind: Callable[[str], Value]) -> Value:
     if type(value) is not expected or (isinstance(value, float) and not math.isfinite(value)):
         return None
     return value
+
+
+def _same_type(one: Any, other: Any) -> bool:
+    return type(one) is type(other) or (isinstance(one, dict) and isinstance(other, dict))
 
 
 def _json_or_text(text: str) -> Value:

@@ -52,7 +52,7 @@ def dims(m: Measure) -> None:
     _refuse(m, config)
     for key, value in config.items():
         if key not in _LEFT_OUT:
-            m.accept(key, value, f"config.json: {key}")
+            m.accept(key, value, f"config.json: {key}", config=True)
     ours, why = _OURS.get(str(config["architectures"][0]), ("", ""))
     if ours:
         m.accept("architectures", [ours], f"config.json: {config['architectures'][0]}, by a class of mdl's: {why}")

@@ -67,7 +67,7 @@ def _field(
     if config is None:
         return m.set(name, kind=kind, file=file, shape=shape, ask=_MISSING, choices=choices)
     if key in config and config[key] is None and shape is None:
-        m.accept(name, default, f"model_config.{key} is null", also=(key,))
+        m.accept(name, default, f"model_config.{key} is null", also=(key,), config=True)
         return m[name]
     reason = (default, f"model_config.yaml has no {key}: the default of litgpt's Config")
     return m.set(name, kind=kind, file=file, shape=shape, default=reason, choices=choices)
@@ -169,7 +169,7 @@ def _attention(m: Measure) -> None:
     window = _field(m, "sliding_window", "sliding_window_size", 0)
     given, because = _raw(m, "sliding_window_indices")
     layers = _indices(given, m["layers"], bool(window))
-    m.accept("sliding_layers", layers, because, also=("sliding_window_indices",))
+    m.accept("sliding_layers", layers, because, also=("sliding_window_indices",), config=True)
 
 
 def _indices(given: Value, layers: Value, there: bool) -> Value:
@@ -189,7 +189,8 @@ def _rotary(m: Measure) -> None:
         m.accept("rotary", int(share * size), "rotary_percentage x head_dim, rounded down as litgpt does")
     local = _field(m, "rope_local_theta", "rope_local_base_freq", 0.0, float)
     given, because = _raw(m, "rope_indices")
-    m.accept("rope_local_layers", _indices(given, m["layers"], bool(local)), because, also=("rope_indices",))
+    layers = _indices(given, m["layers"], bool(local))
+    m.accept("rope_local_layers", layers, because, also=("rope_indices",), config=True)
     condense = _field(m, "rope_condense_ratio", "rope_condense_ratio", 1.0, float)
     given, because = _raw(m, "rope_adjustments")
     table = given if isinstance(given, dict) else {}

@@ -23,6 +23,10 @@ _UNSERVED = {
     "scale_fc": "norms inside the blocks",
     "scale_heads": "a factor on every head",
 }
+_SCALE = (
+    "true for every released OPT, whose embedding is taken as it stands; fairseq's default multiplies it by the root \
+of its width (false)"
+)
 
 
 def detect(inv: Inventory) -> list[str]:
@@ -120,8 +124,10 @@ def _has(m: Measure, name: str, tensor: str) -> bool:
 
 def _refuse(m: Measure, where: str) -> None:
     """Options whose effect OPTForCausalLM does not compute."""
-    plain = (True, "every released OPT; fairseq's own default is false")
-    scaled = m.set("no_scale_embedding", kind=boolean, file=(f"{where}.no_scale_embedding",), default=plain) is False
+    named = (f"{where}.no_scale_embedding",)
+    silent = (False, f"{where} does not say it, and the trainers' own default is false")
+    default = silent if isinstance(lookup(m.inventory.extras, where), dict) else None
+    scaled = m.set("no_scale_embedding", kind=boolean, file=named, default=default, ask=_SCALE) is False
     if scaled:
         m.problem(
             "the embedding is multiplied by the root of its width (no_scale_embedding is false), not in OPT's class",

@@ -17,7 +17,7 @@ from .base import Arch, Inventory, Match
 from .guard import blamed, guarded
 from .refused import refuse
 
-_NOT_FAMILIES = {"__init__", "base", "given", "guard", "refused", "registry"}
+_NOT_FAMILIES = {"__init__", "base", "given", "guard", "refused", "registry", "settings"}
 GROUP = "mdl.archs"
 
 

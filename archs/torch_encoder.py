@@ -14,6 +14,11 @@ from .nanogpt import head_count, hf_config
 
 _FIRST = ".0.self_attn.in_proj_weight"
 _REQUIRED = ("self_attn.out_proj.weight", "linear1.weight", "linear2.weight", "norm1.weight", "norm2.weight")
+_HEADS = frozenset(
+    {"lm_head", "head", "fc_out", "output", "output_layer", "output_projection", "out_proj", "to_logits", "unembed"}
+    | {"unembedding", "logits", "generator"}
+)
+"""What nobody calls an embedding."""
 _SCALED = "multiply the embedding's table by C**0.5, give the head the old one as a weight of its own, and pass \
 --set embedding_scale=none"
 
@@ -67,23 +72,39 @@ def _around(m: Measure, blocks: str, width: int) -> None:
         )
     positions = _positions(m, rest, tables, width)
     others = [name for name in tables if name != positions]
-    ask = (
-        "no tensor outside the layers is [V, C]"
-        if not others
-        else "which tensor is the embedding's: the names don't tell"
-    )
-    first = (
-        (others[0], f"the first [V, C] of {', '.join(others)}, in the file's order") if 0 < len(others) < 3 else None
-    )
-    embedding = m.set("embedding", kind=str, default=first, ask=ask)
+    embedding = _embedding(m, others)
     head = next((name for name in others if name != embedding), "lm_head.weight")
     m.set("head", kind=str, default=(head, f"the other of {', '.join(others)}" if len(others) > 1 else "there is none"))
-    vocab = (rest.get(str(embedding)) or (None,))[0]
-    m.set("vocab", shape=(vocab, f"rows of {embedding}"), ask="there is no embedding")
+    if embedding is None:
+        m.unsettled("vocab")
+    else:
+        vocab = (rest.get(str(embedding)) or (None,))[0]
+        m.set("vocab", shape=(vocab, f"rows of {embedding}"), ask=f"there is no tensor {embedding}")
     _last_norm(m, rest, width)
     masks = [name for name, shape in rest.items() if _square(shape, m["context"]) and name not in (*tables, positions)]
     m.set("masked", kind=boolean, shape=(len(masks) == 1, f"square: {', '.join(masks) or 'none'}"))
     m.set("mask", kind=str, default=(masks[0] if masks else "", "a buffer as large as the context on both sides"))
+
+
+def _embedding(m: Measure, tables: list[str]) -> Value:
+    """Which of the tables [V, C] is the embedding. Of two that differ, only a name can tell: never their order."""
+    if not tables:
+        return m.set("embedding", kind=str, ask="no tensor outside the layers is [V, C]")
+    known = None
+    named = [name for name in tables if name.removesuffix(".weight").rpartition(".")[2] in _HEADS]
+    if len(tables) == 1:
+        known = (tables[0], "the one [V, C] outside the layers")
+    elif len(tables) == 2 and len({_storage(m.inventory, name) for name in tables}) == 1:
+        known = (tables[0], f"{' and '.join(tables)} are one tensor")
+    elif len(tables) == 2 and len(named) == 1:
+        known = (next(n for n in tables if n not in named), f"of two [V, C], {named[0]} has the name of a head")
+    ask = f"which of {', '.join(tables)} is the embedding's? The shapes don't tell it from the head's"
+    return m.set("embedding", kind=str, default=known, ask=ask)
+
+
+def _storage(inv: Inventory, name: str) -> object:
+    one = inv.tensors[name][0]
+    return one.storage, one.offset, one.shape, one.stride
 
 
 def _positions(m: Measure, rest: dict[str, Shape], tables: list[str], width: int) -> str:

@@ -12,13 +12,14 @@ from ..errors import Kind, MdlError, Problem
 from .plain import TooLargeError, plain
 from .strict_json import read_json
 
+_ADAPTER = "adapter_config.json"
 _SETTINGS = (
     "params.json",
     "config.json",
     "meta.json",
     "model_args.json",
     "generation_config.json",
-    "adapter_config.json",
+    _ADAPTER,
 )
 _SETTINGS_YAML = ("model_config.yaml", "hparams.yaml", "config.yaml")
 _FROM_TRANSFORMERS = ("config.json", "generation_config.json")
@@ -37,22 +38,43 @@ def find_sidecars(folder: Path, weights: str) -> dict[str, Any]:
     ``meta_000123.json`` belongs to ``model_000123.pt`` and is found as ``meta``. Raises MdlError (INPUT) with every
     file that can't be parsed.
     """
-    files = [folder / name for name in _SETTINGS if (folder / name).is_file()]
+    found, problems, _ = _parsed(folder, weights)
+    if problems:
+        raise MdlError(Kind.INPUT, problems)
+    return found
+
+
+def find_above(folder: Path, remarks: list[str]) -> dict[str, Any]:
+    """Settings in the folder above one that holds weights alone, where trainers put them; ``remarks`` says which files
+    were read, and which could not be.
+
+    That folder may hold other things as well: no file in it stops anything, and an adapter's is of another.
+    """
+    found, problems, files = _parsed(folder, "", without=_ADAPTER)
+    if files:
+        remarks.append(f"settings are from the folder above: {', '.join(files)} in {folder.name}")
+    remarks += [f"not read, in the folder above ({folder.name}): {problem.what}" for problem in problems]
+    return found
+
+
+def _parsed(folder: Path, weights: str, without: str = "") -> tuple[dict[str, Any], list[Problem], list[str]]:
+    """The settings in a folder, what is wrong with those that can't be read, and the names of those that were."""
+    files = [folder / name for name in _SETTINGS if name != without and (folder / name).is_file()]
     step = _STEP.fullmatch(weights)
     if step and (folder / f"meta_{step[1]}.json").is_file():
         files.insert(0, folder / f"meta_{step[1]}.json")
     files += [folder / name for name in _SETTINGS_YAML if (folder / name).is_file()]
     found: dict[str, Any] = {}
     problems: list[Problem] = []
+    read: list[str] = []
     for file in files:
         stem = "meta" if file.name.startswith("meta_") else file.stem
         try:
             found[file.name if stem in found else stem] = parse_settings(file)
+            read.append(file.name)
         except (ValueError, OSError) as error:
             problems.append(Problem(f"{file.name} can't be parsed ({error})", str(file), "mend or remove it"))
-    if problems:
-        raise MdlError(Kind.INPUT, problems)
-    return found
+    return found, problems, read
 
 
 def find_configs(folder: Path) -> dict[str, Any]:

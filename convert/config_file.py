@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ..archs.base import Inventory
+from ..archs.base import Dim, Inventory
 from ..archs.given import ConfigFile, Given
-from ..errors import usage_error
+from ..errors import Kind, MdlError, Problem, usage_error
 from .beside import parse_settings
 
 _DO = "give a .json, .yaml or .yml file that holds one table of names and values"
@@ -36,6 +36,42 @@ def with_remark(inventory: Inventory, given: Given) -> Inventory:
         return inventory
     remark = f"{given.file.name} (--config) also has what this family does not read: {_listed(unused)}"
     return replace(inventory, remarks=(*inventory.remarks, remark))
+
+
+def refuse_unread(given: Given) -> None:
+    """Raise MdlError (INPUT) with every setting of the file that changes what the model computes, but that the family
+    has no place for: it would serve another model than the file describes."""
+    problems = [
+        Problem(
+            f"{key} in {given.file.name} (--config) is {value!r}, which changes what the model computes,"
+            " and this family does not read it",
+            given.file.path,
+            "take it out of the file if the checkpoint was trained without it; else this family can't be it",
+        )
+        for key, value in given.changing().items()
+    ]
+    if problems:
+        raise MdlError(Kind.INPUT, problems)
+
+
+def told_tied(given: Given) -> Dim | None:
+    """Whether the head is the embedding, as the file says it. Raises MdlError (INPUT) where it says no such thing, or
+    two things."""
+    said = given.find("tied", ("tie_word_embeddings",))
+    problems = [
+        Problem(
+            f"{key} in {given.file.name} (--config) is {value!r}: not a value for tied", do="expected true or false"
+        )
+        for key, value in said.items()
+        if not isinstance(value, bool)
+    ]
+    if not problems and len({*said.values()}) > 1:
+        both = " and ".join(f"{value} by {key}" for key, value in said.items())
+        problems = [Problem(f"tied is {both} in {given.file.name} (--config)", do="leave one of them")]
+    if problems:
+        raise MdlError(Kind.INPUT, problems)
+    key = next(iter(said), None)
+    return None if key is None else Dim(said[key], "user", f"{key} in {given.file.name} (--config)")
 
 
 def _listed(keys: Sequence[str], most: int = 100) -> str:

@@ -79,6 +79,7 @@ def take_inventory(ckpt: Checkpoint, *, weights: str | None = None) -> Inventory
         files=ckpt.files,
         parts=len({cell.place for cell in ckpt.cells}) or 1,
         experts=experts_of(ckpt.cells) if ckpt.cells else 1,
+        remarks=ckpt.remarks,
     )
     return folded(inventory)
 

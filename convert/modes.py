@@ -85,6 +85,7 @@ def _disk_rate(prepared: Prepared, out: Path, *, sync: bool) -> float:
     prepared.plan.refuse()
     above = next((one for one in out.absolute().parents if one.is_dir()), Path("/"))
     try:
-        return copy_rate(Path(prepared.inventory.files[0]), above / out.name, sync=sync)
+        largest = max(map(Path, prepared.inventory.files), key=lambda file: file.stat().st_size)
+        return copy_rate(largest, above / out.name, sync=sync)
     except OSError as error:
         raise os_problem(error, out) from error

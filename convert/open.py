@@ -11,7 +11,7 @@ from typing import Any
 from ..archs.refused import refuse_folder
 from ..errors import Kind, MdlError, Problem, input_error
 from . import dcp, zero3
-from .beside import find_arguments, find_configs, find_sidecars, find_tokenizers
+from .beside import find_above, find_arguments, find_configs, find_sidecars, find_tokenizers
 from .deepspeed import optimizer_states
 from .grid import Cell, Grid, find_grid, latest, taken_apart
 from .legacy import read_legacy
@@ -40,7 +40,7 @@ class Checkpoint:
     not empty, one for each cell, which says of which rank and which part of the layers it is. ``sidecars`` maps
     the stem of a settings file beside the weights (``params``, ``config``, ``meta``) to its parsed content;
     ``metadata`` is what safetensors headers carry beside the tensors. ``tokenizers`` lists files beside the weights
-    that look like a tokenizer. All paths are absolute.
+    that look like a tokenizer. All paths are absolute. ``remarks`` is what plans and reports say too.
     """
 
     path: str
@@ -51,6 +51,7 @@ class Checkpoint:
     tokenizers: tuple[str, ...] = ()
     metadata: dict[str, str] = field(default_factory=dict[str, str])
     notes: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
     cells: tuple[Cell, ...] = ()
 
 
@@ -99,7 +100,8 @@ def _open(path: Path) -> Checkpoint:
     if group.index is not None and len(read) == 1:
         check_index(group.index, group.weight_map, {name: [group.files[0].name] for name in read[0]})
     trees, cells = taken_apart(trees, group.grid) if group.grid else (trees, ())
-    sidecars, tokenizers = _beside(group, notes)
+    remarks: list[str] = []
+    sidecars, tokenizers = _beside(group, remarks)
     return Checkpoint(
         path=_absolute(path),
         format=formats.pop(),
@@ -109,6 +111,7 @@ def _open(path: Path) -> Checkpoint:
         tokenizers=tokenizers,
         metadata=metadata,
         notes=tuple(notes),
+        remarks=tuple(remarks),
         cells=cells,
     )
 
@@ -117,7 +120,7 @@ def _read_parted(group: _Group, notes: list[str]) -> tuple[Any, tuple[Path, ...]
     """The tree of a checkpoint whose files hold parts of weights, or one weight each; and its files."""
 
     def read(path: Path) -> Any:
-        return _read(path, set(), {}, [])
+        return _read(path, set(), {}, notes)
 
     if group.parted == dcp.FORMAT:
         return dcp.read_dcp(group.files[0], notes)
@@ -139,12 +142,14 @@ def _group_of(path: Path, notes: list[str]) -> _Group:
     grid = find_grid(path)
     if grid is None:
         return _group_of_folder(path, notes) if path.is_dir() else _group_of_file(path, notes)
-    if path != grid.folder:
+    if path == grid.folder:
+        _alone(_Group(grid.name, ()), _others(path), path)
+    else:
         notes.append(f"{path.name} is a part of {grid.name}: all of its {len(grid.cells)} files were read")
     return _Group(grid.name, tuple(cell.file for cell in grid.cells), ranks=True, grid=grid)
 
 
-def _beside(group: _Group, notes: list[str]) -> tuple[dict[str, Any], tuple[str, ...]]:
+def _beside(group: _Group, remarks: list[str]) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Settings and tokenizers beside the weights; around a folder of torch.distributed.checkpoint, whose files are all
     its own, trainers put them into the folder above."""
     folder = group.grid.folder if group.grid else group.files[0].parent
@@ -152,10 +157,9 @@ def _beside(group: _Group, notes: list[str]) -> tuple[dict[str, Any], tuple[str,
     if _in_steps(group):
         sidecars |= find_configs(folder)
     if _in_steps(group) and group.grid:
-        sidecars |= find_arguments(folder, lambda file: _read(file, set(), {}, []), notes)
+        sidecars |= find_arguments(folder, lambda file: _read(file, set(), {}, []), remarks)
     above = Path(_absolute(folder)).parent
-    if group.parted == dcp.FORMAT and not sidecars and (sidecars := find_sidecars(above, "")):
-        notes.append(f"settings are from the folder above: {', '.join(sorted(sidecars))} in {above.name}")
+    if group.parted == dcp.FORMAT and not sidecars and (sidecars := find_above(above, remarks)):
         tokenizers = tokenizers or find_tokenizers(above)
     return sidecars, tokenizers
 
@@ -223,6 +227,8 @@ def _group_of_file(path: Path, notes: list[str]) -> _Group:
     if path.name == dcp.NAME or path.suffix == dcp.SUFFIX:
         group = _distributed(path.parent)
         notes.append(f"{path.name} is one of the files of a {dcp.FORMAT} folder: all of them were read")
+    elif zero3.is_part(path.name) and (parted := zero3.zero3_files([file.name for file in siblings], path.parent)):
+        group = _Group(zero3.FORMAT, tuple(parted), parted=zero3.FORMAT)
     elif RANK.fullmatch(path.name):
         group = _ranked([file for file in siblings if RANK.fullmatch(file.name)])
     elif shard:
@@ -249,10 +255,8 @@ def _group_of_folder(path: Path, notes: list[str]) -> _Group:
     distributed = pieces or any(file.name == dcp.NAME for file in files)
     if distributed:
         files = [file for file in files if file not in pieces and file.name not in dcp.BESIDE]
-    if parted := zero3.zero3_files([file.name for file in files], path):
-        return _Group(zero3.FORMAT, tuple(parted), parted=zero3.FORMAT)
-    if universal := zero3.universal_files(path):
-        return _Group(zero3.UNIVERSAL, tuple(universal), parted=zero3.UNIVERSAL)
+    if dealt := _dealt(path, [file.name for file in files]):
+        return _alone(dealt, _others(path), path)
     beside = [file.name for file in files if file.suffix in _STATE_SUFFIXES and _NOT_WEIGHTS.match(file.name)]
     beside += optimizer_states([file.name for file in files], str(path))
     beside += [file.name for file in files if file.name == "train.pt" and path / "model.pt" in files]  # OLMo's trainer
@@ -262,11 +266,7 @@ def _group_of_folder(path: Path, notes: list[str]) -> _Group:
     if len(groups) == 1:
         return groups[0]
     if groups:
-        raise input_error(
-            f"this folder holds several checkpoints: {', '.join(group.name for group in groups)}",
-            str(path),
-            "give the one you mean by its file name",
-        )
+        _alone(groups[0], groups[1:], path)
     refuse_folder((entry.name for entry in path.iterdir()), str(path))
     below = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
     inner = [name for name in below if (path / name / dcp.NAME).is_file() and not _NOT_WEIGHTS.match(name)]
@@ -275,6 +275,41 @@ def _group_of_folder(path: Path, notes: list[str]) -> _Group:
         return _distributed(path / inner[0])
     hint = f"; it has the folders {', '.join(below[:8])}" if below else ""
     raise input_error(f"this folder holds no checkpoint{hint}", str(path), "give the file or folder with the weights")
+
+
+def _dealt(folder: Path, names: list[str]) -> _Group | None:
+    """What DeepSpeed dealt out to processes; the universal form first, beside which it keeps files of stage 3."""
+    universal = zero3.universal_files(folder)
+    if universal and not any(name.endswith("optim_states.pt") for name in names):
+        return _Group("zero", tuple(universal), parted=zero3.UNIVERSAL)
+    if parted := zero3.zero3_files(names, folder):
+        if universal:
+            _alone(_Group("zero", ()), [_Group(parted[0].name, ())], folder)
+        return _Group(parted[0].name, tuple(parted), parted=zero3.FORMAT)
+    return _Group("zero", tuple(universal), parted=zero3.UNIVERSAL) if universal else None
+
+
+def _others(folder: Path) -> list[_Group]:
+    """Checkpoints beside one that is in parts, whose trainers name what they put beside it ``…_states.pt``."""
+    files = sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
+    pieces = (folder / dcp.NAME).is_file()
+    mine = [
+        file
+        for file in files
+        if not file.name.endswith("_states.pt")
+        and not (pieces and (file.suffix == dcp.SUFFIX or file.name in dcp.BESIDE))
+        and not _NOT_WEIGHTS.match(file.name)
+    ]
+    return _gather(mine) + ([_distributed(folder)] if pieces else [])
+
+
+def _alone(group: _Group, others: list[_Group], folder: Path) -> _Group:
+    """The group. Raises MdlError (INPUT) if there are others in its folder."""
+    if others:
+        names = ", ".join(one.name for one in (group, *others))
+        do = "give the one you mean by its file name"
+        raise input_error(f"this folder holds several checkpoints: {names}", str(folder), do)
+    return group
 
 
 def _distributed(folder: Path) -> _Group:

@@ -14,7 +14,7 @@ from ..archs.registry import detect, evidence, load_arch, mapping_path
 from ..errors import input_error, usage_error
 from ..mappings.expand import Expanded, expand, names_target
 from ..mappings.parse import Mapping, load_mapping
-from .config_file import with_extras, with_remark
+from .config_file import refuse_unread, told_tied, with_extras, with_remark
 from .expected import expected_target, expected_tensors
 from .inventory import take_inventory, with_prefix_of
 from .merge import refuse_tied, with_adapter
@@ -90,8 +90,9 @@ def recognise(path: Path, options: Options | None = None) -> Recognised:
     if config:
         config.forget()
     dims = _measured(match.arch, Measure(inventory, given, config))
-    told = _said_tied(tied) or (_told_tied(config) if config else None)
+    told = _said_tied(tied) or (told_tied(config) if config else None)
     if config:
+        refuse_unread(config)
         inventory = with_remark(inventory, config)
     target = expected_target(match.arch.hf_config(dims)) if names_target(mapping) else None
     if target:
@@ -139,13 +140,6 @@ def _match(inventory: Inventory, name: str | None) -> Match:
     if not arch.file:  # a user's own family may well be one that mdl's can't be
         refuse(inventory)
     return Match(arch, evidence(arch, inventory) or (f"--arch {name} says so",))
-
-
-def _told_tied(config: Given) -> Dim | None:
-    for key, value in config.find("tied").items():
-        if isinstance(value, bool):
-            return Dim(value, "user", f"{key} in {config.file.name} (--config)")
-    return None
 
 
 def _said_tied(given: str | None) -> Dim | None:

@@ -5,9 +5,10 @@ Nothing here looks at the layout: a truth that was derived from what it judges w
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -46,14 +47,14 @@ class Truth:
 
 def split_at(text: str, specials: Iterable[str]) -> list[str]:
     """The special tokens in a text and what stands between them; of two that begin at one place, the longer one."""
-    present = [token for token in specials if token in text]
-    parts: list[str] = []
-    at = 0
-    while places := [(start, -len(token)) for token in present if (start := text.find(token, at)) >= 0]:
-        start, length = min(places)
-        parts += [text[at:start], text[start : start - length]]
-        at = start - length
-    return [part for part in (*parts, text[at:]) if part]
+    known = tuple(specials)
+    return [part for part in _cutter(known).split(text) if part] if known else [text] * bool(text)
+
+
+@lru_cache(maxsize=8)
+def _cutter(specials: tuple[str, ...]) -> re.Pattern[str]:
+    """What finds the tokens, the longer ones first: tekken has 1,000, and each is looked for in every text."""
+    return re.compile(f"({'|'.join(re.escape(token) for token in sorted(specials, key=len, reverse=True) if token)})")
 
 
 def find_truth(source: str | Path, rows: int) -> Truth | None:

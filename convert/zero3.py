@@ -24,6 +24,7 @@ UNIVERSAL = "DeepSpeed universal"
 
 _MODEL = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_model_states\.pt")
 _STATE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
+_WHOLE = re.compile(r"mp_rank_(\d+)_model_states\.pt")
 _GATHER = "gather the weights with the script that DeepSpeed put into the folder above: python zero_to_fp32.py . OUT"
 _AGAIN = "copy the folder again, all of its files"
 
@@ -49,6 +50,11 @@ def zero3_files(names: Sequence[str], folder: Path) -> list[Path]:
                 f"{what}: every rank holds a part of each weight in its optim_states", str(folder), _AGAIN
             )
     return [folder / held[key] for held in (model, state) for key in sorted(held)]
+
+
+def is_part(name: str) -> bool:
+    """Whether a file is named as those of stage 3 with the model's description, of which each rank writes one."""
+    return _MODEL.fullmatch(name) is not None
 
 
 def _ranked(pattern: re.Pattern[str], names: Sequence[str]) -> dict[tuple[int, int], str]:
@@ -192,29 +198,70 @@ def _module(head: dict[str, Any], made: Mapping[str, TensorInfo], path: Path) ->
 
 
 def universal_files(folder: Path) -> list[Path]:
-    """The files with the float32 values of the universal form, each in a folder of its parameter's name; none if this
-    is none.
+    """The files with the float32 values of the universal form, each in a folder of its parameter's name, and behind
+    them those with the model's description that its converter copies beside; none if this is none.
 
     Raises MdlError (INPUT) for a parameter whose values are missing.
     """
-    below = folder / "zero" if (folder / "zero").is_dir() else folder
+    below = folder / "zero" if (folder / "zero").is_dir() else Path(os.path.abspath(folder))  # noqa: PTH100 - as above
     if below.name != "zero" or not any(below.glob("*/fp32.pt")):
         return []
     made = [path / "fp32.pt" for path in sorted(below.iterdir()) if path.is_dir()]
     if missing := [file.parent.name for file in made if not file.is_file()]:
         what = f"there is no fp32.pt for {', '.join(missing[:5])}{' …' if len(missing) > 5 else ''}"
         raise input_error(what, str(below), _AGAIN)
-    return made
+    return made + sorted(path for path in below.parent.glob("*model_states.pt") if _is_description(path.name))
+
+
+def _is_description(name: str) -> bool:
+    return bool(_MODEL.fullmatch(name) or _WHOLE.fullmatch(name))
 
 
 def read_universal(files: Sequence[Path], read: Read, notes: list[str]) -> dict[str, Any]:
     """The weights, by name. Raises MdlError (INPUT) with the file that is not of that form."""
     weights: dict[str, Any] = {}
-    for path in files:
+    described = [path for path in files if _is_description(path.name)]
+    for path in (path for path in files if path not in described):
         found = read(path)
         value = found.get("param") if isinstance(found, dict) else found
         if not isinstance(value, TensorInfo):
             raise input_error("this file holds no tensor under 'param'", str(path), _AGAIN)
         weights[path.parent.name] = value
     notes.append("the weights are the float32 values of a universal checkpoint; moments were not opened")
-    return {"module": weights}
+    if not described:
+        notes.append("no *_model_states.pt lies beside zero: what was not trained, or is a buffer, would be there")
+        return {"module": weights}
+    return {"module": weights | _untrained(weights, described, [_table(read(path), path) for path in described])}
+
+
+def _untrained(weights: Mapping[str, Any], files: Sequence[Path], trees: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the optimizer had no values of: frozen parameters and buffers.
+
+    Raises MdlError (INPUT) where one is in parts, or a parameter is nowhere.
+    """
+    head, path = trees[0], files[0]
+    frozen = {n: s for n, s in _table(head.get("frozen_param_shapes") or {}, path).items() if n not in weights}
+    parts, module = [_table(tree.get("frozen_param_fragments") or {}, path) for tree in trees], head.get("module")
+    found: dict[str, Any] = {}
+    if frozen and _WHOLE.fullmatch(path.name) and len(trees) == 1:
+        found = {name: parts[0].get(name) for name in frozen}
+        for name, value in found.items():
+            if not isinstance(value, TensorInfo) or value.shape != _shape(name, frozen[name], path):
+                raise input_error(f"frozen_param_fragments does not hold {name[:200]} whole", str(path), _GATHER)
+    elif frozen and all(_MODEL.fullmatch(file.name) for file in files):
+        found = _frozen([{**tree, "frozen_param_shapes": frozen} for tree in trees], path)
+    elif frozen:
+        what = f"{len(frozen)} frozen parameters ({', '.join(sorted(frozen)[:3])} …) are in parts of several ranks"
+        raise input_error(what, str(path), _GATHER)
+    shared = _table(head.get("shared_params") or {}, path)
+    groups = head.get("param_shapes") or []
+    listed = [n for one in (groups if isinstance(groups, list) else [groups]) for n in _table(one, path)]
+    if missing := [str(n) for n in listed if n not in weights and n not in found and n not in shared]:
+        what = f"param_shapes has {', '.join(missing[:5])}{' …' if len(missing) > 5 else ''}, and zero no folder for it"
+        raise input_error(what, str(path), _AGAIN)
+    if len(trees) == 1 or all(_MODEL.fullmatch(file.name) for file in files):  # of one whole model
+        names = head.get("buffer_names") or []
+        values = module if isinstance(module, dict) else {}
+        found |= {n: values[n] for n in names if isinstance(values.get(n), TensorInfo) and n not in weights}
+    known = {**weights, **found}
+    return found | {name: known[own] for name, own in shared.items() if own in known and name not in known}

@@ -71,11 +71,10 @@ def cut(made: make.State, ranks: int) -> list[make.State]:
     return parts
 
 
-def saved(path: Path, made: make.State, **changed: Any) -> Path:
-    """A checkpoint with its options as fairseq pickles them before it had cfg."""
-    return gpts.saved(
-        path, {"args": argparse.Namespace(**{**ARGS, **changed}), "model": made, "extra_state": {"epoch": 1}}
-    )
+def saved(path: Path, made: make.State, without: tuple[str, ...] = (), **changed: Any) -> Path:
+    """A checkpoint with its options as fairseq pickles them before it had cfg; ``without`` some of them."""
+    args = {name: value for name, value in {**ARGS, **changed}.items() if name not in without}
+    return gpts.saved(path, {"args": argparse.Namespace(**args), "model": made, "extra_state": {"epoch": 1}})
 
 
 def opt_of(made: make.State) -> make.State:

@@ -24,6 +24,7 @@ from mdl.validate.facts import trusted
 from mdl.validate.verify import Settings
 
 from . import checkpoints as make
+from . import checkpoints_olmo as olmo
 
 
 @pytest.fixture
@@ -113,6 +114,84 @@ def test_what_nobody_reads_is_listed(bare: Path, tmp_path: Path) -> None:
     assert remark.startswith("a.json (--config) also has what this family does not read: ")
     assert remark.endswith("dropout, optimizer.norm_eps, optimizer.lr")
     assert prepared.dims["norm_eps"] == 1e-5  # an optimizer's is none of the model's
+
+
+@pytest.mark.parametrize(
+    ("values", "key"),
+    [
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling.rope_type"),
+        ({"model": {"rope_scaling": {"type": "linear", "factor": 2}}}, "model.rope_scaling.factor"),
+        ({"rope_parameters": {"rope_type": "default", "factor": 2.0}}, "rope_parameters.factor"),
+        ({"sliding_window": 4096}, "sliding_window"),
+        ({"text_config": {"attention_bias": True}}, "text_config.attention_bias"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ({"num_local_experts": 8}, "num_local_experts"),
+        ({"logits_scaling": 8.0}, "logits_scaling"),
+    ],
+)
+def test_what_changes_the_model_and_nobody_reads_is_refused(
+    values: dict[str, Any], key: str, bare: Path, tmp_path: Path
+) -> None:
+    words = refusals(bare, written(tmp_path / "a.json", {"n_head": 4, "activation": "gelu", **values}))
+    assert f"{key} in a.json (--config) is " in words
+    assert "changes what the model computes" in words
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"rope_scaling": None, "sliding_window": None, "attention_bias": False, "num_experts": 0},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "layer_types": ["full_attention"] * 2},
+        {"sliding_window": 131072, "use_sliding_window": False},
+        {"vision_config": {"attention_bias": True}, "optimizer": {"sliding_window": 8}},
+        {"logits_scaling": 1.0, "attn_logit_softcapping": 0.0, "scale_attn_weights": True},
+    ],
+)
+def test_what_changes_nothing_is_only_listed(values: dict[str, Any], bare: Path, tmp_path: Path) -> None:
+    prepared = with_file(bare, written(tmp_path / "a.json", {"n_head": 4, "activation": "gelu", **values}))
+    assert all(key in prepared.inventory.remarks[0] for key in values)
+
+
+@pytest.mark.parametrize("name", ["config.json", "rope.json"])
+@pytest.mark.parametrize("table", ["rope_scaling", "rope_parameters"])
+def test_hugging_faces_rotary_tables_are_the_family_s_own_dims(table: str, name: str, tmp_path: Path) -> None:
+    """Meta's params.json says use_scaled_rope at most; its factors are in Hugging Face's config.json."""
+    state = make.llama_state()
+    folder = make.meta(tmp_path / "there", state, make.params(state))
+    rope = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 2.0}
+    file = written(tmp_path / name, {table: {**rope, "original_max_position_embeddings": 4096}})
+    prepared = prepare(folder, Options(config=read_config_file(file)))
+
+    said = {**rope, "original_max_position_embeddings": 4096, "rope_theta": prepared.dims["rope_theta"]}
+    assert prepared.config["rope_parameters"] == said
+    assert prepared.dims.entries["rope_factor"] == Dim(32.0, "user", f"{table}.factor in {name} (--config)")
+    plain = written(tmp_path / "plain.json", {table: {"rope_type": "default"}})
+    assert prepare(folder, Options(config=read_config_file(plain))).dims["rope_scaling"] == "none"
+    yarn = written(tmp_path / "yarn.json", {table: {"rope_type": "yarn", "factor": 4.0}})
+    with pytest.raises(MdlError, match="rope_scaling is 'yarn'"):
+        prepare(folder, Options(config=read_config_file(yarn)))
+
+
+def test_what_was_worked_out_is_no_setting(tmp_path: Path) -> None:
+    """A bare key of the same name in a file, such as the target of a build, replaces no choice of a family's."""
+    folder = olmo.old(tmp_path / "step10-unsharded", "olmo2")
+    values = {"target": "Nonsense", "norms_before": True, "norms_after": False}
+    prepared = prepare(folder, Options(config=read_config_file(written(tmp_path / "a.json", values))))
+    assert dict(prepared.dims) == dict(prepare(folder).dims)
+    assert all(key in prepared.inventory.remarks[0] for key in values)
+
+
+@pytest.mark.parametrize("said", ["yes", 1, [True]])
+def test_whether_the_head_is_the_embedding_is_true_or_false(said: Any, bare: Path, tmp_path: Path) -> None:
+    words = refusals(bare, written(tmp_path / "a.json", {"n_head": 4, "activation": "gelu", "tied": said}))
+    assert f"tied in a.json (--config) is {said!r}: not a value for tied expected true or false" in words
+
+
+def test_whether_the_head_is_the_embedding_is_said_once(bare: Path, tmp_path: Path) -> None:
+    values = {"n_head": 4, "activation": "gelu", "tied": True, "model": {"tie_word_embeddings": False}}
+    words = refusals(bare, written(tmp_path / "a.json", values))
+    assert "tied is True by tied and False by model.tie_word_embeddings in a.json (--config)" in words
 
 
 def test_params_json_elsewhere_is_as_if_it_lay_beside(tmp_path: Path) -> None:

@@ -253,6 +253,25 @@ def test_the_folder_around_one_gives_its_settings(tmp_path: Path) -> None:
     assert "it has the folders more, optimizer_0, weights_0" in refusal(above)
 
 
+def test_the_folder_above_stops_nothing_and_is_named(tmp_path: Path) -> None:
+    """It may hold a broken file, or what belongs to something else in it; what is read from there is said."""
+    above = tmp_path / "run"
+    saved({"model": {"a.w": torch.ones(2)}}, above / "weights")
+    (above / "config.yaml").write_text("a: [")
+    (above / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    found = inventory(above / "weights")
+    assert found.extras == {}
+    (remark,) = found.remarks
+    assert remark.startswith("not read, in the folder above (run): config.yaml can't be parsed")
+
+    (above / "params.json").write_text('{"dim": 2}')
+    found = inventory(above / "weights")
+    assert found.extras == {"params": {"dim": 2}}
+    assert found.remarks[0] == "settings are from the folder above: params.json in run"
+    (above / "weights/config.yaml").write_text("a: [")
+    assert "config.yaml can't be parsed" in refusal(above / "weights")
+
+
 def test_a_half_copied_folder_says_what_is_missing(tmp_path: Path) -> None:
     folder = saved({"model": make.nanogpt_state()}, tmp_path / "x")
     data = (folder / "__0_0.distcp").read_bytes()

@@ -120,6 +120,10 @@ LAYOUTS: dict[str, list[list[str]]] = {
     ],
     "adapter": [
         ["base_model.model.score.modules_to_save.weight", "base_model.model.prompt_encoder.default.embedding.weight"],
+        [_HELD + "ia3_l"],
+        [_HELD + "hada_w1_a", _HELD + "hada_w1_b"],
+        [_HELD + "lokr_w1", _HELD + "lokr_w2"],
+        [_HELD + "vera_lambda_b", _HELD + "vera_lambda_d"],
     ],
 }  # fmt: skip
 
@@ -211,6 +215,11 @@ def test_an_adapter_is_never_left_out_in_silence(tmp_path: Path) -> None:
         prepare(tmp_path)
     with pytest.raises(MdlError, match=r"by adapter_config\.peft_type.*a folder of its own"):
         prepare(tmp_path / "ckpt.pt")
+
+
+def test_a_model_of_ones_own_may_have_a_base_model_in_it() -> None:
+    names = ["base_model.model.embed.weight", "base_model.model.layers.0.weight", "head.weight"]
+    assert not kinds(Inventory("x", dict.fromkeys(names, ())))
 
 
 def test_several_reasons_are_told_together(tmp_path: Path) -> None:

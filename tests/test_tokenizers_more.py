@@ -385,3 +385,10 @@ def test_a_ready_file_goes_before_what_it_was_made_from(ranks: dict[bytes, int],
     for name in ("vocab.json", "merges.txt"):
         (tmp_path / name).write_text("{}")
     assert choose_tokenizer(open_checkpoint(checkpoint), None)[0] == str(tmp_path / "vocab.json")
+
+
+def test_special_tokens_are_cut_out_from_the_left_the_longest_first() -> None:
+    tokens = ("<a>", "<a>b", "[x]", "<", "a+")
+    assert tok_truth.split_at("<a>bc<a>[x]<a a+.[x", tokens) == ["<a>b", "c", "<a>", "[x]", "<", "a ", "a+", ".[x"]
+    assert tok_truth.split_at("abc", ()) == ["abc"]
+    assert tok_truth.split_at("", tokens) == []

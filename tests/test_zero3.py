@@ -154,3 +154,66 @@ def test_a_universal_checkpoint(tmp_path: Path) -> None:
     torch.save({"step": 1}, folder / "zero" / "one" / "fp32.pt")
     with pytest.raises(MdlError, match="no tensor under 'param'"):
         taken(folder)
+
+
+def test_what_universal_checkpoints_have_no_folders_for(tmp_path: Path) -> None:
+    """Frozen parameters and buffers are in the files that its converter copies beside: never missed in silence."""
+    folder = universal(Content({"a.weight": STATE["a.weight"]}), tmp_path / "step_universal")
+    assert any("no *_model_states.pt lies beside" in note for note in taken(folder).notes)
+    frozen, table = torch.randn(4, 5), torch.ones(3)
+    head = {
+        "module": {"a.weight": STATE["a.weight"], "f": frozen, "table": table},
+        "param_shapes": [{"a.weight": torch.Size([9, 11])}],
+        "frozen_param_shapes": {"f": frozen.shape},
+        "frozen_param_fragments": {"f": frozen},
+        "buffer_names": ["table"],
+        "shared_params": {"b.weight": "a.weight"},
+    }
+    torch.save(head, folder / "mp_rank_00_model_states.pt")
+    for given in (folder, folder / "zero"):
+        inventory = taken(given)
+        assert set(inventory.tensors) == {"a.weight", "b.weight", "f", "table"}
+        assert torch.equal(values(inventory, "f"), frozen)
+
+    torch.save({**head, "frozen_param_fragments": None}, folder / "mp_rank_00_model_states.pt")
+    with pytest.raises(MdlError, match="frozen_param_fragments does not hold f whole"):
+        taken(folder)
+    torch.save({**head, "param_shapes": [{"lost": torch.Size([2])}]}, folder / "mp_rank_00_model_states.pt")
+    with pytest.raises(MdlError, match="param_shapes has lost, and zero no folder for it"):
+        taken(folder)
+    (folder / "mp_rank_00_model_states.pt").unlink()
+    for rank in range(2):
+        dealt = {**head, "module": {"table": table}, "frozen_param_fragments": {"f": slice_of(frozen, rank, 2)}}
+        torch.save(dealt, folder / MODEL.format(rank))
+    assert torch.equal(values(taken(folder), "f"), frozen)
+
+
+def test_another_checkpoint_beside_is_asked_about(folder: Path, tmp_path: Path) -> None:
+    """What trainers put beside is passed by; two checkpoints in one folder are never chosen from in silence."""
+    for name in ("zero_to_fp32.py", "latest", "random_states_0.pkl", "training_args.bin", "scheduler.pt"):
+        (folder / name).write_bytes(b"x")
+    assert list(taken(folder).tensors) == list(STATE)
+    torch.save({"w": torch.ones(2)}, folder / "model.pt")
+    with pytest.raises(MdlError, match=r"several checkpoints: zero_pp_rank_0_mp_rank_00_model_states\.pt, model\.pt"):
+        taken(folder)
+    assert list(taken(folder / MODEL.format(0)).tensors) == list(STATE)
+    assert list(taken(folder / "model.pt").tensors) == ["w"]
+
+    form = universal(Content(STATE), tmp_path / "step_universal")
+    torch.save({"module": {}}, form / "mp_rank_00_model_states.pt")
+    assert set(taken(form).tensors) == set(STATE)
+    torch.save({"w": torch.ones(2)}, form / "pytorch_model.bin")
+    with pytest.raises(MdlError, match=r"several checkpoints: zero, pytorch_model\.bin"):
+        taken(form)
+    assert set(taken(form / "zero").tensors) == set(STATE)
+
+
+def test_rank_folders_beside_another_checkpoint(tmp_path: Path) -> None:
+    for rank in range(2):
+        (tmp_path / f"mp_rank_0{rank}").mkdir()
+        torch.save({"model": {"a": torch.ones(2)}}, tmp_path / f"mp_rank_0{rank}" / "model_optim_rng.pt")
+    assert taken(tmp_path).ranks == 2
+    torch.save({"w": torch.ones(2)}, tmp_path / "model.pt")
+    with pytest.raises(MdlError, match=r"several checkpoints: mp_rank_\*, model\.pt"):
+        taken(tmp_path)
+    assert taken(tmp_path / "mp_rank_00").ranks == 2

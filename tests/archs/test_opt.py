@@ -83,6 +83,10 @@ def test_gelu_is_another_function_in_each_trainer(tmp_path: Path) -> None:
 def test_what_the_class_does_not_compute_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MdlError, match=r"no_scale_embedding is false.*multiply embed_tokens\.weight"):
         prepare(saved(tmp_path / "x.pt", state(), no_scale_embedding=False))
+    silent = saved(tmp_path / "s.pt", state(), without=("no_scale_embedding",))
+    with pytest.raises(MdlError, match=r"multiplied by the root of its width \(no_scale_embedding is false\)"):
+        prepare(silent)  # fairseq's and metaseq's options have it false where a run did not set it
+    assert prepare(silent, Options(given={"no_scale_embedding": "true"})).dims["no_scale_embedding"] is True
     with pytest.raises(MdlError, match=r"args\.alibi is True: slopes"):
         prepare(saved(tmp_path / "x.pt", state(), alibi=True))
     made = {k: t for k, t in state().items() if "embed_positions" not in k}
@@ -95,7 +99,8 @@ def test_what_no_tensor_tells_is_asked_for(tmp_path: Path) -> None:
     with pytest.raises(MdlError, match=r"decoder_attention_heads of the options") as caught:
         prepare(bare)
     assert "no norm stands behind the last block" in str(caught.value)
-    given = {"heads": "2", "norm_before": "false"}
+    assert "pass --set no_scale_embedding=VALUE" in str(caught.value)
+    given = {"heads": "2", "norm_before": "false", "no_scale_embedding": "true"}
     assert prepare(bare, Options(given=given)).config["activation_function"] == "relu"
 
 

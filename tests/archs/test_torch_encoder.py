@@ -89,6 +89,25 @@ def test_names_that_shapes_do_not_tell_are_asked_for(tmp_path: Path) -> None:
         prepare(path, Options(given={**GIVEN, "positions": "pos"}))
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_order_of_a_file_tells_nothing(turned: bool, tmp_path: Path) -> None:
+    """An embedding and a head of its own are both [V, C]: only a head's name tells, or the user."""
+    state = model("stacked").state_dict()
+    order = sorted(state, key=lambda name: name != "lm_head.weight") if turned else list(state)
+    known = prepare(gpts.saved(tmp_path / "known.pt", {k: state[k] for k in order}), Options(given=GIVEN))
+    assert (known.dims["embedding"], known.dims["head"]) == ("token_embedding.weight", "lm_head.weight")
+
+    odd = {"token_embedding.weight": "a.weight", "lm_head.weight": "b.weight"}
+    path = gpts.saved(tmp_path / "odd.pt", {odd.get(k, k): state[k] for k in order})
+    with pytest.raises(MdlError, match=r"embedding is neither.*which of [ab]\.weight, [ab]\.weight is the embed") as e:
+        prepare(path, Options(given=GIVEN))
+    assert "pass --set embedding=VALUE" in str(e.value)
+    prepared = prepare(path, Options(given={**GIVEN, "embedding": "a.weight"}))
+    assert (prepared.dims["head"], prepared.dims["vocab"]) == ("b.weight", gpts.VOCAB)
+    with pytest.raises(MdlError, match=r"there is no tensor c\.weight"):
+        prepare(path, Options(given={**GIVEN, "embedding": "c.weight"}))
+
+
 def test_a_decoder_is_none(tmp_path: Path) -> None:
     class Decoder(nn.Module):
         def __init__(self) -> None:
