@@ -101,7 +101,7 @@ def _open(path: Path) -> Checkpoint:
         check_index(group.index, group.weight_map, {name: [group.files[0].name] for name in read[0]})
     trees, cells = taken_apart(trees, group.grid) if group.grid else (trees, ())
     remarks: list[str] = []
-    sidecars, tokenizers = _beside(group, remarks)
+    sidecars, tokenizers = _beside(group, notes, remarks)
     return Checkpoint(
         path=_absolute(path),
         format=formats.pop(),
@@ -149,17 +149,19 @@ def _group_of(path: Path, notes: list[str]) -> _Group:
     return _Group(grid.name, tuple(cell.file for cell in grid.cells), ranks=True, grid=grid)
 
 
-def _beside(group: _Group, remarks: list[str]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Settings and tokenizers beside the weights; around a folder of torch.distributed.checkpoint, whose files are all
-    its own, trainers put them into the folder above."""
+def _beside(group: _Group, notes: list[str], remarks: list[str]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Settings and tokenizers beside the weights; around a folder of torch.distributed.checkpoint or a universal one,
+    whose files are all its own, trainers put them into the folder above."""
     folder = group.grid.folder if group.grid else group.files[0].parent
+    if group.parted == zero3.UNIVERSAL:
+        folder = folder.parent.parent  # zero/PARAMETER/fp32.pt
     sidecars, tokenizers = find_sidecars(folder, group.files[0].stem), find_tokenizers(folder)
     if _in_steps(group):
         sidecars |= find_configs(folder)
     if _in_steps(group) and group.grid:
-        sidecars |= find_arguments(folder, lambda file: _read(file, set(), {}, []), remarks)
+        sidecars |= find_arguments(folder, lambda file: _read(file, set(), {}, []), notes)
     above = Path(_absolute(folder)).parent
-    if group.parted == dcp.FORMAT and not sidecars and (sidecars := find_above(above, remarks)):
+    if group.parted in (dcp.FORMAT, zero3.UNIVERSAL) and not sidecars and (sidecars := find_above(above, remarks)):
         tokenizers = tokenizers or find_tokenizers(above)
     return sidecars, tokenizers
 

@@ -217,3 +217,17 @@ def test_rank_folders_beside_another_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(MdlError, match=r"several checkpoints: mp_rank_\*, model\.pt"):
         taken(tmp_path)
     assert taken(tmp_path / "mp_rank_00").ranks == 2
+
+
+def test_settings_beside_a_universal_folder_and_above_it_are_found(tmp_path: Path) -> None:
+    content = Content({"a.weight": torch.ones(2, 3)})
+    for folder in (tmp_path / "beside", tmp_path / "run" / "above"):
+        folder.mkdir(parents=True)
+        universal(content, folder)
+    (tmp_path / "beside" / "config.json").write_text('{"here": 1}')
+    (tmp_path / "run" / "config.json").write_text('{"there": 2}')
+
+    assert take_inventory(open_checkpoint(tmp_path / "beside")).extras["config"] == {"here": 1}
+    above = take_inventory(open_checkpoint(tmp_path / "run" / "above"))
+    assert above.extras["config"] == {"there": 2}
+    assert any("folder above" in remark for remark in above.remarks)
