@@ -54,7 +54,7 @@ def test_the_folder_of_the_weights_alone_finds_the_settings_above_it(tmp_path: P
 
     assert whole.config == inner.config
     assert "the weights are those of the folder model_and_optim" in whole.inventory.notes
-    assert "settings are from the folder above: config in step10" in inner.inventory.notes
+    assert "settings are from the folder above: config.json in step10" in inner.inventory.remarks
     assert whole.config["layer_types"] == [f"{'full' if i in (3, 5) else 'sliding'}_attention" for i in range(6)]
     assert whole.config["sliding_window"] == 24
 
