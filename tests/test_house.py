@@ -18,6 +18,7 @@ ROOMS = ["errors", "mappings", "archs", "convert", "validate", "serve", "cli"]
 BESIDE = {
     "render": {"errors", "mappings"},
     "views": {"errors", "mappings", "archs", "convert", "validate", "render"},
+    "inspecting": {"errors", "mappings", "archs", "convert", "render"},
     "options": {"errors", "convert"},
     "verifying": {"errors", "convert", "validate", "program", "render", "views"},
     "program": {"errors", "render"},
