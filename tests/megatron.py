@@ -190,23 +190,23 @@ def grid(root: Path, row: str, ranks: int = 1, stages: int = 1, runs: int = 1, *
 
 def dist(root: Path, row: str, *, stacked: bool, **more: Any) -> Path:
     """A torch_dist folder: norms inside the matrices, layers one by one or stacked, the arguments in common.pt."""
+    common = {k: v for k, v in document(row, {}, **more).items() if k not in ("optimizer", "rng_state")}
+    return saved_dist(root, state(row, fused=True), common, LAYERS if stacked else 0)
+
+
+def saved_dist(root: Path, tensors: State, common: dict[str, Any], stack: int) -> Path:
+    """The folder of a run that saves with torch.distributed.checkpoint; ``stack`` layers become one tensor each."""
     from torch.distributed.checkpoint.state_dict_saver import save as save_dcp
 
-    tensors = state(row, fused=True)
-    if stacked:
-        layers = [name for name in tensors if name.startswith("decoder.layers.0.")]
-        for name in layers:
-            run = [tensors.pop(name.replace(".0.", f".{i}.", 1)) for i in range(LAYERS)]
-            tensors[name.replace(".0.", ".", 1)] = torch.stack(run)
+    for name in [name for name in tensors if stack and name.startswith("decoder.layers.0.")]:
+        run = [tensors.pop(name.replace(".0.", f".{i}.", 1)) for i in range(stack)]
+        tensors[name.replace(".0.", ".", 1)] = torch.stack(run)
     folder = root / "iter_0000005"
     folder.mkdir(parents=True)
     with warnings.catch_warnings():  # of saving without other processes, which is meant
         warnings.simplefilter("ignore")
         save_dcp(tensors, checkpoint_id=folder, no_dist=True)
-    save(
-        folder / "common.pt",
-        {k: v for k, v in document(row, {}, **more).items() if k not in ("optimizer", "rng_state")},
-    )
+    save(folder / "common.pt", common)
     (root / "latest_checkpointed_iteration.txt").write_text("5")
     return root
 

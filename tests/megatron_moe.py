@@ -7,7 +7,6 @@ Attention and norms are those of :mod:`.megatron`. Names, orders and cuts are th
 from __future__ import annotations
 
 import argparse
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -166,18 +165,5 @@ def _places(ranks: int, parts: int, *, whole: bool) -> list[tuple[int, int]]:
 
 def dist(root: Path, row: str, *, stacked: bool, norms: str = "dist", **more: Any) -> Path:
     """A torch_dist folder: a layer's experts in one tensor, layers one by one or stacked, arguments in common.pt."""
-    from torch.distributed.checkpoint.state_dict_saver import save as save_dcp
-
-    tensors = packed(state(row, norms), "stacked")
-    if stacked:
-        for name in [name for name in tensors if name.startswith("decoder.layers.0.")]:
-            run = [tensors.pop(name.replace(".0.", f".{i}.", 1)) for i in range(LAYERS)]
-            tensors[name.replace(".0.", ".", 1)] = torch.stack(run)
-    folder = root / "iter_0000005"
-    folder.mkdir(parents=True)
-    with warnings.catch_warnings():  # of saving without other processes, which is meant
-        warnings.simplefilter("ignore")
-        save_dcp(tensors, checkpoint_id=folder, no_dist=True)
-    megatron.save(folder / "common.pt", {"args": argparse.Namespace(**arguments(row, **more)), "iteration": 5})
-    (root / "latest_checkpointed_iteration.txt").write_text("5")
-    return root
+    common = {"args": argparse.Namespace(**arguments(row, **more)), "iteration": 5}
+    return megatron.saved_dist(root, packed(state(row, norms), "stacked"), common, LAYERS if stacked else 0)

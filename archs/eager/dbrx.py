@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..base import Value
 from .llama_meta import RMSNorm, attend
-from .olmoe import Stack
+from .olmoe import Mixture
 from .parts import Embedding, Linear, TiedHead, length_of, taken
 from .rotary import Rotary, rotary_table, rotate_halves
 
@@ -91,7 +91,7 @@ class Block(nn.Module):
             if around and not hasattr(self, around):
                 self.add_module(around, nn.Module())
             self.get_submodule(around).add_module(name, module)
-        self.ffn = Mixture(sizes)
+        self.ffn = Mixture(sizes, normalised=True)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Hidden states [B, T, C] and the rotary table [T, D/2] to hidden states."""
@@ -116,26 +116,3 @@ class Attention(nn.Module):
         fused = fused.clamp(-self.clip, self.clip) if self.clip else fused
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in fused.split(self.parts, dim=-1))
         return self.out_proj(attend(rotate_halves(q, cos, sin), rotate_halves(k, cos, sin), v))
-
-
-class Mixture(nn.Module):
-    """megablocks' dropless mixture: softmax over all experts, the greatest of them, normalised to a sum of one."""
-
-    def __init__(self, sizes: Sizes) -> None:
-        super().__init__()
-        self.count, self.chosen = sizes["experts"], sizes["experts_per_token"]
-        self.router, self.experts = nn.Module(), nn.Module()
-        self.router.layer = Linear(sizes["hidden"], self.count, bias=False)
-        self.experts.mlp = Stack(sizes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Hidden states [B, T, C] to the same shape."""
-        tokens = x.flatten(0, -2)
-        scores = self.router.get_submodule("layer")(tokens).softmax(dim=-1)
-        weights, experts = scores.topk(self.chosen, dim=-1)
-        weights = weights / weights.sum(dim=-1, keepdim=True)
-        mixed = torch.zeros_like(tokens)
-        for index in range(self.count):
-            rows, place = torch.where(experts == index)
-            mixed[rows] += weights[rows, place, None] * self.experts.get_submodule("mlp")(tokens[rows], index)
-        return mixed.view_as(x)

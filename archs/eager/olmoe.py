@@ -65,7 +65,7 @@ class Block(nn.Module):
         self.k_norm = RMSNorm(kv, eps)
         self.q_norm = RMSNorm(hidden, eps)
         self.attn_out = Linear(hidden, hidden, bias=False)
-        self.ffn = Mixture(sizes)
+        self.ffn = Mixture(sizes, normalised=False)
         self.attn_norm = RMSNorm(hidden, eps)
         self.ff_norm = RMSNorm(hidden, eps)
         self.att_proj = Linear(hidden, sum(self.parts), bias=False)
@@ -79,10 +79,14 @@ class Block(nn.Module):
 
 
 class Mixture(nn.Module):
-    """megablocks' dropless mixture: softmax over all experts, then the greatest of them, not normalised again."""
+    """megablocks' dropless mixture: softmax over all experts, then the greatest of them.
 
-    def __init__(self, sizes: Mapping[str, int]) -> None:
+    Their weights stay as they are, or, if ``normalised``, are divided by their sum.
+    """
+
+    def __init__(self, sizes: Mapping[str, int], *, normalised: bool) -> None:
         super().__init__()
+        self.normalised = normalised
         self.count, self.chosen = sizes["experts"], sizes["experts_per_token"]
         self.router, self.experts = nn.Module(), nn.Module()
         self.router.layer = Linear(sizes["hidden"], self.count, bias=False)
@@ -93,6 +97,8 @@ class Mixture(nn.Module):
         tokens = x.flatten(0, -2)
         scores = self.router.get_submodule("layer")(tokens).softmax(dim=-1)
         weights, experts = scores.topk(self.chosen, dim=-1)
+        if self.normalised:
+            weights = weights / weights.sum(dim=-1, keepdim=True)
         mixed = torch.zeros_like(tokens)
         for index in range(self.count):
             rows, place = torch.where(experts == index)
