@@ -16,13 +16,19 @@ from torch.overrides import TorchFunctionMode
 
 from ...errors import input_error
 from ..base import Dims
+from ..decoder.reading import checked, is_composed
 from ..huggingface import hf_config
 from ..targets import transformers_class
 
 
-def build(dims: Dims) -> HuggingFace:
-    """The module for one checkpoint, without weights until :meth:`HuggingFace.load_state_dict`."""
-    return HuggingFace(hf_config(dims))
+def build(dims: Dims) -> nn.Module:
+    """The module for one checkpoint, without weights until ``load_state_dict``; our own class's twin for that one."""
+    config = hf_config(dims)
+    if is_composed(config):
+        from .decoder import assemble
+
+        return assemble(checked(config))
+    return HuggingFace(config)
 
 
 class HuggingFace(nn.Module):

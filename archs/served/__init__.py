@@ -5,6 +5,7 @@ from __future__ import annotations
 SERVED: dict[str, str] = {
     "MdlBloomForCausalLM": "mdl.archs.served.bloom:MdlBloomForCausalLM",
     "MdlDbrxForCausalLM": "mdl.archs.served.dbrx:MdlDbrxForCausalLM",
+    "MdlDecoderForCausalLM": "mdl.archs.served.decoder:MdlDecoderForCausalLM",
 }
 """Architecture as written in ``config.json`` → ``"module:Class"`` of the model that serves it.
 
@@ -24,10 +25,11 @@ def register() -> None:
     vLLM calls this in each of its processes and may call it twice in one, so it is cheap and re-entrant. An
     architecture that vLLM already knows, under whatever class, is left as it is.
     """
-    if not SERVED:
-        return
     from vllm import ModelRegistry  # only where a vLLM process called us: nobody else pays for the import
 
+    from .config import register_config
+
+    register_config()
     known = ModelRegistry.get_supported_archs()
     for architecture, model in SERVED.items():
         if architecture not in known:

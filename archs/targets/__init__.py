@@ -20,6 +20,7 @@ import yaml
 from ...errors import input_error, machine_error
 from ...mappings import expr
 from ...mappings.tensors import Shape, Target
+from ..decoder.reading import checked, is_composed
 from ..served import COMPUTES
 
 _FOLDER = Path(__file__).parent
@@ -44,6 +45,8 @@ def resolved(config: Mapping[str, Any]) -> dict[str, Any]:
     a size is missing, if transformers does not know the class or does not take the config, MACHINE where transformers
     is missing.
     """
+    if is_composed(config):
+        return {**config, **checked(config).model_dump()}
     spec = _known().get(config["architectures"][0])
     if spec is None:
         return {**_by_transformers(config), **{k: v for k, v in config.items() if v is not None}}
@@ -93,10 +96,14 @@ def transformers_class(name: str) -> Any:
 
 
 def from_spec(config: Mapping[str, Any]) -> Target | None:
-    """What the config's class holds, or None if there is no file for that class.
+    """What the config's class holds, or None if there is no file for that class and it is not the composable decoder.
 
-    Raises MdlError (INPUT) if the config leaves out a size.
+    Raises MdlError (INPUT) if the config leaves out a size, or says what the composable decoder can't be.
     """
+    if is_composed(config):
+        from ..decoder.tensors import target_of
+
+        return target_of(checked(config))
     spec = _known().get(config["architectures"][0])
     if spec is None:
         return None

@@ -1,0 +1,273 @@
+"""MdlDecoderForCausalLM: most home-made decoders under vLLM by config.json alone.
+
+What config.json may say, and the source of each formula, stands in archs/decoder/schema.py; archs/eager/decoder.py is
+the same model in plain PyTorch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from vllm.compilation.decorators import support_torch_compile
+from vllm.distributed import get_pp_group
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.linear import ReplicatedLinear
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.models.interfaces import SupportsPP
+from vllm.model_executor.models.utils import (
+    AutoWeightsLoader,
+    PPMissingLayer,
+    WeightsMapper,
+    make_empty_intermediate_tensors_factory,
+    make_layers,
+    maybe_prefix,
+)
+from vllm.sequence import IntermediateTensors
+
+from ...errors import input_error
+from ..decoder.schema import Decoder, decoder_of
+from ..decoder.tensors import norms_of
+from .decoder_layers import DecoderAttention, DecoderExperts, DecoderMlp, norm_layer
+
+if TYPE_CHECKING:
+    from vllm.config import CacheConfig, VllmConfig
+
+
+class LookBack(nn.Module):
+    """x_t + scale · sigmoid(gate · the first channels of x_t) · x_(t-1); the first position stays as it is.
+
+    x_(t-1) comes from the KV cache: an attention layer that sees two positions, whose keys are +1 and -1 by turns, so
+    that all weight (1 to the last bit) is on the one before. So it survives chunks, batches, prefixes and preemption as
+    any key does.
+    """
+
+    _SHARP = 128.0
+    """The difference of the two scores is twice this, beyond what exp leaves of the other in any float type."""
+
+    def __init__(self, d: Decoder, channels: int, cache: CacheConfig | None, prefix: str) -> None:
+        super().__init__()
+        self.channels, self.size, self.heads = channels, d.head_dim, d.hidden_size // d.head_dim
+        self.gate = ReplicatedLinear(channels, 1, bias=False, prefix=f"{prefix}.gate")
+        self.scale = nn.Parameter(torch.empty(1))
+        self.attn = Attention(
+            self.heads, self.size, 1.0, cache_config=cache, per_layer_sliding_window=2, prefix=f"{prefix}.attn"
+        )
+
+    def forward(self, positions: Tensor, x: Tensor) -> Tensor:
+        """Hidden states [T, C] to the same shape."""
+        sign = (1 - 2 * (positions % 2)).to(x.dtype)
+        keys = x.new_zeros(x.shape[0], self.heads, self.size)
+        keys[..., 0] = sign[:, None]
+        before = self.attn((keys * -self._SHARP).flatten(1), keys.flatten(1), x)
+        gates = self.scale * torch.sigmoid(self.gate(x[:, : self.channels].contiguous())[0])
+        return x + torch.where(positions[:, None] > 0, gates * before, torch.zeros_like(x))
+
+
+class DecoderLayer(nn.Module):
+    """Attention and MLP, joined to the stream as the config says."""
+
+    def __init__(self, d: Decoder, vllm_config: VllmConfig, prefix: str) -> None:
+        super().__init__()
+        self.d, layer = d, int(prefix.rpartition(".")[2])
+        quant = vllm_config.quant_config
+        self.norms = norms_of(d)
+        for name in self.norms:
+            self.add_module(name, norm_layer(d.norm, d.hidden_size))
+        self.self_attn = DecoderAttention(d, layer, vllm_config.cache_config, quant, f"{prefix}.self_attn")
+        self.mlp = (
+            DecoderExperts(d, quant, f"{prefix}.mlp")
+            if d.routed(layer)
+            else DecoderMlp(d.hidden_size, d.intermediate_size, d.mlp, quant, f"{prefix}.mlp")
+        )
+
+    def forward(
+        self, positions: Tensor, x: Tensor, embedded: Tensor | None, first: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Hidden states [T, C] to the same shape, and this layer's values; see :class:`DecoderAttention`."""
+        res, place = self.d.residual, self.d.norm.place
+        if res.parallel:
+            attended, v = self.self_attn(positions, self._norm("attn_norm", x), embedded, first)
+            beside = self._norm("attn_norm" if res.one_norm else "mlp_norm", x)
+            return x + self._times(attended + self.mlp(beside)), v
+        if place == "post":
+            attended, v = self.self_attn(positions, x, embedded, first)
+            x = self._norm("attn_norm", x + attended)
+            return self._norm("mlp_norm", x + self.mlp(x)), v
+        attended, v = self.self_attn(positions, self._norm("attn_norm", x), embedded, first)
+        x = x + self._times(self._norm("attn_out_norm", attended))
+        return x + self._times(self._norm("mlp_out_norm", self.mlp(self._norm("mlp_norm", x)))), v
+
+    def _norm(self, name: str, x: Tensor) -> Tensor:
+        return self.get_submodule(name)(x) if name in self.norms else x
+
+    def _times(self, x: Tensor) -> Tensor:
+        return x if self.d.residual.multiplier == 1.0 else x * self.d.residual.multiplier
+
+
+@support_torch_compile(
+    dynamic_arg_dims={"input_ids": 0, "positions": 0, "intermediate_tensors": 0, "inputs_embeds": 0}
+)
+class MdlDecoderModel(nn.Module):
+    """Everything between token ids and the head; this rank's share and this stage's layers of it."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        d = self.d = decoder_of(vllm_config.model_config.hf_config.to_dict())
+        cache, stage = vllm_config.cache_config, get_pp_group()
+        _check_stages(d, stage.world_size)
+        self.embed_tokens: nn.Module = PPMissingLayer()
+        if stage.is_first_rank or (d.tie_word_embeddings and stage.is_last_rank):
+            self.embed_tokens = VocabParallelEmbedding(d.rows, d.hidden_size, prefix=maybe_prefix(prefix, "embed_tokens"))
+        if stage.is_first_rank:
+            if d.positions.kind == "learned":
+                self.embed_positions = nn.Embedding(d.max_position_embeddings, d.hidden_size)
+            if d.norm.embedding:
+                self.embed_norm = norm_layer(d.norm, d.hidden_size)
+            if d.residual.look_back:
+                self.look_back = LookBack(d, d.residual.look_back, cache, maybe_prefix(prefix, "look_back"))
+        self.start_layer, self.end_layer, self.layers = make_layers(
+            d.num_hidden_layers,
+            lambda prefix: DecoderLayer(d, vllm_config, prefix),
+            prefix=maybe_prefix(prefix, "layers"),
+        )
+        self._numbers(prefix)
+        self.norm = norm_layer(d.norm, d.hidden_size) if d.norm.final and stage.is_last_rank else PPMissingLayer()
+        self.make_empty_intermediate_tensors = make_empty_intermediate_tensors_factory(self._carried(), d.hidden_size)
+
+    def _numbers(self, prefix: str) -> None:
+        """What is learned besides matrices and norms, and the value tables of this stage's layers."""
+        d = self.d
+        if d.residual.lambdas:
+            self.residual_lambdas = nn.Parameter(torch.empty(d.num_hidden_layers))
+            self.embed_lambdas = nn.Parameter(torch.empty(d.num_hidden_layers))
+        if d.residual.take_back is not None:
+            self.take_back_lambda = nn.Parameter(torch.empty(1))
+        tables = d.attention.value_embedding.layers if d.attention.value_embedding else []
+        self.value_embeds = nn.ModuleDict()
+        for i in tables:
+            at, size = maybe_prefix(prefix, f"value_embeds.{i}"), d.num_key_value_heads * d.head_dim
+            mine = self.start_layer <= i < self.end_layer
+            self.value_embeds[str(i)] = VocabParallelEmbedding(d.rows, size, prefix=at) if mine else PPMissingLayer()
+
+    def _carried(self) -> list[str]:
+        """What one pipeline stage hands to the next."""
+        begin = ["begin"] if self.d.residual.lambdas else []
+        return ["hidden_states", *begin, *(["middle"] if self.d.residual.take_back is not None else [])]
+
+    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
+        """Token ids [T] to their rows of the table [T, C], before anything is added or multiplied."""
+        return self.embed_tokens(input_ids)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor | IntermediateTensors:
+        """Token ids [T] at positions [T] to hidden states [T, C], or to what the next stage needs."""
+        d, res = self.d, self.d.residual
+        if get_pp_group().is_first_rank:
+            x = begin = middle = self._begun(input_ids, positions, inputs_embeds)
+        else:
+            assert intermediate_tensors is not None
+            x = begin = middle = intermediate_tensors["hidden_states"]
+            if res.lambdas:
+                begin = intermediate_tensors["begin"]
+            if res.take_back is not None:
+                middle = intermediate_tensors["middle"]
+        first: Tensor | None = None
+        for i, layer in enumerate(islice(self.layers, self.start_layer, self.end_layer), self.start_layer):
+            if res.lambdas:
+                x = self.residual_lambdas[i] * x + self.embed_lambdas[i] * begin
+            embedded = self.value_embeds[str(i)](input_ids) if d.value_embedded(i) else None
+            x, v = layer(positions, x, embedded, first)
+            first = v if first is None else first
+            middle = x if i == res.take_back else middle
+        if not get_pp_group().is_last_rank:
+            carried = {"hidden_states": x, "begin": begin, "middle": middle}
+            return IntermediateTensors({name: carried[name] for name in self._carried()})
+        if res.take_back is not None:
+            x = x - self.take_back_lambda * middle
+        return self.norm(x) if d.norm.final else x
+
+    def _begun(self, ids: Tensor | None, positions: Tensor, embedded: Tensor | None) -> Tensor:
+        """The stream as the first layer finds it."""
+        d = self.d
+        x = self.embed_input_ids(ids) if embedded is None and ids is not None else embedded
+        assert x is not None
+        if d.embedding_multiplier != 1.0:
+            x = x * d.embedding_multiplier
+        if d.positions.kind == "learned":
+            x = x + self.embed_positions(positions)
+        if d.norm.embedding:
+            x = self.embed_norm(x)
+        return self.look_back(positions, x) if d.residual.look_back else x
+
+
+def _check_stages(d: Decoder, stages: int) -> None:
+    if stages > 1 and d.attention.value_residual:
+        what = "attention.value_residual: the first layer's values do not reach other pipeline stages"
+        raise input_error(what, do="serve it with --pipeline-parallel-size 1")
+
+
+class MdlDecoderForCausalLM(nn.Module, SupportsPP):
+    """The composable decoder. Weights have the names of archs/decoder/tensors.py."""
+
+    packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        self.model = MdlDecoderModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
+        d = self.d = self.model.d
+        self.lm_head: nn.Module = PPMissingLayer()
+        if get_pp_group().is_last_rank:
+            self.lm_head = ParallelLMHead(
+                d.rows,
+                d.hidden_size,
+                bias=d.head_bias,
+                quant_config=vllm_config.quant_config,
+                prefix=maybe_prefix(prefix, "lm_head"),
+            )
+            if d.tie_word_embeddings:
+                self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
+        self.logits_processor = LogitsProcessor(
+            d.rows, d.vocab_size, scale=d.logit_multiplier, soft_cap=d.logit_softcap
+        )
+        self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
+
+    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
+        """Token ids [T] to their rows of the table [T, C]."""
+        return self.model.embed_input_ids(input_ids)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor | IntermediateTensors:
+        """Token ids [T] at positions [T] to hidden states [T, C], or to what the next stage needs."""
+        return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
+        """Hidden states [T, C] to logits [T, V]."""
+        bias = self.lm_head.bias if self.d.head_bias else None
+        return self.logits_processor(self.lm_head, hidden_states, bias)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Load tensors by their names in the files; q, k, v and gate, up are joined on the way."""
+        return AutoWeightsLoader(self).load_weights(weights, mapper=self._mapper())
+
+    def _mapper(self) -> WeightsMapper:
+        gated = {".mlp.gate_proj.": (".mlp.gate_up_proj.", 0), ".mlp.up_proj.": (".mlp.gate_up_proj.", 1)}
+        shared = {
+            f".shared_expert.{name}_proj.": (".shared_expert.gate_up_proj.", i) for i, name in enumerate(("gate", "up"))
+        }
+        fused = {f".self_attn.{name}_proj.": (".self_attn.qkv_proj.", name) for name in "qkv"}
+        return WeightsMapper(orig_to_new_stacked={**fused, **(gated if self.d.mlp.gated else {}), **shared})
