@@ -9,7 +9,7 @@ import gc
 import importlib.metadata
 import importlib.util
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -21,6 +21,7 @@ from vllm.distributed.parallel_state import get_pp_group
 from vllm.platforms import current_platform
 from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
+from ..archs.decoder.reading import MODEL_TYPE, checked
 from .client import CPU_COMPILATION
 
 TRIED = ("0.25", "0.26", "0.27", "0.28", "0.29", "0.30", "0.31", "0.32")
@@ -139,11 +140,20 @@ def blocks(config: Any, plain: int, size: int) -> int:
     of its own from the one pool (vLLM's v1/core/kv_cache_utils.py).
     """
     plain = -(-plain * size // (config.cache_config.block_size or size))
-    kinds = Counter(getattr(config.model_config.hf_text_config, "layer_types", None) or ())
+    kinds = Counter(_kinds(config.model_config.hf_text_config))
     if len(kinds) < 2:
         return plain
     group = min(kinds.values())
     return plain * sum(-(-count // group) for count in kinds.values())
+
+
+def _kinds(config: Any) -> Iterable[object]:
+    """What tells apart the layers that keep something for each token, one entry for each of them."""
+    if getattr(config, "model_type", "") != MODEL_TYPE:
+        return getattr(config, "layer_types", None) or ()
+    decoder = checked(config.to_dict())
+    windows = [decoder.window(i) for i in range(decoder.num_hidden_layers)]
+    return [*windows, 2] if decoder.residual.look_back else windows
 
 
 # --- how tokens are forced ---------------------------------------------------------------------------------------
