@@ -153,6 +153,8 @@ def _with_experts() -> Iterator[Case]:
         ("Qwen3-MoE, SequentialMLP, ETP 1, TP 2, EP 4", "qwen3_moe_every", "local", (2, 1, 4), True, core),
         ("Qwen3-MoE, TEGroupedMLP, PP 2, EP 2", "qwen3_moe_first", "numbered", (1, 2, 2), False, moved),
         ("Mixtral, GroupedMLP, TP 2, EP 2", "mixtral", "grouped", (2, 1, 2), False, moved),
+        ("Qwen2-MoE, SequentialMLP, TP 2, EP 2", "qwen2_moe", "local", (2, 1, 2), False, core),
+        ("a shared expert without a gate, TEGroupedMLP, TP 2, PP 2", "no_gate", "numbered", (2, 2, 1), False, moved),
     ):
 
         def write(p: Path, row: str = row, form: str = form, cut: Any = cut, whole: bool = whole) -> Path:

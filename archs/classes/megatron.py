@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from ..base import Dims, Measure
+from ..base import Dims, Measure, Value
 from ..llama_meta import rope_parameters
 from ..nanogpt import gpt2_sizes
 from .choosing import Unsupported, first, refuse_settings
 
 UNSUPPORTED: Unsupported = {
     "multi_latent_attention": ((None, False), "multi-head latent attention"),
+    "use_mup": ((None, False), "µP's multipliers of embedding, scores and logits"),
     "apply_layernorm_1p": ((None, False), "norms whose weights are stored less 1"),
     "apply_residual_connection_post_layernorm": ((None, False), "residuals taken behind the norm"),
     "window_size": ((None,), "a sliding window"),
@@ -46,6 +47,20 @@ def choose(m: Measure, said: Mapping[str, Any]) -> None:
         m.problem(f"{name} describes it but for this: {reason}", do=do)
     why = f"{m['norm']}, {m['position']} positions, {'a gated' if m['gated'] else 'a plain'} MLP, and the biases"
     m.accept("target", name, why)
+
+
+def settle(
+    m: Measure,
+    said: Mapping[str, Any],
+    decide: Iterable[str],
+    choose: Callable[[Measure, Mapping[str, Any]], None],
+    flags: Callable[[Measure], Mapping[str, Value]],
+) -> None:
+    """The target class and what the mapping asks for, unless something that decides has to be asked for first."""
+    if all(m[name] is not None for name in decide):
+        choose(m, said)
+        for name, value in flags(m).items():
+            m.accept(name, value, f"what the mapping does for {m['target']}")
 
 
 def _like_llama(m: Measure) -> tuple[str, str]:

@@ -20,7 +20,8 @@ from mdl.validate.client import Engine
 
 from .. import checkpoints as make
 from .. import deepseeks
-from ..gpts_checks import by_transformers, eager, is_green, layout, nmse
+from ..converted import nmse
+from ..gpts_checks import by_transformers, eager, is_green, layout
 
 IDS = torch.tensor([(7 * k * k + 11 * k + 3) % deepseeks.VOCAB for k in range(90)])
 

@@ -19,8 +19,8 @@ from mdl.validate.verify import verify
 from .. import checkpoints as make
 from .. import servable
 from ..checkpoints_llamas import lingua, lingua_consolidated, lingua_tied
-from ..converted import with_dims
-from ..torchtune_cases import IDS, nmse
+from ..converted import nmse, with_dims
+from ..torchtune_cases import IDS
 
 
 def prepared(path: Path, **given: str) -> Prepared:

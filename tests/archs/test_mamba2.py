@@ -21,7 +21,8 @@ from mdl.validate.verify import verify
 
 from .. import checkpoints as make
 from .. import mambas
-from ..gpts_checks import eager, is_green, layout, nmse
+from ..converted import nmse
+from ..gpts_checks import eager, is_green, layout
 
 
 def checkpoint(folder: Path, groups: int = 1, **given: Any) -> Path:

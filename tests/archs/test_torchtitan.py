@@ -19,8 +19,8 @@ from mdl.validate.verify import verify
 from .. import checkpoints as make
 from .. import servable, upstream
 from ..checkpoints_llamas import titan, titan_fused, titan_names
-from ..converted import with_dims
-from ..torchtune_cases import IDS, LIMIT, nmse
+from ..converted import nmse, with_dims
+from ..torchtune_cases import IDS, LIMIT
 
 CONTEXT = 256
 FREQS = torch.polar(torch.ones(CONTEXT, 16), torch.outer(torch.arange(CONTEXT), torch.linspace(1, 0, 16)))
