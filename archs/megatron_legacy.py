@@ -93,7 +93,10 @@ def _order(m: Measure) -> None:
     rows = {0.0: "q, k, v", 1.0: "channels"}.get(version, "groups") if isinstance(version, float) else ""
     m.accept("qkv_order", rows, "checkpoint_version")
     if rows not in ("groups", "") and m["target"] not in ("GPT2", None):
-        m.problem(f"checkpoint_version {version} with rotary positions: no release of Megatron-LM wrote that")
+        what = f"checkpoint_version {version} with rotary positions: no release of Megatron-LM wrote that"
+        m.problem(
+            what, do="pass --set checkpoint_version=3 if q, k and v lie group by group, as all releases since have them"
+        )
     for flag, order in {"gpt2_groups": "groups", "gpt2_thirds": "q, k, v", "gpt2_channels": "channels"}.items():
         m.accept(flag, m["gpt2"] is True and rows == order, f"what the mapping does for {m['target']}")
     m.accept("thirds", rows == "q, k, v", "order of the rows")

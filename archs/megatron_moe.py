@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from ..mappings.tensors import Shape
 from .base import Arch, Inventory, Measure, boolean
-from .classes.megatron import settle
+from .classes.megatron import BRIDGE, settle
 from .classes.megatron_moe import choose, flags, hf_config
 from .megatron import ASK, arg, arguments, attention_dims, core_names, has_experts, usual, where
 
@@ -80,7 +80,7 @@ def _pattern(m: Measure, layers: int) -> None:
     first = sparse[0] if sparse else 0
     step = sparse[1] - first if len(sparse) > 1 else max(layers - first, 1)
     if sparse != list(range(first, layers, step)) or first + step * len(sparse) != layers:
-        m.problem(f"layers {sparse} of {layers} have a router, which no step from the first of them gives")
+        m.problem(f"layers {sparse} of {layers} have a router, which no step from the first of them gives", do=BRIDGE)
     why = "layers that have a router"
     m.set("sparse_layers", shape=(len(sparse), why))
     m.set("start", shape=(first, f"the first of the {why}"))

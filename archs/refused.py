@@ -56,9 +56,10 @@ def all_refused() -> tuple[Refused, ...]:
 def _parsed(name: str, entry: Mapping[str, Any]) -> Refused:
     """An entry. Raises TypeError for a key that is unknown or missing: the file is ours."""
     words = {**entry}
-    told = words.pop("evidence")
-    lists = [{key: tuple(said) if isinstance(said, list) else said for key, said in each.items()} for each in told]
-    evidence = tuple(Evidence(**each) for each in lists)
+    evidence = tuple(
+        Evidence(siblings=each.pop("siblings", {}), **{key: tuple(names) for key, names in each.items()})
+        for each in ({**one} for one in words.pop("evidence"))
+    )
     return Refused(name=name, evidence=evidence, **words)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..base import Dims, Measure, Value
 from .choosing import Unsupported, first, refuse_settings
-from .megatron import UNSUPPORTED, rotary_sizes
+from .megatron import BRIDGE, OVERRULE, UNSUPPORTED, rotary_sizes
 
 _UNSUPPORTED: Unsupported = {
     **UNSUPPORTED,
@@ -35,11 +35,11 @@ _WORDS = {
 
 def choose(m: Measure, said: Mapping[str, Any]) -> None:
     """Settle ``target`` and the words for its tensors, or report why no class will do."""
-    refuse_settings(m, "args", said, _UNSUPPORTED, "which this family does not carry over")
+    refuse_settings(m, "args", said, _UNSUPPORTED, "which this family does not carry over", BRIDGE)
     balanced = said.get("moe_router_load_balancing_type")
     for kind in ("sinkhorn", "quantile_balancing"):
         if kind in (balanced if isinstance(balanced, list) else [balanced]):
-            m.problem(f"args.moe_router_load_balancing_type is {kind}: a router of another kind")
+            m.problem(f"args.moe_router_load_balancing_type is {kind}: a router of another kind", do=BRIDGE)
     name = "Qwen3Moe" if m["qk_norm"] else "Qwen2Moe" if m["shared_ffn"] else "Mixtral"
     heads, size, hidden = m["heads"], m["head_dim"], m["hidden"]
     whole = isinstance(heads, int) and isinstance(size, int) and heads * size == hidden
@@ -55,8 +55,7 @@ def choose(m: Measure, said: Mapping[str, Any]) -> None:
         (name == "Mixtral" and m["pre_softmax"], "moe_router_pre_softmax, but no normed q and k"),
     )
     if reason:
-        do = "its tensors and arguments say so; if the arguments are wrong, overrule them with --set"
-        m.problem(f"{name} describes it but for this: {reason}", do=do)
+        m.problem(f"{name} describes it but for this: {reason}", do=OVERRULE)
     shared = ", one for all tokens" if m["shared_ffn"] else ""
     m.accept("target", name, f"experts{shared}, RMSNorm, {'normed' if m['qk_norm'] else 'plain'} q and k")
     for word, text in _WORDS[name].items():

@@ -77,6 +77,7 @@ def test_a_classifier_is_called_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.engine
+@pytest.mark.parametrize("qkv_bias", [True], indirect=True)
 def test_vllm_computes_it(checkpoint: Path, tmp_path: Path, engine: Engine) -> None:
     layout(checkpoint, tmp_path / "out", GIVEN)
     is_green(tmp_path / "out", engine)

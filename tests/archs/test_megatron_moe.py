@@ -184,11 +184,13 @@ def test_what_is_refused_and_why(case: str, tmp_path: Path) -> None:
         prepare(megatron_moe.grid(tmp_path / "in", row, **changed)).plan.refuse()
 
     assert caught.value.kind is Kind.INPUT
+    assert all(problem.do for problem in caught.value.problems)
 
 
 @pytest.mark.parametrize("key", ["moe_expert_capacity_factor", "moe_expert_rank_capacity_factor"])
 def test_experts_that_leave_tokens_out_are_told_of(key: str, tmp_path: Path) -> None:
-    prepared = prepare(megatron_moe.grid(tmp_path / "in", "mixtral", **{key: 1.25}))
+    said: dict[str, Any] = {key: 1.25}
+    prepared = prepare(megatron_moe.grid(tmp_path / "in", "mixtral", **said))
     prepared.plan.refuse()
     assert any(f"args.{key} is 1.25" in said for said in prepared.dims.deviations)
 

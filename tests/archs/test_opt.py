@@ -106,6 +106,7 @@ def test_what_no_tensor_tells_is_asked_for(tmp_path: Path) -> None:
 
 
 @pytest.mark.engine
+@pytest.mark.parametrize("case", ["350M"], indirect=True)
 def test_vllm_computes_it(case: tuple[make.State, dict[str, Any]], tmp_path: Path, engine: Engine) -> None:
     made = fused(case[0])
     layout(in_parts(tmp_path / "parts", made, **case[1]), tmp_path / "out")

@@ -124,6 +124,7 @@ def test_a_decoder_is_none(tmp_path: Path) -> None:
 
 
 @pytest.mark.engine
+@pytest.mark.parametrize("name", ["listed"], indirect=True)
 def test_vllm_computes_it(checkpoint: Path, tmp_path: Path, engine: Engine) -> None:
     layout(checkpoint, tmp_path / "out", GIVEN)
     is_green(tmp_path / "out", engine)

@@ -124,6 +124,7 @@ def test_the_rest_is_refused_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.engine
+@pytest.mark.parametrize("case", ["partly turned"], indirect=True)
 def test_vllm_computes_it(checkpoint: Path, case: Case, tmp_path: Path, engine: Engine) -> None:
     layout(checkpoint, tmp_path / "out", case.given)
     is_green(tmp_path / "out", engine)
