@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -174,6 +175,15 @@ def hf_config(d):
 
 ARCH = replace(RIGHT, name="wrong", hf_config=hf_config)
 """
+
+
+def test_residuals_the_other_way_show(tmp_path: Path) -> None:
+    source = neox.layers(tmp_path / "in", "fused", 2)
+    checks.layout(source, tmp_path / "out")
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    (tmp_path / "out/config.json").write_text(json.dumps({**config, "use_parallel_residual": False}))
+
+    assert megatron.error(tmp_path / "out", prepare(source)) > 1e-4
 
 
 @pytest.mark.engine
