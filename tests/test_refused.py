@@ -126,11 +126,17 @@ LAYOUTS: dict[str, list[list[str]]] = {
         [_HELD + "vera_lambda_b", _HELD + "vera_lambda_d"],
     ],
 }  # fmt: skip
+SCALED = {"SCB": torch.int8, "weight_scale": torch.float8_e4m3fn, "weight_scale_inv": torch.float8_e4m3fn}
+"""What gives a quantised matrix away, and of which type that matrix then is."""
 
 
 def of(names: list[str], folder: Path, **beside: Any) -> Path:
     """A file of tensors with these names, with keys beside its state dict."""
-    return gpts.saved(folder / "x.pt", {"model": {name: torch.ones(2, 2) for name in names}, **beside})
+    held = {name: torch.ones(2, 2) for name in names}
+    for scale, dtype in SCALED.items():
+        if _Q + scale in held and _Q + "weight" in held:
+            held[_Q + "weight"] = held[_Q + "weight"].to(dtype)
+    return gpts.saved(folder / "x.pt", {"model": held, **beside})
 
 
 def kinds(inventory: Inventory) -> list[str]:
@@ -220,6 +226,19 @@ def test_an_adapter_is_never_left_out_in_silence(tmp_path: Path) -> None:
 def test_a_model_of_ones_own_may_have_a_base_model_in_it() -> None:
     names = ["base_model.model.embed.weight", "base_model.model.layers.0.weight", "head.weight"]
     assert not kinds(Inventory("x", dict.fromkeys(names, ())))
+
+
+@pytest.mark.parametrize("scale", SCALED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_scale_beside_a_weight_that_is_not_quantised_is_the_models_own(
+    scale: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    own = {"lin.weight": torch.ones(2, 2, dtype=dtype), f"lin.{scale}": torch.ones(2), scale: torch.ones(1)}
+    path = gpts.saved(tmp_path / "own.pt", {**own, "weight": torch.ones(2, dtype=dtype)})
+    assert not kinds(take_inventory(open_checkpoint(path)))
+
+    path = gpts.saved(tmp_path / "packed.pt", {**own, "lin.weight": torch.ones(2, 2).to(SCALED[scale])})
+    assert kinds(take_inventory(open_checkpoint(path)))
 
 
 def test_several_reasons_are_told_together(tmp_path: Path) -> None:

@@ -192,7 +192,7 @@ def test_the_float64_run_casts_nothing_to_float32(tmp_path: Path) -> None:
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("name", hf.CLASSES)
+@pytest.mark.parametrize("name", ["Qwen3MoeForCausalLM"])  # the others are rows of tests/cases.py
 def test_vllm_computes_what_transformers_computes(name: str, tmp_path: Path, engine: Engine) -> None:
     layout(hf.checkpoint(tmp_path / "in", name), tmp_path / "out")
 
@@ -202,16 +202,11 @@ def test_vllm_computes_what_transformers_computes(name: str, tmp_path: Path, eng
 
 
 MISTAKES: dict[str, dict[str, tuple[str, str]]] = {
-    "MistralForCausalLM": {
-        "window-longer": ("model.layers.0.self_attn", "config.json: sliding_window"),
-        "window-shorter": ("model.layers.0.self_attn", "config.json: sliding_window"),
-    },
     "Qwen3ForCausalLM": {"qk-norms": ("model.layers.0.self_attn", "q_norm.weight")},
     "Gemma2ForCausalLM": {
         "window-longer": ("model.layers.0.self_attn", "config.json: sliding_window"),
         "softcap-attention": ("model.layers.0.self_attn", "config.json: attn_logit_softcapping"),
         "softcap-logits": ("", "config.json: final_logit_softcapping"),
-        "embedding-row": ("model.embed_tokens", "makes model.embed_tokens.weight"),
     },
     "MixtralForCausalLM": {
         "experts": ("model.layers.1", "makes model.layers.1.block_sparse_moe.experts.0.w1.weight"),

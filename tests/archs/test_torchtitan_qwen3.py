@@ -19,8 +19,8 @@ from mdl.validate.verify import verify
 from .. import checkpoints as make
 from .. import upstream
 from ..checkpoints_llamas import titan, titan_fused, titan_qwen3
-from ..converted import with_dims
-from ..torchtune_cases import IDS, LIMIT, nmse
+from ..converted import nmse, with_dims
+from ..torchtune_cases import IDS, LIMIT
 
 GIVEN = Options(given={"context": "256"})
 
