@@ -265,18 +265,20 @@ def serve(
     config: ConfigOption = None,
     weights: WeightsOption = None,
     dtype: DtypeOption = None,
+    merge_lora: MergeOption = None,
     tokenizer: TokenizerOption = None,
     json: Json = False,
 ) -> None:
     """Start vLLM's OpenAI-compatible server on a verified layout. What follows `--` goes to vLLM.
 
-    A raw checkpoint is converted first: --arch, --set, --config, --weights, --dtype, --tokenizer as in `mdl convert`.
+    A raw checkpoint is converted first: --arch, --set, --config, --weights, --dtype, --merge-lora, --tokenizer as in
+    `mdl convert`.
     """
     state.json = json
     from .serve import serve as run
     from .validate.ready import ready_layout
 
-    options = said(arch, set_, weights, dtype, config)
+    options = said(arch, set_, weights, dtype, config, merge_lora)
     with render.steps(quiet=state.quiet or json) as say:
         ready = ready_layout(layout, unverified=unverified, say=say, options=options, tokenizer=tokenizer)
     _exit(

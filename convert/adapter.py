@@ -49,6 +49,7 @@ _PATTERN = re.compile(r"\^?[\w.\-\\*]+")
 _MOST_STARS = 3
 _MOST_ALPHA = 1e30
 _PREFIX = "base_model.model."
+_LITGPT = "lit_model.pth.lora"
 _LORA = re.compile(r"(.+)\.(?:lora_(embedding_)?([ABab]))(?:\.(?!weight$|bias$)\w+)?(?:\.weight)?")
 _WRAPPED = re.compile(r"\.(?:base_layer|modules_to_save(?:\.default)?)(?=\.)")
 _MERGE = "merge it where it was trained (model.merge_and_unload(), then save_pretrained) and convert that"
@@ -109,7 +110,10 @@ def open_adapter(path: Path, inventory: Inventory) -> tuple[Adapter, Inventory]:
         raise usage_error("--merge-lora: there is no such file or folder", str(path), "give the folder of the adapter")
     if not file.is_file():
         what = f"--merge-lora: no {SETTINGS} lies there, which says with which scale an adapter is added"
-        raise usage_error(what, str(path), "give the folder that model.save_pretrained() wrote of a PeftModel")
+        do = "give the folder that model.save_pretrained() wrote of a PeftModel"
+        if (folder / _LITGPT).is_file():
+            do = f"litgpt's own ({_LITGPT}) is merged by litgpt: `litgpt merge_lora {folder}`, then convert that folder"
+        raise usage_error(what, str(path), do)
     try:
         settings = parse_settings(file)
     except (ValueError, OSError) as error:

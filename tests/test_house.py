@@ -187,7 +187,7 @@ COMMANDS = {
     },
     "serve": {
         "layout", "--host", "--port", "--prompt", "--max-tokens", "--unverified", "--arch", "--set", "--config",
-        "--weights", "--dtype", "--tokenizer", "--json",
+        "--weights", "--dtype", "--merge-lora", "--tokenizer", "--json",
     },
     "export": {"layout", "out", "--force", "--json"},
     "check": {"layout", "--json"},

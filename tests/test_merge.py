@@ -372,6 +372,9 @@ def test_paths_that_are_no_adapter(gpt: Path, lora: Path, tmp_path: Path) -> Non
 
     assert "no such file" in str(refused(gpt, tmp_path / "nowhere"))
     assert "no adapter_config.json lies there" in str(refused(gpt, gpt))
+    (tmp_path / "lit_model.pth.lora").touch()
+    for given in (tmp_path, tmp_path / "lit_model.pth.lora"):
+        assert f"`litgpt merge_lora {tmp_path}`" in str(refused(gpt, given).problems[0].do)
     assert "matrices in the checkpoint itself, and there are none" in str(refused(gpt, lora / "adapter_config.json"))
     assert "holds no checkpoint" in str(refused(gpt, lora))
 

@@ -103,6 +103,12 @@ LAYOUTS: dict[str, list[list[str]]] = {
         [*_HF, "audio_tower.conv1.weight"],
         ["encoder.clip.conv.weight", "decoder.tok_embeddings.weight", "decoder.layers.0.attn.q_proj.weight"],
     ],
+    "encoder_decoder": [
+        ["encoder.conv1.weight", "encoder.blocks.0.attn.query.weight", "decoder.blocks.0.cross_attn.query.weight"],
+        ["model.encoder.conv1.weight", "model.decoder.layers.0.encoder_attn.q_proj.weight"],
+        ["shared.weight", "encoder.block.0.layer.0.SelfAttention.q.weight",
+         "decoder.block.0.layer.1.EncDecAttention.q.weight"],
+    ],
     "lora": [
         ["transformer.wte.weight", "transformer.h.0.attn.attn.lora_A", "transformer.h.0.attn.attn.lora_B"],
         ["layers.0.attn.q_proj.lora_a.weight", "layers.0.attn.q_proj.lora_b.weight"],

@@ -93,7 +93,7 @@ def test_what_no_tensor_tells_is_asked_for(tmp_path: Path) -> None:
     with pytest.raises(MdlError) as caught:
         prepare(new)
     assert all(
-        text in str(caught.value) for text in ("--set heads=", "24 for 3B", "--set context=", "training.seq_len")
+        text in str(caught.value) for text in ("--set n_heads=", "24 for 3B", "--set seq_len=", "training.seq_len")
     )
     with pytest.raises(MdlError, match="could be any of llama2c, llama_meta, mistral_inference, torchtitan"):
         prepare(old)
