@@ -25,6 +25,8 @@ class Evidence:
     """Names of tensors and paths beside the weights which together tell; or files of a folder without weights."""
 
     tensors: tuple[str, ...] = ()
+    every: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
     beside: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
 
@@ -87,7 +89,10 @@ def recognised(inventory: Inventory) -> Iterator[tuple[Refused, list[str]]]:
 
 def _found(evidence: Evidence, inventory: Inventory, parts: set[str]) -> list[str]:
     """One name for each thing of the evidence, or nothing if one of them is missing."""
+    if any(_first(pattern, inventory.tensors, parts) for pattern in evidence.without):
+        return []
     found = [_first(pattern, inventory.tensors, parts) for pattern in evidence.tensors]
+    found += [_shared(pattern, inventory.tensors) for pattern in evidence.every]
     found += [path if lookup(inventory.extras, path) else "" for path in evidence.beside]
     return found if all(found) else []
 
@@ -97,6 +102,20 @@ def _first(pattern: str, names: Iterable[str], parts: set[str]) -> str:
     words = pattern.split(".")
     if not parts.issuperset(word for word in words if word not in ("*", "**")):
         return ""
-    known = {"*": r"[^.]+\.", "**": r"(?:[^.]+\.)*"}
-    expression = re.compile("".join(known.get(word) or re.escape(f"{word}.") for word in words))
+    expression = _expression(pattern)
     return next((name for name in names if expression.fullmatch(f"{name}.")), "")
+
+
+def _shared(pattern: str, names: Iterable[str]) -> str:
+    """The last name, if a pattern stands for all of them."""
+    expression, last = _expression(pattern), ""
+    for last in names:
+        if not expression.fullmatch(f"{last}."):
+            return ""
+    return last
+
+
+@lru_cache(maxsize=None)
+def _expression(pattern: str) -> re.Pattern[str]:
+    known = {"*": r"[^.]+\.", "**": r"(?:[^.]+\.)*"}
+    return re.compile("".join(known.get(word) or re.escape(f"{word}.") for word in pattern.split(".")))
