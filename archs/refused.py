@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ class Refused:
     do: str
 
 
-@lru_cache(maxsize=1)
+@cache
 def all_refused() -> tuple[Refused, ...]:
     """Everything that refused.yaml lists, in its order."""
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where PyYAML was built with it
@@ -115,7 +115,7 @@ def _shared(pattern: str, names: Iterable[str]) -> str:
     return last
 
 
-@lru_cache(maxsize=None)
+@cache
 def _expression(pattern: str) -> re.Pattern[str]:
     known = {"*": r"[^.]+\.", "**": r"(?:[^.]+\.)*"}
     return re.compile("".join(known.get(word) or re.escape(f"{word}.") for word in pattern.split(".")))

@@ -51,6 +51,7 @@ _MOST_ALPHA = 1e30
 _PREFIX = "base_model.model."
 _LORA = re.compile(r"(.+)\.(?:lora_(embedding_)?([ABab]))(?:\.(?!weight$|bias$)\w+)?(?:\.weight)?")
 _WRAPPED = re.compile(r"\.(?:base_layer|modules_to_save(?:\.default)?)(?=\.)")
+_OF_LORA, _SAVED, _UNUSED = ".lora_", ".modules_to_save.", ".original_module."
 _MERGE = "merge it where it was trained (model.merge_and_unload(), then save_pretrained) and convert that"
 
 
@@ -127,17 +128,33 @@ def open_adapter(path: Path, inventory: Inventory) -> tuple[Adapter, Inventory]:
 
 def _within(inventory: Inventory, path: Path) -> tuple[dict[str, tuple[TensorInfo, ...]], Inventory]:
     """The matrices that lie in the checkpoint itself, and the checkpoint without them, under the names that it had
-    before PEFT wrapped its layers."""
-    held = {name: infos for name, infos in inventory.tensors.items() if _LORA.fullmatch(name)}
+    before PEFT wrapped its layers. Raises MdlError where there are none, or two weights would have one name."""
+    held = {name: infos for name, infos in inventory.tensors.items() if _OF_LORA in name}
     if not held:
         what = f"--merge-lora: {SETTINGS} alone is for matrices in the checkpoint itself, and there are none"
         raise usage_error(what, str(path), "give the folder that holds the adapter's weights, too")
+    trained = {_unwrapped(name) for name in inventory.tensors if _SAVED in name}
     rest: dict[str, tuple[TensorInfo, ...]] = {}
+    left: list[str] = []
+    problems: list[Problem] = []
     for name, infos in inventory.tensors.items():
-        if name not in held:
-            plain = _WRAPPED.sub("", name.removeprefix(_PREFIX))
+        plain = _unwrapped(name)
+        if _UNUSED in name and plain.replace(_UNUSED, ".") in trained:
+            left.append(name)
+        elif plain in rest:
+            what = f"{rest[plain][0].raw} and {infos[0].raw} would both be {plain} without what PEFT put around it"
+            problems.append(Problem(what, inventory.path, "save one of them only"))
+        elif name not in held:
             rest[plain] = tuple(replace(info, name=plain) for info in infos)
-    return held, replace(inventory, tensors=rest)
+    if problems:
+        raise MdlError(Kind.INPUT, problems)
+    remark = "taken as not merged yet: loralib's model.eval() and PEFT's merge_adapter() merge, and leave the matrices"
+    unused = [f"left out: {', '.join(left)}, in whose place modules_to_save was trained"] if left else []
+    return held, replace(inventory, tensors=rest, remarks=(*inventory.remarks, f"LoRA's matrices {remark}", *unused))
+
+
+def _unwrapped(name: str) -> str:
+    return _WRAPPED.sub("", name.removeprefix(_PREFIX))
 
 
 def _refused(settings: Mapping[str, Any], file: Path) -> list[Problem]:
@@ -183,11 +200,11 @@ def _sorted(adapter: Adapter, tensors: Mapping[str, tuple[TensorInfo, ...]]) -> 
             side = match[3].lower()
             twice = getattr(pair, side) is not None
             setattr(pair, side, info)
-        elif ".lora_" in plain:
+        elif _OF_LORA in plain:
             problems.append(Problem(f"{name} is more than the two matrices of LoRA", info.file, _MERGE))
             continue
         else:
-            whole = _WRAPPED.sub("", plain)
+            whole = _unwrapped(name)
             twice = whole in saved
             saved[whole] = info
         if twice or more:

@@ -51,6 +51,7 @@ class _Merger:
         self.problems: list[Problem] = []
         self.scales: Counter[float] = Counter()
         self.replaced: list[str] = []
+        self.casts: list[str] = []
         self._names = _aliases(inventory, adapter)
 
     def merged(self) -> dict[str, tuple[TensorInfo, ...]]:
@@ -63,6 +64,8 @@ class _Merger:
         for said, new in self.adapter.saved.items():
             name = self._names[said]
             old = tensors[name][0]
+            if new.dtype != old.dtype:
+                self.casts.append(f"{new.dtype} to {old.dtype}")
             made = whole_of(Made(REPLACED, (new,)), replace(new, dtype=old.dtype, rank=old.rank), name, old.raw)
             tensors[name] = (made,)
             self.replaced.append(name)
@@ -88,7 +91,8 @@ class _Merger:
         ]
         if self.replaced:
             names = ", ".join(self.replaced[:_SHOWN]) + (" …" if len(self.replaced) > _SHOWN else "")
-            said.append(f"{a.path.name} brings its own {names} in the place of the checkpoint's")
+            cast = f", cast from {' and '.join(sorted({*self.casts}))}" if self.casts else ""
+            said.append(f"{a.path.name} brings its own {names} in the place of the checkpoint's{cast}")
         return said
 
     def _wanted(self) -> list[str]:
