@@ -87,9 +87,9 @@ class Adapter:
         said = _of(self.settings.get("rank_pattern"), module, self.settings.get("r"))
         alpha = _of(self.settings.get("alpha_pattern"), module, self.settings.get("lora_alpha"))
         if said != rank:
-            raise ValueError(f"its matrices have rank {rank}, {SETTINGS} says {str(said)[:100]}")
+            raise ValueError(f"its matrices have rank {rank}, {SETTINGS} says {repr(said)[:100]}")
         if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < _MOST_ALPHA:
-            raise ValueError(f"{SETTINGS} gives no lora_alpha for it, but {str(alpha)[:100]!r}")
+            raise ValueError(f"{SETTINGS} says {repr(alpha)[:100]} for its lora_alpha, which is no number")
         return alpha / math.sqrt(rank) if self.settings.get("use_rslora") else alpha / rank
 
 
@@ -171,6 +171,11 @@ def _refused(settings: Mapping[str, Any], file: Path) -> list[Problem]:
         problems.append(
             Problem(what, str(file), f"{_MERGE}; or save it as plain LoRA (PEFT's docs on {init} tell how)")
         )
+    for key in ("use_rslora", "fan_in_fan_out"):
+        if settings.get(key) not in (None, True, False):
+            problems.append(
+                Problem(f"{key} is {settings[key]!r}, neither true nor false", str(file), "write one of them")
+            )
     for key in ("rank_pattern", "alpha_pattern"):
         patterns = settings.get(key) or {}
         for pattern in patterns if isinstance(patterns, dict) else (patterns,):

@@ -20,6 +20,7 @@ _CONV1D = frozenset({"gpt2", "openai-gpt", "imagegpt"})
 """Model types of transformers whose blocks store their weights [in, out]."""
 _HEADS = frozenset({"lm_head", "score"})
 _SHOWN = 5
+_SETTINGS = "write r and lora_alpha (or its patterns) as they were in training, or copy the file again"
 _OTHER = "give the adapter of this very model, or the model that this adapter was trained on"
 
 
@@ -118,12 +119,14 @@ class _Merger:
         a, b = pair.a, pair.b
         if a is None or b is None:
             return None
+        where, do = str(self.adapter.path), _OTHER
         try:
             turned = self._turned(pair.embedding, base.shape, a.shape, b.shape)
-            scale = self.adapter.scale(module, a.shape[0])
             self._check_types(base, a, b)
+            where, do = self.adapter.told_in, _SETTINGS
+            scale = self.adapter.scale(module, a.shape[0])
         except ValueError as error:
-            self.problems.append(Problem(f"{module}: {error}", str(self.adapter.path), _OTHER))
+            self.problems.append(Problem(f"{module}: {error}", where, do))
             return None
         self.scales[scale] += 1
         return whole_of(Made(LORA, (base, a, b), scale, turned, self.adapter.told_in), base, base.name, base.raw)

@@ -178,6 +178,21 @@ def test_a_list_without_the_truth_in_another_value_decides_nothing(gpt: Path, tm
     assert found.values == {}
 
 
+def test_a_value_that_makes_no_numbers_is_no_rival(tmp_path: Path) -> None:
+    """Here an epsilon ten times too large passes the gate; beside NaN there is no step towards another to be seen."""
+    state = make.nanogpt_state()
+    state["transformer.wte.weight"] *= 30
+    torch.save(state, tmp_path / "loud.pt")
+    spec = deciding.gpt(tmp_path, eps=1e-6)
+
+    found = decided(tmp_path / "loud.pt", spec, "norm_eps=1e-5,-1e9", n_head="2", activation="gelu_new")
+
+    assert found.candidates[0].fits
+    assert found.candidates[1].nmse == float("inf")
+    assert not found.ok
+    assert "nothing finite comes out to hold it against" in found.reasons[0]
+
+
 def test_one_token_tells_no_theta(llama: Path, tmp_path: Path) -> None:
     found = decided(llama, deciding.llama(tmp_path), THETA, EPS, context="2")
 
