@@ -117,6 +117,10 @@ LAYOUTS: dict[str, list[list[str]]] = {
     "weight_norm": [
         ["embed.weight", "lin.weight_g", "lin.weight_v", "lin.bias"],
         ["lin.weight_orig", "lin.weight_u", "lin.weight_v"],
+        ["embed.weight", "lin.weight_g"],
+        ["embed.weight", "lin.weight_v"],
+        ["embed.weight", "lin.weight_orig"],
+        ["embed.weight", "lin.weight", "lin.weight_mask"],
     ],
     "adapter": [
         ["base_model.model.score.modules_to_save.weight", "base_model.model.prompt_encoder.default.embedding.weight"],
