@@ -183,7 +183,7 @@ COMMANDS = {
     },
     "record": {
         "checkpoint", "--reference", "--out", "--reference-python", "--reference-timeout", "--arch", "--set",
-        "--config", "--weights", "--dtype", "--seed", "--force", "--json",
+        "--config", "--weights", "--dtype", "--merge-lora", "--seed", "--force", "--json",
     },
     "serve": {
         "layout", "--host", "--port", "--prompt", "--max-tokens", "--unverified", "--arch", "--set", "--config",

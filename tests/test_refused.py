@@ -123,13 +123,24 @@ LAYOUTS: dict[str, list[list[str]]] = {
     "weight_norm": [
         ["embed.weight", "lin.weight_g", "lin.weight_v", "lin.bias"],
         ["lin.weight_orig", "lin.weight_u", "lin.weight_v"],
+        ["embed.weight", "lin.weight_g"],
+        ["embed.weight", "lin.weight_v"],
+        ["embed.weight", "lin.weight_orig"],
+        ["embed.weight", "lin.weight", "lin.weight_mask"],
     ],
     "adapter": [
         ["base_model.model.score.modules_to_save.weight", "base_model.model.prompt_encoder.default.embedding.weight"],
         [_HELD + "ia3_l"],
+        [_HELD + "oft_R.weight"],
+        [_HELD + "oft_r"],
+        [_HELD + "boft_R", _HELD + "boft_s"],
         [_HELD + "hada_w1_a", _HELD + "hada_w1_b"],
         [_HELD + "lokr_w1", _HELD + "lokr_w2"],
-        [_HELD + "vera_lambda_b", _HELD + "vera_lambda_d"],
+        ["base_model.vera_A", "base_model.vera_B", _HELD + "vera_lambda_b", _HELD + "vera_lambda_d"],
+        ["base_model.model.model.embed_tokens.weight", _HELD + "base_layer.weight", _HELD + "oft_R.default.weight"],
+        [*_HF, _Q + "base_layer.weight", _Q + "hada_w1_a.default", _Q + "hada_w1_b.default"],
+        ["prompt_embeddings"],
+        ["word_embeddings.weight", *(f"base_model.{name}" for name in _HF), "prompt_encoder.default.embedding.weight"],
     ],
 }  # fmt: skip
 SCALED = {"SCB": torch.int8, "weight_scale": torch.float8_e4m3fn, "weight_scale_inv": torch.float8_e4m3fn}
@@ -154,7 +165,7 @@ def test_every_entry_is_tested_and_says_all() -> None:
     for kind in all_refused():
         assert all((kind.title, kind.source, kind.reason, kind.do, kind.evidence))
         assert not kind.do.endswith(".")
-        assert all(evidence.tensors or evidence.beside or evidence.files for evidence in kind.evidence)
+        assert all(each.tensors or each.every or each.beside or each.files for each in kind.evidence)
 
 
 @pytest.mark.parametrize(("name", "number"), [(name, n) for name, known in LAYOUTS.items() for n in range(len(known))])
@@ -176,8 +187,9 @@ def test_every_alternative_is_what_some_layout_needs() -> None:
     """None is there that no names were ever held against, but those that look at what lies beside."""
     for kind in all_refused():
         for evidence in kind.evidence:
-            if evidence.tensors and not evidence.beside:
-                alone = [n for names in LAYOUTS[kind.name] if _holds(evidence.tensors, names) for n in names]
+            patterns = (*evidence.tensors, *evidence.every)
+            if patterns and not evidence.beside:
+                alone = [n for names in LAYOUTS[kind.name] if _holds(patterns, names) for n in names]
                 assert alone, (kind.name, evidence)
 
 
@@ -227,6 +239,13 @@ def test_an_adapter_is_never_left_out_in_silence(tmp_path: Path) -> None:
         prepare(tmp_path)
     with pytest.raises(MdlError, match=r"by adapter_config\.peft_type.*a folder of its own"):
         prepare(tmp_path / "ckpt.pt")
+
+
+def test_lora_is_called_lora_however_it_was_wrapped() -> None:
+    """What is to be done of it differs: --merge-lora knows it."""
+    whole = ["base_model.model.lm_head.weight", _HELD + "base_layer.weight", _HELD + "lora_A.default.weight"]
+    for names in (whole, [_HELD + "lora_A.weight", _HELD + "lora_B.weight"]):
+        assert kinds(Inventory("x", dict.fromkeys(names, ()))) == ["lora"]
 
 
 def test_a_model_of_ones_own_may_have_a_base_model_in_it() -> None:
