@@ -232,6 +232,7 @@ def record(
     config: ConfigOption = None,
     weights: WeightsOption = None,
     dtype: DtypeOption = None,
+    merge_lora: MergeOption = None,
     seed: SeedOption = 0,
     force: ForceOption = False,
     json: Json = False,
@@ -241,7 +242,7 @@ def record(
     from . import views
     from .validate.golden import TIMEOUT, record_checkpoint
 
-    options = said(arch, set_, weights, dtype, config)
+    options = said(arch, set_, weights, dtype, config, merge_lora)
     seconds = reference_timeout or TIMEOUT
     with render.steps(quiet=state.quiet or json) as say:
         say("running the reference")
@@ -265,18 +266,20 @@ def serve(
     config: ConfigOption = None,
     weights: WeightsOption = None,
     dtype: DtypeOption = None,
+    merge_lora: MergeOption = None,
     tokenizer: TokenizerOption = None,
     json: Json = False,
 ) -> None:
     """Start vLLM's OpenAI-compatible server on a verified layout. What follows `--` goes to vLLM.
 
-    A raw checkpoint is converted first: --arch, --set, --config, --weights, --dtype, --tokenizer as in `mdl convert`.
+    A raw checkpoint is converted first, with --arch, --set, --config, --weights, --dtype, --merge-lora and --tokenizer
+    as in `mdl convert`.
     """
     state.json = json
     from .serve import serve as run
     from .validate.ready import ready_layout
 
-    options = said(arch, set_, weights, dtype, config)
+    options = said(arch, set_, weights, dtype, config, merge_lora)
     with render.steps(quiet=state.quiet or json) as say:
         ready = ready_layout(layout, unverified=unverified, say=say, options=options, tokenizer=tokenizer)
     _exit(

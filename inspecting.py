@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from .convert.prepare import Options, Recognised
     from .mappings.tensors import TensorInfo
 
+SWITCHES = 5
+"""Yes or no with one and the same reason: from this many on they are one line."""
 ROWS = 100
 """Lines of the list of tensors: those of a checkpoint of any number of layers are fewer."""
 
@@ -125,9 +128,16 @@ def show_inspection(r: Recognised) -> None:
 
 
 def show_dims(dims: Dims) -> None:
-    """Every size and constant with where it comes from."""
+    """Every size and constant with where it comes from; switches of a mapping, which one reason set, in one line."""
     made = render.table("value", "", "from", "because")
-    for name, dim in dims.entries.items():
-        style = "yellow" if dim.source in ("default", "user") else ""
-        made.add_row(name, str(dim.value), render.text(dim.source, style=style), dim.because)
+    for (source, because), group in itertools.groupby(
+        dims.entries.items(), lambda one: (one[1].source, one[1].because)
+    ):
+        rows = [(name, dim.value) for name, dim in group]
+        if len(rows) >= SWITCHES and all(isinstance(value, bool) for _, value in rows):
+            on = [name for name, value in rows if value]
+            rows, because = [("switches", f"{len(on)} of {len(rows)}")], f"{because}: {', '.join(on) or 'none'}"
+        style = "yellow" if source in ("default", "user") else ""
+        for name, value in rows:
+            made.add_row(name, str(value), render.text(source, style=style), because)
     render.out().print(made)

@@ -10,7 +10,7 @@ from . import render, views
 from .errors import usage_error
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from .convert.prepare import Options
     from .program import State
@@ -41,7 +41,8 @@ def other(path: Path, settings: Settings, options: Options, state: State, *, mut
     ``files`` tells that a report is to be written. Raises MdlError (USAGE) for options that do not go together.
     """
     if is_raw(path, settings, options):
-        return decided(path, settings, options, state, files=files)
+        _refuse_of_layouts(path, settings, {"--mutate": mutate, "--junit or --html": files})
+        return decided(path, settings, options, state)
     return mutated(path, settings, state) if mutate else None
 
 
@@ -75,17 +76,26 @@ def is_raw(path: Path, settings: Settings, options: Options) -> bool:
     return False
 
 
-def decided(checkpoint: Path, settings: Settings, options: Options, state: State, *, files: bool) -> int:
-    """`mdl verify CKPT --decide …`: the values to convert with. The exit code: 0 if all were decided.
+def _refuse_of_layouts(checkpoint: Path, settings: Settings, more: Mapping[str, bool]) -> None:
+    """Raise MdlError (USAGE) for options that say how vLLM runs a layout, or what is reported of it."""
+    given = {
+        "--against": settings.against is not None,
+        "--prompt": bool(settings.prompts),
+        "--dtype": settings.dtype is not None,
+        "--tensor-parallel-size": settings.tensor_parallel_size != 1,
+        "--pipeline-parallel-size": settings.pipeline_parallel_size != 1,
+        **more,
+    }
+    if said := [option for option, is_there in given.items() if is_there]:
+        do = f"leave {', '.join(said)} out, or convert first and verify the layout"
+        raise usage_error("this is a raw checkpoint: there is no layout to report on yet", str(checkpoint), do)
 
-    ``files`` tells that a report was asked for, which is one of a layout.
-    """
+
+def decided(checkpoint: Path, settings: Settings, options: Options, state: State) -> int:
+    """`mdl verify CKPT --decide …`: the values to convert with. The exit code: 0 if all were decided."""
     from .validate.decide import decide_checkpoint
     from .validate.decide_layout import convert_command
 
-    if files or settings.prompts or settings.dtype or settings.against:
-        do = "leave --junit, --html, --prompt, --dtype and --against out, or convert first and verify the layout"
-        raise usage_error("this is a raw checkpoint: there is no layout to report on yet", str(checkpoint), do)
     with render.steps(quiet=state.quiet or state.json) as say:
         say("running the reference and each candidate")
         found = decide_checkpoint(

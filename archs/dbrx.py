@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..mappings.tensors import Shape
 from .base import Arch, Dims, Inventory, Measure, Value, lookup
 from .classes.choosing import Unsupported
 from .llama_meta import decoder_config
+from .olmoe import ROUTER, STACK, fused_heads, stacked_experts
 
 _AT = "transformer.blocks.0."
-_ROUTER, _STACK = _AT + "ffn.router.layer.weight", _AT + "ffn.experts.mlp.w1"
 _PLACES = ("integrations.huggingface.model.config.content", "config")
 _ASK = (
     "llm-foundry's config has it, which Composer saves below state.integrations, and which may lie here as config.json"
@@ -47,7 +46,7 @@ def detect(inv: Inventory) -> list[str]:
     """llm-foundry's names for attention, and megablocks' for a router and experts in one stack. With the config.json
     of the release beside them they are Hugging Face's."""
     found = [name for name in ("", "norm_attn_norm.") if f"{_AT}{name}attn.Wqkv.weight" in inv]
-    if not found or not all(name in inv for name in ("transformer.wte.weight", _ROUTER, _STACK)):
+    if not found or not all(name in inv for name in ("transformer.wte.weight", ROUTER, STACK)):
         return []
     if lookup(inv.extras, "config.architectures") == ["DbrxForCausalLM"]:
         return []
@@ -64,7 +63,8 @@ def dims(m: Measure) -> None:
     m.set("hidden", file=_at("d_model"), shape=(width, "columns of transformer.wte"))
     m.set("vocab", file=_at("vocab_size"), shape=(rows, "rows of transformer.wte"))
     _names(m)
-    _attention(m)
+    fused = f"{_AT}{m['in_attn']}.Wqkv.weight"
+    fused_heads(m, fused, _at("n_heads"), _at("attn_config.kv_n_heads"), f". {_ASK}")
     _experts(m)
     _norms(m)
     m.set("rope_theta", kind=float, file=_at("attn_config.rope_theta"), ask=_ASK)
@@ -94,39 +94,8 @@ def _names(m: Measure) -> None:
         m.set(f"in_{name}", kind=str, shape=(f"norm_attn_norm.{name}" if fused else name, why))
 
 
-def _attention(m: Measure) -> None:
-    """As many query channels as the model is wide; what else Wqkv has is half k and half v."""
-    hidden, rows = m["hidden"], (_shape(m, f"{_AT}{m['in_attn']}.Wqkv.weight") or (None,))[0]
-    heads = m.set("heads", file=_at("n_heads"), ask=f"q, k and v lie in one matrix, so no shape tells. {_ASK}")
-    if not (isinstance(heads, int) and isinstance(hidden, int) and rows):
-        m.unsettled("kv_heads", "kv_n_heads")
-        return
-    if heads < 1 or hidden % heads or (rows - hidden) % (2 * hidden // heads) or rows <= hidden:
-        m.problem(f"{heads} heads of {hidden} channels do not fit Wqkv with {rows} rows", do="pass --set n_heads=N")
-        return
-    head = hidden // heads
-    kv = (rows - hidden) // (2 * head)
-    m.set("head_dim", shape=(head, "d_model / n_heads, as llm-foundry's code computes it"))
-    m.set("kv_heads", file=_at("attn_config.kv_n_heads"), shape=(kv, f"({rows} rows of Wqkv - {hidden}) / 2 / {head}"))
-    if heads % kv:
-        m.problem(f"{heads} query heads can't share {kv} key heads evenly", do="pass --set n_heads=N")
-
-
-def _shape(m: Measure, name: str) -> Shape | None:
-    return m.inventory.shape(name)
-
-
 def _experts(m: Measure) -> None:
-    rows, stack = (_shape(m, _ROUTER) or (None,))[0], list(_shape(m, _STACK) or ())
-    experts = m.set("experts", file=_at("ffn_config.moe_num_experts"), shape=(rows, "rows of ffn.router.layer"))
-    fits = len(stack) == 2 and isinstance(experts, int) and experts > 0 and stack[0] % experts == 0
-    if not fits or stack[1] != m["hidden"]:
-        what = f"ffn.experts.mlp.w1 has the shape {stack}, not [{experts} x rows of an expert, {m['hidden']}]"
-        m.problem(what, do="so megablocks stacks the experts of a dropless mixture; no other is carried over")
-    elif isinstance(experts, int):
-        m.set("ffn", shape=(stack[0] // experts, f"{stack[0]} rows of ffn.experts.mlp.w1 / {experts} experts"))
-    if _AT + "ffn.experts.mlp.v1" not in m.inventory:
-        m.problem("there is no ffn.experts.mlp.v1: the experts have no gate", do=_DO)
+    stacked_experts(m, _at("ffn_config.moe_num_experts"), _DO)
     m.set("experts_per_token", file=_at("ffn_config.moe_top_k"), ask=f"no shape tells. {_ASK}")
     there = _said(m.inventory, "d_model") is not None
     plain: Value = "gelu" if there else None

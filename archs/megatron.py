@@ -13,7 +13,7 @@ from typing import Any, cast
 from ..mappings.tensors import Shape
 from .base import Arch, Inventory, Measure, Value, boolean, lookup
 from .classes.choosing import heads_of_fused
-from .classes.megatron import choose, flags, hf_config
+from .classes.megatron import choose, flags, hf_config, settle
 
 _AT = "decoder.layers"
 ASK = "Megatron-LM saves it under args, which this checkpoint lacks"
@@ -63,11 +63,7 @@ def dims(m: Measure) -> None:
     attention_dims(m)
     _mlp(m)
     _activation(m)
-    if any(m[name] is None for name in _DECIDE):
-        return  # asked for already
-    choose(m, arguments(m.inventory))
-    for name, value in flags(m).items():
-        m.accept(name, value, f"what the mapping does for {m['target']}")
+    settle(m, arguments(m.inventory), _DECIDE, choose, flags)
 
 
 def attention_dims(m: Measure) -> None:

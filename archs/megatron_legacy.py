@@ -85,14 +85,18 @@ def dims(m: Measure) -> None:
 
 def _order(m: Measure) -> None:
     """The order of query_key_value's rows."""
-    said = m.inventory.extras.get("checkpoint_version", 0)
-    default = (float(said), "checkpoint_version") if isinstance(said, int | float) else None
-    m.set("checkpoint_version", kind=float, default=default, ask="0 (q, k, v), 1 (channels), or 3 (groups)?")
+    whole = bool(megatron.arguments(m.inventory)) or "iteration" in m.inventory.extras
+    silent = (0.0, "the file has none, which Megatron-LM takes for 0") if whole else None
+    ask = "0 (q, k, v), 1 (channels), or 3 (groups)? It lay beside the weights in Megatron-LM's file"
+    m.set("checkpoint_version", kind=float, file=("checkpoint_version",), default=silent, ask=ask)
     version = m["checkpoint_version"]
     rows = {0.0: "q, k, v", 1.0: "channels"}.get(version, "groups") if isinstance(version, float) else ""
     m.accept("qkv_order", rows, "checkpoint_version")
     if rows not in ("groups", "") and m["target"] not in ("GPT2", None):
-        m.problem(f"checkpoint_version {version} with rotary positions: no release of Megatron-LM wrote that")
+        what = f"checkpoint_version {version} with rotary positions: no release of Megatron-LM wrote that"
+        m.problem(
+            what, do="pass --set checkpoint_version=3 if q, k and v lie group by group, as all releases since have them"
+        )
     for flag, order in {"gpt2_groups": "groups", "gpt2_thirds": "q, k, v", "gpt2_channels": "channels"}.items():
         m.accept(flag, m["gpt2"] is True and rows == order, f"what the mapping does for {m['target']}")
     m.accept("thirds", rows == "q, k, v", "order of the rows")

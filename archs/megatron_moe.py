@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from ..mappings.tensors import Shape
 from .base import Arch, Inventory, Measure, boolean
+from .classes.megatron import BRIDGE, settle
 from .classes.megatron_moe import choose, flags, hf_config
 from .megatron import ASK, arg, arguments, attention_dims, core_names, has_experts, usual, where
 
@@ -62,12 +63,9 @@ def dims(m: Measure) -> None:
     layers = m["layers"]
     _pattern(m, layers if isinstance(layers, int) else 0)
     _mlps(m)
+    _shared(m)
     _routing(m)
-    if any(m[name] is None for name in _DECIDE):
-        return  # asked for already
-    choose(m, arguments(m.inventory))
-    for name, value in flags(m).items():
-        m.accept(name, value, f"what the mapping does for {m['target']}")
+    settle(m, arguments(m.inventory), _DECIDE, choose, flags)
 
 
 def _pattern(m: Measure, layers: int) -> None:
@@ -82,7 +80,7 @@ def _pattern(m: Measure, layers: int) -> None:
     first = sparse[0] if sparse else 0
     step = sparse[1] - first if len(sparse) > 1 else max(layers - first, 1)
     if sparse != list(range(first, layers, step)) or first + step * len(sparse) != layers:
-        m.problem(f"layers {sparse} of {layers} have a router, which no step from the first of them gives")
+        m.problem(f"layers {sparse} of {layers} have a router, which no step from the first of them gives", do=BRIDGE)
     why = "layers that have a router"
     m.set("sparse_layers", shape=(len(sparse), why))
     m.set("start", shape=(first, f"the first of the {why}"))
@@ -121,6 +119,17 @@ def _mlps(m: Measure) -> None:
     m.set("fused_expert_norms", kind=boolean, shape=(there, f"there is {'a' if there else 'no'} mlp.{fused}"))
 
 
+def _shared(m: Measure) -> None:
+    """An expert that all tokens go to: an MLP of its own width, cut as those of layers without experts are. A gate may
+    weigh what it returns."""
+    inv, at = m.inventory, "shared_experts"
+    down, gate = _of_sparse(inv, f"{at}.linear_fc2.weight")[-1], _of_sparse(inv, f"{at}.gate_weight") != (0, 0)
+    why = f"columns of {at}.linear_fc2" if down else f"there are no {at}"
+    m.set("shared_ffn", file=arg("moe_shared_expert_intermediate_size"), shape=(down * inv.ranks, why))
+    why = f"there is {'a' if gate else 'no'} {at}.gate_weight"
+    m.set("shared_gate", kind=boolean, file=arg("moe_shared_expert_gate") if down else (), shape=(gate, why))
+
+
 def _dense(m: Measure) -> list[int]:
     found = m["dense_layers"]
     return found if isinstance(found, list) else []
@@ -142,8 +151,12 @@ def _routing(m: Measure) -> None:
     experts = m["experts"]
     if isinstance(chosen, int) and isinstance(experts, int) and not 1 <= chosen <= experts:
         m.problem(f"experts_per_token is {chosen}, of {experts} experts", do="pass --set moe_router_topk=N")
-    if arguments(m.inventory).get("moe_input_jitter_eps"):
+    said = arguments(m.inventory)
+    if said.get("moe_input_jitter_eps"):
         m.deviation("--moe-input-jitter-eps: Megatron-LM's router sees noise whenever it runs; vLLM's sees none")
+    for key in ("moe_expert_capacity_factor", "moe_expert_rank_capacity_factor"):
+        if said.get(key) is not None:
+            m.deviation(f"args.{key} is {said[key]}: full experts leave tokens out; vLLM's take every token")
 
 
 ARCH = Arch(

@@ -8,7 +8,9 @@ from .base import Arch, Dims, Inventory, Measure, lookup
 from .llama_meta import decoder_config
 
 _BLOCK = "transformer.blocks.0."
-_ROUTER, _STACK = _BLOCK + "ffn.router.layer.weight", _BLOCK + "ffn.experts.mlp.w1"
+ROUTER, STACK = _BLOCK + "ffn.router.layer.weight", _BLOCK + "ffn.experts.mlp.w1"
+"""megablocks' names, which llm-foundry's mixtures have too (:mod:`.dbrx`)."""
+Paths = tuple[str, ...]
 _TARGET = "OlmoeForCausalLM"
 _UNSERVED: dict[str, tuple[tuple[Any, ...], str]] = {
     "block_type": (("moe",), "its blocks are of another kind"),
@@ -29,7 +31,7 @@ _UNSERVED: dict[str, tuple[tuple[Any, ...], str]] = {
 
 def detect(inv: Inventory) -> list[str]:
     """OLMo's names for attention, and megablocks' for a router and experts in one stack."""
-    if not all(name in inv for name in ("transformer.wte.weight", _BLOCK + "att_proj.weight", _ROUTER, _STACK)):
+    if not all(name in inv for name in ("transformer.wte.weight", _BLOCK + "att_proj.weight", ROUTER, STACK)):
         return []
     because = ["transformer.blocks.N.att_proj and attn_out are the names of OLMo's training code"]
     return [*because, "ffn.router.layer and ffn.experts.mlp.w1 are those of megablocks: its mixture of experts, OLMoE"]
@@ -45,8 +47,11 @@ def dims(m: Measure) -> None:
     said = lookup(inv.extras, "config.model.embedding_size")  # 0 or null: as many rows as the vocabulary has
     where = _at("embedding_size") if said else ()
     m.set("vocab", file=where, shape=(rows, "rows of transformer.wte, padding included"))
-    _attention(m)
-    _experts(m)
+    fused_heads(m, _BLOCK + "att_proj.weight", _at("n_heads"), _at("n_kv_heads"), "")
+    stacked_experts(m, _at("moe_num_experts"), _NO_CLASS)
+    if _BLOCK + "q_norm.weight" not in inv:
+        m.problem("there is no q_norm: q and k are not normed", do=_NO_CLASS)
+    m.set("experts_per_token", file=_at("moe_top_k"), ask="no shape tells; OLMoE-1B-7B was trained with 8")
     m.set("norm_eps", kind=float, file=_at("layer_norm_eps"), default=(1e-5, "hard-wired before the config had it"))
     if m["norm_eps"] != 1e-5:
         m.problem(f"layer_norm_eps is {m['norm_eps']}, and vLLM's {_TARGET} norms q and k with 1e-05", do=_NO_CLASS)
@@ -59,41 +64,42 @@ def _at(key: str) -> tuple[str, ...]:
     return (f"config.model.{key}",)
 
 
-def _attention(m: Measure) -> None:
-    """As many query channels as the model is wide; what else att_proj has is half k and half v."""
-    inv, hidden = m.inventory, m["hidden"]
-    rows = (inv.shape(_BLOCK + "att_proj.weight") or (None,))[0]
-    heads = m.set("heads", file=_at("n_heads"), ask="q, k and v lie in one matrix, so no shape tells")
+def fused_heads(m: Measure, fused: str, heads_at: Paths, kv_at: Paths, ask: str) -> None:
+    """As many query channels as the model is wide; what else the matrix ``fused`` has is half k and half v.
+
+    Read at ``heads_at`` and ``kv_at`` in the config, whose last words are what --set calls them; ``ask`` where there is
+    none.
+    """
+    name, hidden = fused.removesuffix(".weight").rpartition(".")[2], m["hidden"]
+    rows = (m.inventory.shape(fused) or (None,))[0]
+    heads = m.set("heads", file=heads_at, ask=f"q, k and v lie in one matrix, so no shape tells{ask}")
     if not (isinstance(heads, int) and isinstance(hidden, int) and rows):
-        m.unsettled("kv_heads", "n_kv_heads")
+        m.unsettled("kv_heads", kv_at[0].rpartition(".")[2])
         return
-    if heads < 1 or hidden % heads or (rows - hidden) % (2 * hidden // heads):
-        m.problem(f"{heads} heads of {hidden} channels do not fit att_proj with {rows} rows", do="pass --set n_heads=N")
+    if heads < 1 or hidden % heads or (rows - hidden) % (2 * hidden // heads) or rows <= hidden:
+        m.problem(f"{heads} heads of {hidden} channels do not fit {name} with {rows} rows", do="pass --set n_heads=N")
         return
     head = hidden // heads
     kv = (rows - hidden) // (2 * head)
-    m.set("head_dim", shape=(head, "d_model / n_heads, as OLMo's code computes it"))
-    m.set("kv_heads", file=_at("n_kv_heads"), shape=(kv, f"({rows} rows of att_proj - {hidden}) / 2 / {head}"))
+    m.set("head_dim", shape=(head, "d_model / n_heads, as its code computes it"))
+    m.set("kv_heads", file=kv_at, shape=(kv, f"({rows} rows of {name} - {hidden}) / 2 / {head}"))
     if heads % kv:
         m.problem(f"{heads} query heads can't share {kv} key heads evenly", do="pass --set n_heads=N")
 
 
-def _experts(m: Measure) -> None:
+def stacked_experts(m: Measure, count_at: Paths, do: str) -> None:
+    """How many experts megablocks' stacks hold, and how wide each is; ``do`` where they have no gate."""
     inv, hidden = m.inventory, m["hidden"]
-    rows = (inv.shape(_ROUTER) or (None,))[0]
-    experts = m.set("experts", file=_at("moe_num_experts"), shape=(rows, "rows of ffn.router.layer"))
-    stack = list(inv.shape(_STACK) or ())
+    rows, stack = (inv.shape(ROUTER) or (None,))[0], list(inv.shape(STACK) or ())
+    experts = m.set("experts", file=count_at, shape=(rows, "rows of ffn.router.layer"))
     fits = len(stack) == 2 and isinstance(experts, int) and experts > 0 and stack[0] % experts == 0
     if not fits or stack[1] != hidden:
         what = f"ffn.experts.mlp.w1 has the shape {stack}, not [{experts} x rows of an expert, {hidden}]"
         m.problem(what, do="so megablocks stacks the experts of a dropless mixture; no other is carried over")
     elif isinstance(experts, int):
         m.set("ffn", shape=(stack[0] // experts, f"{stack[0]} rows of ffn.experts.mlp.w1 / {experts} experts"))
-    if _BLOCK + "ffn.experts.mlp.v1" not in inv:
-        m.problem("there is no ffn.experts.mlp.v1: the experts have no gate", do=_NO_CLASS)
-    if _BLOCK + "q_norm.weight" not in inv:
-        m.problem("there is no q_norm: q and k are not normed", do=_NO_CLASS)
-    m.set("experts_per_token", file=_at("moe_top_k"), ask="no shape tells; OLMoE-1B-7B was trained with 8")
+    if f"{STACK[:-2]}v1" not in inv:
+        m.problem("there is no ffn.experts.mlp.v1: the experts have no gate", do=do)
 
 
 def _refuse(m: Measure) -> None:

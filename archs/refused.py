@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,17 @@ FILE = Path(__file__).with_name("refused.yaml")
 
 @dataclass(frozen=True)
 class Evidence:
-    """Names of tensors and paths beside the weights which together tell; or files of a folder without weights."""
+    """Names of tensors and paths beside the weights which together tell; or files of a folder without weights.
+
+    ``siblings`` maps the last word of a tensor's name to the types of which it must be beside each of ``tensors``.
+    """
 
     tensors: tuple[str, ...] = ()
+    every: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
     beside: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
+    siblings: Mapping[str, Iterable[str]] = field(default_factory=dict[str, Iterable[str]])
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,7 @@ class Refused:
     do: str
 
 
-@lru_cache(maxsize=1)
+@cache
 def all_refused() -> tuple[Refused, ...]:
     """Everything that refused.yaml lists, in its order."""
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where PyYAML was built with it
@@ -52,8 +58,10 @@ def all_refused() -> tuple[Refused, ...]:
 def _parsed(name: str, entry: Mapping[str, Any]) -> Refused:
     """An entry. Raises TypeError for a key that is unknown or missing: the file is ours."""
     words = {**entry}
-    told = words.pop("evidence")
-    evidence = tuple(Evidence(**{key: tuple(names) for key, names in each.items()}) for each in told)
+    evidence = tuple(
+        Evidence(siblings=each.pop("siblings", {}), **{key: tuple(names) for key, names in each.items()})
+        for each in ({**one} for one in words.pop("evidence"))
+    )
     return Refused(name=name, evidence=evidence, **words)
 
 
@@ -87,16 +95,43 @@ def recognised(inventory: Inventory) -> Iterator[tuple[Refused, list[str]]]:
 
 def _found(evidence: Evidence, inventory: Inventory, parts: set[str]) -> list[str]:
     """One name for each thing of the evidence, or nothing if one of them is missing."""
-    found = [_first(pattern, inventory.tensors, parts) for pattern in evidence.tensors]
+    if any(_first(pattern, inventory, parts) for pattern in evidence.without):
+        return []
+    found = [_first(pattern, inventory, parts, evidence.siblings) for pattern in evidence.tensors]
+    found += [_shared(pattern, inventory.tensors) for pattern in evidence.every]
     found += [path if lookup(inventory.extras, path) else "" for path in evidence.beside]
     return found if all(found) else []
 
 
-def _first(pattern: str, names: Iterable[str], parts: set[str]) -> str:
+def _first(
+    pattern: str, inventory: Inventory, parts: set[str], siblings: Mapping[str, Iterable[str]] | None = None
+) -> str:
     """The first name that a pattern stands for. Names are gone through only where all of its words occur in some."""
     words = pattern.split(".")
     if not parts.issuperset(word for word in words if word not in ("*", "**")):
         return ""
+    expression = _expression(pattern)
+    names = (name for name in inventory.tensors if expression.fullmatch(f"{name}."))
+    return next((name for name in names if _beside(name, inventory, siblings or {})), "")
+
+
+def _beside(name: str, inventory: Inventory, siblings: Mapping[str, Iterable[str]]) -> bool:
+    """Whether the module of a tensor has all of these, each of one of its types."""
+    module = name.rpartition(".")[0]
+    held = {word: inventory.tensors.get(f"{module}.{word}" if module else word) for word in siblings}
+    return all(infos and infos[0].dtype in siblings[word] for word, infos in held.items())
+
+
+def _shared(pattern: str, names: Iterable[str]) -> str:
+    """The last name, if a pattern stands for all of them."""
+    expression, last = _expression(pattern), ""
+    for last in names:
+        if not expression.fullmatch(f"{last}."):
+            return ""
+    return last
+
+
+@cache
+def _expression(pattern: str) -> re.Pattern[str]:
     known = {"*": r"[^.]+\.", "**": r"(?:[^.]+\.)*"}
-    expression = re.compile("".join(known.get(word) or re.escape(f"{word}.") for word in words))
-    return next((name for name in names if expression.fullmatch(f"{name}.")), "")
+    return re.compile("".join(known.get(word) or re.escape(f"{word}.") for word in pattern.split(".")))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
 import sys
 from collections.abc import Iterable
 from dataclasses import replace
@@ -75,6 +76,13 @@ def mapping_path(arch: Arch) -> Path:
     return Path(arch.mapping) if arch.mapping else Path(__file__).parent.parent / "mappings" / f"{arch.name}.yaml"
 
 
+_TRANSFORMERS = re.compile(
+    r"((^|\.)layers\.0\.self_attn\.[qkv]_proj|^gpt_neox\.layers\.0\.attention\.query_key_value"
+    r"|(^|\.)h\.0\.self_attention\.query_key_value)\.weight$"
+)
+"""Names of an attention that many classes of transformers share."""
+
+
 def detect(inventory: Inventory, archs: Iterable[Arch] | None = None) -> Match:
     """The one family that recognises the checkpoint. Raises MdlError (INPUT) for none, for several, and for what is
     known to have no way to vLLM, unless a user's own family recognises it."""
@@ -105,11 +113,28 @@ def evidence(arch: Arch, inventory: Inventory) -> tuple[str, ...]:
 def _nothing(inventory: Inventory, candidates: list[Arch]) -> MdlError:
     some = ", ".join(list(inventory.tensors)[:6])
     known = ", ".join(arch.name for arch in candidates)
+    there = f"no known architecture has these tensors ({len(inventory.tensors)} of them: {some} …)"
+    if _of_transformers(inventory):
+        return input_error(
+            f"{there}; models of Hugging Face's transformers have such names, but no config.json that names a class"
+            " (architectures) and a model_type lies beside them",
+            inventory.path,
+            "pass --config config.json: the one that save_pretrained wrote of this model, or of the one that it was"
+            " made from; other code wrote them? --arch NAME (`mdl archs`)",
+        )
     return input_error(
-        f"no known architecture has these tensors ({len(inventory.tensors)} of them: {some} …); known: {known}",
+        f"{there}; known: {known}",
         inventory.path,
         "--arch NAME if you know better, or add your own with --arch FILE.py (docs/architectures.md)",
     )
+
+
+def _of_transformers(inventory: Inventory) -> bool:
+    """Whether an attention has a name, or GPT-2's way of storing its weight [C, 3C], that transformers has."""
+    conv = next((t for name, (t, *_) in inventory.tensors.items() if name.endswith("h.0.attn.c_attn.weight")), None)
+    if conv is not None and len(conv.shape) == 2 and conv.shape[1] == 3 * conv.shape[0]:
+        return True
+    return any(_TRANSFORMERS.search(name) for name in inventory.tensors)
 
 
 def _arch_of(module: object, name: str) -> Arch:

@@ -16,7 +16,7 @@ _FIRST = ".0.self_attn.in_proj_weight"
 _REQUIRED = ("self_attn.out_proj.weight", "linear1.weight", "linear2.weight", "norm1.weight", "norm2.weight")
 _HEADS = frozenset(
     {"lm_head", "head", "fc_out", "output", "output_layer", "output_projection", "out_proj", "to_logits", "unembed"}
-    | {"unembedding", "logits", "generator"}
+    | {"unembedding", "logits", "generator", "decoder", "classifier", "fc", "linear", "out", "proj_out"}
 )
 """What nobody calls an embedding."""
 _SCALED = "multiply the embedding's table by C**0.5, give the head the old one as a weight of its own, and pass \

@@ -24,6 +24,9 @@ _HEADS = (
     "torchtitan saves no hyperparameters; it is n_heads of the flavor in torchtitan/models/llama3/__init__.py: "
     "16 for debugmodel, 32 for 1B and 8B, 24 for 3B, 64 for 70B, 128 for 405B"
 )
+SEQ_LEN = ("training.seq_len",)
+_TOLD = ("params.n_heads",)
+"""Where a file given by --config may say it; torchtitan writes none."""
 CONTEXT = "no tensor tells; it is training.seq_len of the job"
 _SCALED = (
     "torchtitan computes llama3 scaling always since October 2025 (v0.2.0), and none before; the names of these "
@@ -64,7 +67,7 @@ def dims(m: Measure) -> None:
     m.set("norm_eps", kind=float, default=(1e-5, "all of torchtitan's Llama 3 flavors"))
     theta = "all of torchtitan's Llama 3 flavors; a flavor of your own that left it out has 10000"
     m.set("rope_theta", kind=float, default=(500_000.0, theta))
-    m.set("context", shape=(freqs[0] if freqs else None, "rows of freqs_cis"), ask=CONTEXT)
+    m.set("context", shape=(freqs[0] if freqs else None, "rows of freqs_cis"), file=SEQ_LEN, ask=CONTEXT)
     _scaling(m)
 
 
@@ -91,9 +94,9 @@ def block_heads(m: Measure, told: tuple[int, str] | None, ask: str) -> None:
     inv, wo = m.inventory, m.inventory.shape(f"{_ATT}wo.weight") or (0, 0)
     if not m["qkv_fused"]:
         inside = "qkv_linear." if m["qkv_apart"] else ""
-        head_sizes(m, f"{_ATT}{inside}wq.weight", f"{_ATT}{inside}wk.weight", {}, shape=told, ask=ask)
+        head_sizes(m, f"{_ATT}{inside}wq.weight", f"{_ATT}{inside}wk.weight", {"heads": _TOLD}, shape=told, ask=ask)
         return
-    heads = m.set("heads", shape=told, ask=ask)
+    heads = m.set("heads", shape=told, file=_TOLD, ask=ask)
     rows = (inv.shape(f"{_ATT}qkv_linear.wqkv.weight") or (0,))[0]
     for later in ("head_dim", "kv_heads"):
         m.unsettled(later)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .base import Arch, Inventory, Measure
-from .torchtitan import CONTEXT, block_heads, block_names, block_sizes
+from .torchtitan import CONTEXT, SEQ_LEN, block_heads, block_names, block_sizes
 from .torchtune_qwen3 import hf_config
 
 _ATT = "layers.0.attention."
@@ -29,7 +29,7 @@ def dims(m: Measure) -> None:
     m.set("norm_eps", kind=float, default=(1e-6, "all of torchtitan's Qwen3 flavors"))
     m.set("rope_theta", kind=float, default=(1_000_000.0, "all of torchtitan's dense Qwen3 flavors"))
     m.set("rope_scaling", kind=str, default=("none", "no flavor of torchtitan's Qwen3 has one"), choices=("none",))
-    m.set("context", ask=CONTEXT)
+    m.set("context", file=SEQ_LEN, ask=CONTEXT)
 
 
 ARCH = Arch(

@@ -49,8 +49,10 @@ _PATTERN = re.compile(r"\^?[\w.\-\\*]+")
 _MOST_STARS = 3
 _MOST_ALPHA = 1e30
 _PREFIX = "base_model.model."
+_LITGPT = "lit_model.pth.lora"
 _LORA = re.compile(r"(.+)\.(?:lora_(embedding_)?([ABab]))(?:\.(?!weight$|bias$)\w+)?(?:\.weight)?")
 _WRAPPED = re.compile(r"\.(?:base_layer|modules_to_save(?:\.default)?)(?=\.)")
+_OF_LORA, _SAVED, _UNUSED = ".lora_", ".modules_to_save.", ".original_module."
 _MERGE = "merge it where it was trained (model.merge_and_unload(), then save_pretrained) and convert that"
 
 
@@ -86,9 +88,9 @@ class Adapter:
         said = _of(self.settings.get("rank_pattern"), module, self.settings.get("r"))
         alpha = _of(self.settings.get("alpha_pattern"), module, self.settings.get("lora_alpha"))
         if said != rank:
-            raise ValueError(f"its matrices have rank {rank}, {SETTINGS} says {str(said)[:100]}")
+            raise ValueError(f"its matrices have rank {rank}, {SETTINGS} says {repr(said)[:100]}")
         if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < _MOST_ALPHA:
-            raise ValueError(f"{SETTINGS} gives no lora_alpha for it, but {str(alpha)[:100]!r}")
+            raise ValueError(f"{SETTINGS} says {repr(alpha)[:100]} for its lora_alpha, which is no number")
         return alpha / math.sqrt(rank) if self.settings.get("use_rslora") else alpha / rank
 
 
@@ -109,7 +111,10 @@ def open_adapter(path: Path, inventory: Inventory) -> tuple[Adapter, Inventory]:
         raise usage_error("--merge-lora: there is no such file or folder", str(path), "give the folder of the adapter")
     if not file.is_file():
         what = f"--merge-lora: no {SETTINGS} lies there, which says with which scale an adapter is added"
-        raise usage_error(what, str(path), "give the folder that model.save_pretrained() wrote of a PeftModel")
+        do = "give the folder that model.save_pretrained() wrote of a PeftModel"
+        if (folder / _LITGPT).is_file():
+            do = f"litgpt's own ({_LITGPT}) is merged by litgpt: `litgpt merge_lora {folder}`, then convert that folder"
+        raise usage_error(what, str(path), do)
     try:
         settings = parse_settings(file)
     except (ValueError, OSError) as error:
@@ -127,17 +132,33 @@ def open_adapter(path: Path, inventory: Inventory) -> tuple[Adapter, Inventory]:
 
 def _within(inventory: Inventory, path: Path) -> tuple[dict[str, tuple[TensorInfo, ...]], Inventory]:
     """The matrices that lie in the checkpoint itself, and the checkpoint without them, under the names that it had
-    before PEFT wrapped its layers."""
-    held = {name: infos for name, infos in inventory.tensors.items() if _LORA.fullmatch(name)}
+    before PEFT wrapped its layers. Raises MdlError where there are none, or two weights would have one name."""
+    held = {name: infos for name, infos in inventory.tensors.items() if _OF_LORA in name}
     if not held:
         what = f"--merge-lora: {SETTINGS} alone is for matrices in the checkpoint itself, and there are none"
         raise usage_error(what, str(path), "give the folder that holds the adapter's weights, too")
+    trained = {_unwrapped(name) for name in inventory.tensors if _SAVED in name}
     rest: dict[str, tuple[TensorInfo, ...]] = {}
+    left: list[str] = []
+    problems: list[Problem] = []
     for name, infos in inventory.tensors.items():
-        if name not in held:
-            plain = _WRAPPED.sub("", name.removeprefix(_PREFIX))
+        plain = _unwrapped(name)
+        if _UNUSED in name and plain.replace(_UNUSED, ".") in trained:
+            left.append(name)
+        elif plain in rest:
+            what = f"{rest[plain][0].raw} and {infos[0].raw} would both be {plain} without what PEFT put around it"
+            problems.append(Problem(what, inventory.path, "save one of them only"))
+        elif name not in held:
             rest[plain] = tuple(replace(info, name=plain) for info in infos)
-    return held, replace(inventory, tensors=rest)
+    if problems:
+        raise MdlError(Kind.INPUT, problems)
+    remark = "taken as not merged yet: loralib's model.eval() and PEFT's merge_adapter() merge, and leave the matrices"
+    unused = [f"left out: {', '.join(left)}, in whose place modules_to_save was trained"] if left else []
+    return held, replace(inventory, tensors=rest, remarks=(*inventory.remarks, f"LoRA's matrices {remark}", *unused))
+
+
+def _unwrapped(name: str) -> str:
+    return _WRAPPED.sub("", name.removeprefix(_PREFIX))
 
 
 def _refused(settings: Mapping[str, Any], file: Path) -> list[Problem]:
@@ -154,6 +175,11 @@ def _refused(settings: Mapping[str, Any], file: Path) -> list[Problem]:
         problems.append(
             Problem(what, str(file), f"{_MERGE}; or save it as plain LoRA (PEFT's docs on {init} tell how)")
         )
+    for key in ("use_rslora", "fan_in_fan_out"):
+        if settings.get(key) not in (None, True, False):
+            problems.append(
+                Problem(f"{key} is {settings[key]!r}, neither true nor false", str(file), "write one of them")
+            )
     for key in ("rank_pattern", "alpha_pattern"):
         patterns = settings.get(key) or {}
         for pattern in patterns if isinstance(patterns, dict) else (patterns,):
@@ -183,11 +209,11 @@ def _sorted(adapter: Adapter, tensors: Mapping[str, tuple[TensorInfo, ...]]) -> 
             side = match[3].lower()
             twice = getattr(pair, side) is not None
             setattr(pair, side, info)
-        elif ".lora_" in plain:
+        elif _OF_LORA in plain:
             problems.append(Problem(f"{name} is more than the two matrices of LoRA", info.file, _MERGE))
             continue
         else:
-            whole = _WRAPPED.sub("", plain)
+            whole = _unwrapped(name)
             twice = whole in saved
             saved[whole] = info
         if twice or more:

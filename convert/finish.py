@@ -116,7 +116,10 @@ def choose_tokenizer(checkpoint: Checkpoint, given: str | None) -> tuple[str, tu
     only = next(iter(ready or found))
     others = [Path(file).name for file in found if file != only]
     left = f"; it is ready, so {', '.join(others)} beside it was not read" if ready and others else ""
-    return only, (f"tokenizer: {Path(only).name}, found beside the checkpoint{left}",)
+    folders = (Path(checkpoint.path), Path(checkpoint.path).parent, *(Path(file).parent for file in checkpoint.files))
+    near = folders[:1] if folders[0].is_dir() else folders[1:]
+    where = "beside the checkpoint" if Path(only).parent in near else "in the folder above the checkpoint"
+    return only, (f"tokenizer: {Path(only).name}, found {where}{left}",)
 
 
 @contextlib.contextmanager

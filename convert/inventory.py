@@ -137,14 +137,26 @@ def _choose(ckpt: Checkpoint, weights: str | None) -> Path:
     if len(found) == 1:
         return found[0]
     everywhere = [path for path in (found or _everywhere(tree)) if path]
-    flags = "; ".join(f"--weights {'/'.join(p)} ({tensors_in(_at(tree, p)):,} tensors)" for p in everywhere)
+    counted = [(p, n) for p in everywhere if (n := tensors_in(_at(tree, p)))]
+    flags = "; ".join(f"--weights {'/'.join(p)} ({n:,} tensors)" for p, n in counted)
     if found:
         raise input_error("this checkpoint holds several sets of weights", ckpt.path, f"choose one: {flags}")
+    if not counted and (optimizer := _optimizer(tree)):
+        what = f"this holds the state of an optimizer ({optimizer}), and no weights"
+        raise input_error(what, ckpt.path, "give the file that the model's weights were saved to in the same step")
     raise input_error(
         "no weights were found in this checkpoint under a known key",
         ckpt.path,
         f"choose one: {flags}" if flags else _STATE_DICT,
     )
+
+
+def _optimizer(tree: Any) -> str:
+    """Where a tree keeps what torch.optim's state_dict() gives, by its two keys, if it has no weights."""
+    for key, node in {"": tree, **_table(tree)}.items():
+        if {"state", "param_groups"} <= _table(node).keys():
+            return f"state and param_groups{f' under {key_text(key)}' if key else ''}"
+    return ""
 
 
 def _refuse_module(tree: Any, path: str) -> None:

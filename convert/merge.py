@@ -20,6 +20,7 @@ _CONV1D = frozenset({"gpt2", "openai-gpt", "imagegpt"})
 """Model types of transformers whose blocks store their weights [in, out]."""
 _HEADS = frozenset({"lm_head", "score"})
 _SHOWN = 5
+_SETTINGS = "write r and lora_alpha (or its patterns) as they were in training, or copy the file again"
 _OTHER = "give the adapter of this very model, or the model that this adapter was trained on"
 
 
@@ -51,6 +52,7 @@ class _Merger:
         self.problems: list[Problem] = []
         self.scales: Counter[float] = Counter()
         self.replaced: list[str] = []
+        self.casts: list[str] = []
         self._names = _aliases(inventory, adapter)
 
     def merged(self) -> dict[str, tuple[TensorInfo, ...]]:
@@ -63,6 +65,8 @@ class _Merger:
         for said, new in self.adapter.saved.items():
             name = self._names[said]
             old = tensors[name][0]
+            if new.dtype != old.dtype:
+                self.casts.append(f"{new.dtype} to {old.dtype}")
             made = whole_of(Made(REPLACED, (new,)), replace(new, dtype=old.dtype, rank=old.rank), name, old.raw)
             tensors[name] = (made,)
             self.replaced.append(name)
@@ -88,7 +92,8 @@ class _Merger:
         ]
         if self.replaced:
             names = ", ".join(self.replaced[:_SHOWN]) + (" …" if len(self.replaced) > _SHOWN else "")
-            said.append(f"{a.path.name} brings its own {names} in the place of the checkpoint's")
+            cast = f", cast from {' and '.join(sorted({*self.casts}))}" if self.casts else ""
+            said.append(f"{a.path.name} brings its own {names} in the place of the checkpoint's{cast}")
         return said
 
     def _wanted(self) -> list[str]:
@@ -114,12 +119,14 @@ class _Merger:
         a, b = pair.a, pair.b
         if a is None or b is None:
             return None
+        where, do = str(self.adapter.path), _OTHER
         try:
             turned = self._turned(pair.embedding, base.shape, a.shape, b.shape)
-            scale = self.adapter.scale(module, a.shape[0])
             self._check_types(base, a, b)
+            where, do = self.adapter.told_in, _SETTINGS
+            scale = self.adapter.scale(module, a.shape[0])
         except ValueError as error:
-            self.problems.append(Problem(f"{module}: {error}", str(self.adapter.path), _OTHER))
+            self.problems.append(Problem(f"{module}: {error}", where, do))
             return None
         self.scales[scale] += 1
         return whole_of(Made(LORA, (base, a, b), scale, turned, self.adapter.told_in), base, base.name, base.raw)

@@ -24,6 +24,7 @@ from .torch_zip import read_torch_zip
 
 _SUFFIXES = frozenset({".pt", ".pth", ".bin", ".ckpt", ".safetensors"})
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.(safetensors|bin)")
+_LITGPT = "lit_model.pth"
 _NOT_WEIGHTS = re.compile(
     r"(optim|scheduler|training_args|rng_state|random_state|scaler|grad_scaler)"
     r"|(sampler(_\d+)?|dl_state_dict(_\d+)?)\.bin|custom_checkpoint_\d+\.pkl"  # accelerate's, beside its random_states
@@ -161,8 +162,8 @@ def _beside(group: _Group, notes: list[str], remarks: list[str]) -> tuple[dict[s
     if _in_steps(group) and group.grid:
         sidecars |= find_arguments(folder, lambda file: _read(file, set(), {}, []), notes)
     above = Path(_absolute(folder)).parent
-    if group.parted in (dcp.FORMAT, zero3.UNIVERSAL) and not sidecars and (sidecars := find_above(above, remarks)):
-        tokenizers = tokenizers or find_tokenizers(above)
+    if group.parted in (dcp.FORMAT, zero3.UNIVERSAL):
+        sidecars, tokenizers = sidecars or find_above(above, remarks), tokenizers or find_tokenizers(above)
     return sidecars, tokenizers
 
 
@@ -263,6 +264,9 @@ def _group_of_folder(path: Path, notes: list[str]) -> _Group:
     beside += optimizer_states([file.name for file in files], str(path))
     beside += [file.name for file in files if file.name == "train.pt" and path / "model.pt" in files]  # OLMo's trainer
     notes.extend(f"{name}: not touched (training state, by its name)" for name in beside)
+    if path / _LITGPT in files and path / f"{_LITGPT}.lora" in files:
+        beside.append(f"{_LITGPT}.lora")
+        notes.append(f"{_LITGPT}.lora: not read; litgpt merge_lora writes {_LITGPT} beside it, with it merged")
     groups = _gather([file for file in files if file.name not in beside and not file.name.startswith(".")])
     groups += [_distributed(path)] if distributed else []
     if len(groups) == 1:

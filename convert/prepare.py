@@ -90,7 +90,9 @@ def recognise(path: Path, options: Options | None = None) -> Recognised:
     if config:
         config.forget()
     dims = _measured(match.arch, Measure(inventory, given, config))
-    told = _said_tied(tied) or (told_tied(config) if config else None)
+    told = told_tied(config) if config else None
+    if asked := _said_tied(tied):  # over what the family read itself, before the target is made of it
+        dims = dims.having("tied", asked)
     if config:
         refuse_unread(config)
         inventory = with_remark(inventory, config)
@@ -98,7 +100,7 @@ def recognise(path: Path, options: Options | None = None) -> Recognised:
     if target:
         inventory = with_prefix_of(inventory, target)
     expanded = expand(mapping, dims.sizes(), dims.flags(), target, dims.words())
-    said = dims.entries.get("tied") or told
+    said = dims.entries.get("tied") or told  # a family that has its own has read --config already
     dims = dims.having("tied", tied_of(expanded, inventory, said, match.arch, dims))
     refuse_tied(inventory, expanded, tied=bool(dims["tied"]))
     return Recognised(checkpoint, inventory, match, dims, mapping, expanded)

@@ -117,7 +117,7 @@ def _fused(folder: Path) -> Path:
 def _trainers() -> Iterator[Case]:
     """Frameworks that train in parallel, and save what their processes hold."""
     core, fairseq, held = "megatron-core 0.16.1", "fairseq 3d262bb", "transformers' GPTNeoX"
-    for row in ("llama", "llama_pairs", "llama_31", "qwen2", "qwen3", "gpt2"):
+    for row in ("llama", "llama_pairs", "llama_31", "qwen2", "qwen3", "gpt2", "neox"):
         yield Case("megatron", f"{row}, TP 2, PP 2", lambda p, row=row: megatron.grid(p, row, 2, 2), core)
     yield Case("megatron", "llama, torch_dist", lambda p: megatron.dist(p, "llama", stacked=False), core)
     yield Case("megatron_stacked", "qwen2", lambda p: megatron.dist(p, "qwen2", stacked=True), core)
@@ -129,7 +129,7 @@ def _trainers() -> Iterator[Case]:
 
         yield Case("megatron_legacy", f"{row}, {release}, TP 2", older, legacy)
     yield from _with_experts()
-    for row, ranks in (("parallel", 2), ("serial", 1), ("tied", 1)):
+    for row, ranks in (("parallel", 2), ("fused", 2), ("serial", 1), ("tied", 1)):
         yield Case("gpt_neox", f"{row}, TP {ranks}", lambda p, r=row, n=ranks: neox.layers(p, r, n), held)
     for row, heads in blooms.HEADS.items():
         ranks = 2 if row == "bloom" else 1
@@ -137,12 +137,21 @@ def _trainers() -> Iterator[Case]:
         yield Case("bloom", title, lambda p, r=row, n=ranks: blooms.layers(p, r, n), "transformers' Bloom")
     yield Case("opt", "one file", lambda p: opts.saved(p / "restored.pt", opts.state()), fairseq)
     yield Case("opt", "two parts, fused", lambda p: opts.in_parts(p / "parts", opts.fused(opts.state())), fairseq)
+    yield Case("opt", "350M, two parts, fused", _opt_350m, fairseq)
     lingua, tied = "lingua 437d680", {"weight_tying": True}
     yield Case("lingua", "DCP folder", lambda p: llamas.lingua(p / "step", servable.llama_state()), lingua)
     yield Case("lingua", "tied", lambda p: llamas.lingua_consolidated(p / "x", llamas.lingua_tied(), **tied), lingua)
     given, titan = {"heads": "4", "context": "256"}, "torchtitan 0.3.0, f7084fc, 73a0e69"
     yield Case("torchtitan", "names of 0.3", lambda p: llamas.titan(p / "step", llamas.titan_names()), titan, given)
     yield Case("torchtitan", "fused q, k, v", lambda p: _fused(p / "step"), titan, given)
+    yield Case("torchtitan", "tied", lambda p: llamas.titan(p / "step", llamas.titan_names(tied=True)), titan, given)
+    meta, state = given | {"rope_scaling": "none"}, servable.llama_state
+    yield Case("torchtitan", "names of 0.1", lambda p: llamas.titan(p / "s", state()), titan, meta, "torchtitan")
+
+
+def _opt_350m(folder: Path) -> Path:
+    made = opts.fused(opts.state(before=False, narrow=True))
+    return opts.in_parts(folder / "parts", made, decoder_normalize_before=False)
 
 
 def _with_experts() -> Iterator[Case]:
@@ -153,6 +162,8 @@ def _with_experts() -> Iterator[Case]:
         ("Qwen3-MoE, SequentialMLP, ETP 1, TP 2, EP 4", "qwen3_moe_every", "local", (2, 1, 4), True, core),
         ("Qwen3-MoE, TEGroupedMLP, PP 2, EP 2", "qwen3_moe_first", "numbered", (1, 2, 2), False, moved),
         ("Mixtral, GroupedMLP, TP 2, EP 2", "mixtral", "grouped", (2, 1, 2), False, moved),
+        ("Qwen2-MoE, SequentialMLP, TP 2, EP 2", "qwen2_moe", "local", (2, 1, 2), False, core),
+        ("a shared expert without a gate, TEGroupedMLP, TP 2, PP 2", "no_gate", "numbered", (2, 2, 1), False, moved),
     ):
 
         def write(p: Path, row: str = row, form: str = form, cut: Any = cut, whole: bool = whole) -> Path:
@@ -222,6 +233,12 @@ def _all() -> Iterator[Case]:
     yield from _llamas()
     for row in lit.ROWS:
         yield Case("litgpt", row, lambda p, row=row: lit.checkpoint(p / "folder", row), "litgpt 0.5.13")
+    for row in ("llama_31", "qwen3_moe"):
+
+        def before(p: Path, row: str = row) -> Path:
+            return lit.checkpoint(p / "folder", row, old=True)
+
+        yield Case("litgpt", f"{row}, rows of before 0.5.5", before, "litgpt 0.5.13")
     yield from _mistrals()
     yield from _torchtune()
     yield from _trainers()

@@ -52,5 +52,6 @@ def by_transformers(out: Path, ids: Sequence[int] = IDS) -> torch.Tensor:
 
 
 def nmse(measured: torch.Tensor, wanted: torch.Tensor) -> float:
-    """Squared error over the variance of what is wanted."""
-    return float((measured - wanted).square().mean() / wanted.var())
+    """Squared error over squared signal, in float64."""
+    error = measured.double() - wanted.double()
+    return float(error.square().sum() / wanted.double().square().sum())

@@ -47,11 +47,6 @@ def by_transformers(out: Path, prepared: Prepared, ids: Tensor) -> Tensor:
         return model(ids[None])[0]
 
 
-def nmse(measured: Tensor, wanted: Tensor) -> float:
-    """Squared error over squared signal."""
-    return float((measured.double() - wanted).square().sum() / wanted.square().sum())
-
-
 def is_green(out: Path, engine: Engine) -> None:
     """``mdl verify`` proves the layout, and every check of it was made."""
     report = verify(out, engine=engine)

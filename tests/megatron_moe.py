@@ -24,13 +24,16 @@ FORMS = ("local", "numbered", "grouped")
 
 @dataclass(frozen=True)
 class Row:
-    """A run: which of megatron's rows its attention is, the layers with experts, and arguments of the router's."""
+    """A run: which of megatron's rows its attention is, the layers with experts, arguments of the router's, and how
+    wide an expert for all tokens is, with a gate or without."""
 
     base: str
     target: str
     sparse: tuple[int, ...] = (0, 1, 2, 3)
     frequency: Any = 1
     pre_softmax: bool = False
+    shared: int = 0
+    gate: bool = False
 
 
 ROWS = {
@@ -41,15 +44,24 @@ ROWS = {
     "qwen3_moe_share": Row("qwen3_pairs", "Qwen3MoeForCausalLM", pre_softmax=True),
     "qwen3_moe_every": Row("qwen3", "Qwen3MoeForCausalLM", (0, 2), 2),
     "qwen3_moe_first": Row("qwen3", "Qwen3MoeForCausalLM", (1, 2, 3), [0, 1, 1, 1], pre_softmax=True),
+    "qwen2_moe": Row("qwen2", "Qwen2MoeForCausalLM", shared=64, gate=True),
+    "qwen2_moe_pairs": Row("qwen2_pairs", "Qwen2MoeForCausalLM", shared=64, gate=True, pre_softmax=True),
+    "no_gate": Row("llama_pairs", "Qwen2MoeForCausalLM", (1, 2, 3), [0, 1, 1, 1], pre_softmax=True, shared=64),
+    "no_gate_all": Row("llama", "Qwen2MoeForCausalLM", shared=64),
 }
+
+KNOWN = {**ROWS, "shared_normed": Row("qwen3", "", shared=64)}
+"""With a run that no class is known for."""
 
 
 def arguments(row: str, **more: Any) -> dict[str, Any]:
     """The arguments of a run."""
-    made = ROWS[row]
+    made = KNOWN[row]
     said = {"num_experts": EXPERTS, "moe_ffn_hidden_size": FFN, "moe_router_topk": 2, "moe_layer_freq": made.frequency}
     said |= {"moe_router_pre_softmax": made.pre_softmax, "moe_router_score_function": "softmax"}
     said |= {"moe_router_load_balancing_type": "aux_loss", "moe_expert_capacity_factor": None}
+    if made.shared:
+        said |= {"moe_shared_expert_intermediate_size": made.shared, "moe_shared_expert_gate": made.gate}
     return megatron.arguments(made.base, **said) | more
 
 
@@ -61,8 +73,8 @@ def state(row: str, norms: str = "own", seed: int = 11) -> State:
     """
     draw = Draw(seed)
     made: State = {}
-    sparse = {f"decoder.layers.{i}.mlp" for i in ROWS[row].sparse}
-    for name, tensor in megatron.state(ROWS[row].base).items():
+    sparse = {f"decoder.layers.{i}.mlp" for i in KNOWN[row].sparse}
+    for name, tensor in megatron.state(KNOWN[row].base).items():
         at, _, rest = name.partition(".mlp.")
         if f"{at}.mlp" not in sparse or not rest:
             made[_norm(name, norms, sparse)] = tensor
@@ -72,7 +84,17 @@ def state(row: str, norms: str = "own", seed: int = 11) -> State:
                 expert = f"{at}.mlp.experts.local_experts.{e}"
                 made |= draw.linear(f"{expert}.linear_fc1", 2 * FFN, HIDDEN, bias=False)
                 made |= draw.linear(f"{expert}.linear_fc2", HIDDEN, FFN, bias=False)
+            made |= _shared(f"{at}.mlp.shared_experts", KNOWN[row], draw)
     return made
+
+
+def _shared(at: str, row: Row, draw: Draw) -> State:
+    """The expert that all tokens go to, if there is one."""
+    if not row.shared:
+        return {}
+    made = {f"{at}.gate_weight": draw(1, HIDDEN) / 4} if row.gate else {}
+    made |= draw.linear(f"{at}.linear_fc1", 2 * row.shared, HIDDEN, bias=False)
+    return made | draw.linear(f"{at}.linear_fc2", HIDDEN, row.shared, bias=False)
 
 
 def _norm(name: str, norms: str, sparse: set[str]) -> str:

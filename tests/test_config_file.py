@@ -173,6 +173,16 @@ def test_hugging_faces_rotary_tables_are_the_family_s_own_dims(table: str, name:
         prepare(folder, Options(config=read_config_file(yarn)))
 
 
+def test_an_activation_that_a_family_does_not_ask_for_is_refused(tmp_path: Path) -> None:
+    """Meta's Llama has SiLU always, and params.json does not speak of it."""
+    state = make.llama_state()
+    folder = make.meta(tmp_path / "there", state, make.params(state))
+    silu, gelu = (written(tmp_path / f"{name}.json", {"hidden_act": name}) for name in ("silu", "gelu"))
+    assert prepare(folder, Options(config=read_config_file(silu))).config["hidden_act"] == "silu"
+    with pytest.raises(MdlError, match=r"hidden_act in gelu\.json \(--config\) is 'gelu'"):
+        prepare(folder, Options(config=read_config_file(gelu)))
+
+
 def test_what_was_worked_out_is_no_setting(tmp_path: Path) -> None:
     """A bare key of the same name in a file, such as the target of a build, replaces no choice of a family's."""
     folder = olmo.old(tmp_path / "step10-unsharded", "olmo2")

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from mdl.archs import targets
-from mdl.convert import commit, write
+from mdl.convert import commit, modes, write
 from mdl.convert.manifest import read_manifest
 from mdl.convert.prepare import Options, prepare
 from mdl.convert.run import Converted, convert
 from mdl.errors import Kind, MdlError
 
 from . import checkpoints as make
+from . import hf
 from .family import stub_target, write_family
 
 
@@ -363,3 +364,20 @@ def test_views_and_strides_are_read_as_torch_reads_them(tmp_path: Path) -> None:
     converted(path, tmp_path / "out")
 
     make.same(make.saved(tmp_path / "out"), make.gpt2_of(state))
+
+
+def test_the_disk_is_measured_with_the_largest_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small one would be over before the disk is at its speed."""
+    source = hf.checkpoint(tmp_path / "in", "LlamaForCausalLM", max_shard_size="200KB")
+    largest = max(file.stat().st_size for file in source.glob("*.safetensors"))
+    prepared = prepare(source)
+    assert Path(prepared.inventory.files[0]).stat().st_size < largest
+    measured: list[Path] = []
+    monkeypatch.setattr(modes, "copy_rate", lambda file, beside, sync: measured.append(file) or 5e8)
+
+    way = modes.Mode(benchmark=True)
+    done = modes.convert_in(way, prepared, tmp_path / "out", options=Options(), tokenizer="none", max_shard_size=10**9)
+
+    assert [file.stat().st_size for file in measured] == [largest]
+    assert isinstance(done, Converted)
+    assert done.disk_rate == 5e8

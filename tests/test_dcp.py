@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from mdl.archs.base import Inventory
 from mdl.convert.export import export
+from mdl.convert.finish import choose_tokenizer
 from mdl.convert.inventory import take_inventory
 from mdl.convert.open import open_checkpoint
 from mdl.convert.pieces import Cut, PiecesError, arrange, box_of
@@ -251,6 +252,23 @@ def test_the_folder_around_one_gives_its_settings(tmp_path: Path) -> None:
     assert open_checkpoint(above).sidecars == {"config": {"seen": 2}}
     saved({"model": {"a.w": torch.ones(2)}}, above / "more")
     assert "it has the folders more, optimizer_0, weights_0" in refusal(above)
+
+
+def test_a_tokenizer_above_needs_no_settings_beside_it(tmp_path: Path) -> None:
+    """One in the folder itself comes first; a file has no folder above it."""
+    above = tmp_path / "run"
+    saved({"model": {"a.w": torch.ones(2)}}, above / "weights")
+    (above / "tokenizer.model").write_bytes(b"\n")
+
+    found = open_checkpoint(above / "weights")
+    assert found.tokenizers == (str(above / "tokenizer.model"),)
+    assert "tokenizer.model, found in the folder above the checkpoint" in str(choose_tokenizer(found, None))
+    assert "tokenizer.model, found beside the checkpoint" in str(choose_tokenizer(open_checkpoint(above), None))
+    (above / "weights/tokenizer.json").write_text("{}")
+    assert open_checkpoint(above / "weights").tokenizers == (str(above / "weights/tokenizer.json"),)
+    (above / "deeper").mkdir()
+    torch.save({"a.w": torch.ones(2)}, above / "deeper/one.pt")
+    assert open_checkpoint(above / "deeper/one.pt").tokenizers == ()
 
 
 def test_the_folder_above_stops_nothing_and_is_named(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from mdl.validate.html import to_html
 from mdl.validate.junit import to_junit
 from mdl.validate.verify import Settings, verify
 
-from . import checkpoints, deciding, megatron, torchtune_cases
+from . import adapters, checkpoints, deciding, megatron, torchtune_cases
 from . import servable as make
 
 GELU = "activation=gelu,gelu_new"
@@ -178,6 +178,21 @@ def test_a_list_without_the_truth_in_another_value_decides_nothing(gpt: Path, tm
     assert found.values == {}
 
 
+def test_a_value_that_makes_no_numbers_is_no_rival(tmp_path: Path) -> None:
+    """Here an epsilon ten times too large passes the gate; beside NaN there is no step towards another to be seen."""
+    state = make.nanogpt_state()
+    state["transformer.wte.weight"] *= 30
+    torch.save(state, tmp_path / "loud.pt")
+    spec = deciding.gpt(tmp_path, eps=1e-6)
+
+    found = decided(tmp_path / "loud.pt", spec, "norm_eps=1e-5,-1e9", n_head="2", activation="gelu_new")
+
+    assert found.candidates[0].fits
+    assert found.candidates[1].nmse == float("inf")
+    assert not found.ok
+    assert "nothing finite comes out to hold it against" in found.reasons[0]
+
+
 def test_one_token_tells_no_theta(llama: Path, tmp_path: Path) -> None:
     found = decided(llama, deciding.llama(tmp_path), THETA, EPS, context="2")
 
@@ -308,6 +323,23 @@ def test_from_the_refusal_to_a_layout(mdl: Any, gpt: Path, tmp_path: Path, monke
     assert len(document["candidates"]) == 6
 
 
+def test_the_command_to_run_merges_the_adapter_too(
+    mdl: Any, gpt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One whose second matrix is zero, so that the plain forward stays right."""
+    monkeypatch.chdir(tmp_path)
+    held = adapters.tensors(make.nanogpt_state(), ("transformer.h.0.attn.c_attn",))
+    zero = {name: tensor * (0 if "lora_B" in name else 1) for name, tensor in held.items()}
+    adapters.saved(tmp_path / "lora", zero)
+    asked = ("--reference", deciding.gpt(tmp_path), "--decide", GELU, "--set", "n_head=2", "--merge-lora", "lora")
+
+    code, out, _ = mdl("verify", "ckpt.pt", *asked)
+    assert code == 0
+    words = next_command(out)
+    assert words[words.index("--merge-lora") :][:2] == ["--merge-lora", "lora"]
+    assert mdl(*words)[0] == 0
+
+
 def test_what_is_not_decided_is_exit_code_1(mdl: Any, gpt: Path, tmp_path: Path) -> None:
     spec = deciding.gpt(tmp_path, activation="quick")
     code, out, _ = mdl("verify", gpt, "--reference", spec, "--decide", GELU, "--set", "n_head=2")
@@ -323,6 +355,8 @@ def test_what_is_not_decided_is_exit_code_1(mdl: Any, gpt: Path, tmp_path: Path)
         (["--decide", GELU], "--decide needs a forward pass that knows"),
         (["--set", "n_head=2"], "--set and --weights are for a raw checkpoint with --decide"),
         (["--reference", "MODEL", "--decide", GELU, "--junit", "x.xml"], "there is no layout to report on yet"),
+        (["--reference", "MODEL", "--decide", GELU, "--mutate"], "leave --mutate out"),
+        (["--reference", "MODEL", "--decide", GELU, "--tensor-parallel-size", "2"], "leave --tensor-parallel-size out"),
     ],
 )
 def test_options_that_make_no_sense_together(more: list[str], what: str, mdl: Any, gpt: Path, tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ from mdl.archs.base import Value
 from mdl.archs.eager import llama_meta, nanogpt
 from mdl.errors import MdlError
 
+from .converted import nmse
+
 LIMIT = 1e-11  # right ones measure below 1e-12, the weakest sabotage below 1.5e-6
 
 NANOGPT: dict[str, Value] = {
@@ -82,11 +84,6 @@ def loaded(module: nn.Module, state: Mapping[str, Tensor], dtype: torch.dtype = 
 def run(module: nn.Module) -> Tensor:
     out = module(IDS)
     return out if isinstance(out, Tensor) else out.logits
-
-
-def nmse(measured: Tensor, wanted: Tensor) -> float:
-    error = measured.double() - wanted.double()
-    return float(error.square().sum() / wanted.double().square().sum())
 
 
 def gpt2(dims: Mapping[str, Value], state: Mapping[str, Tensor]) -> nn.Module:

@@ -93,7 +93,7 @@ def ran(answer: EngineResult | EngineFailure) -> EngineResult:
     return answer
 
 
-def nmse(model: Any, scenario: Scenario, result: ScenarioResult) -> float:
+def worst_nmse(model: Any, scenario: Scenario, result: ScenarioResult) -> float:
     """The worst request's error, after every row's position and token were checked."""
     stored, worst = load_file(result.file), 0.0
     for request, span in zip(scenario.requests, result.spans(), strict=True):
@@ -122,8 +122,8 @@ def test_logits_of_every_position_equal_the_eager_models(
     result = ran(engine.run(folder, [prefill, decode], scratch=tmp_path, block_size=32))
 
     assert [s.name for s in result.scenarios] == ["prefill", "decode"]
-    assert nmse(model, prefill, result.scenarios[0]) < CEILING
-    assert nmse(model, decode, result.scenarios[1]) < CEILING
+    assert worst_nmse(model, prefill, result.scenarios[0]) < CEILING
+    assert worst_nmse(model, decode, result.scenarios[1]) < CEILING
     assert [r.qlens for r in result.scenarios[0].requests] == [(1,), (31,), (32,), (33,), (100,)]
     assert [r.qlens for r in result.scenarios[1].requests] == [(n, *[1] * 20) for n in (1, 20, 32, 64)]
     assert [r.generated[:20] for r in result.scenarios[1].requests] == [r.forced for r in decode.requests]
@@ -147,7 +147,7 @@ def test_chunked_prefill_and_free_generation(
 
     result = ran(engine.run(folder, [chunked, free], scratch=tmp_path, max_num_batched_tokens=16, max_num_seqs=4))
 
-    assert nmse(model, chunked, result.scenarios[0]) < CEILING
+    assert worst_nmse(model, chunked, result.scenarios[0]) < CEILING
     assert max(result.scenarios[0].requests[0].qlens) <= 16
     tokens = list(free.requests[0].ids)
     with torch.no_grad():

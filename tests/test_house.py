@@ -183,11 +183,11 @@ COMMANDS = {
     },
     "record": {
         "checkpoint", "--reference", "--out", "--reference-python", "--reference-timeout", "--arch", "--set",
-        "--config", "--weights", "--dtype", "--seed", "--force", "--json",
+        "--config", "--weights", "--dtype", "--merge-lora", "--seed", "--force", "--json",
     },
     "serve": {
         "layout", "--host", "--port", "--prompt", "--max-tokens", "--unverified", "--arch", "--set", "--config",
-        "--weights", "--dtype", "--tokenizer", "--json",
+        "--weights", "--dtype", "--merge-lora", "--tokenizer", "--json",
     },
     "export": {"layout", "out", "--force", "--json"},
     "check": {"layout", "--json"},

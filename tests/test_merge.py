@@ -22,6 +22,8 @@ from mdl.convert.prepare import Options, Prepared, prepare
 from mdl.convert.run import convert
 from mdl.errors import Kind, MdlError
 from mdl.validate.client import Engine
+from mdl.validate.golden import record_checkpoint
+from mdl.validate.ready import ready_layout
 from mdl.validate.reference import builtin_reference
 from mdl.validate.verify import Settings, verify
 
@@ -218,6 +220,44 @@ def test_matrices_in_the_checkpoint_itself(gpt: Path, lora: Path, tmp_path: Path
         assert nmse(by_transformers(tmp_path / name), mine) < 1e-12
 
 
+def within(gpt: Path, lora: Path, path: Path, **more: torch.Tensor) -> tuple[Path, Path]:
+    """The whole state dict of a PeftModel of ``gpt``, with ``more`` in it; and what tells its scale."""
+    state = servable.nanogpt_state()
+    held = {name.replace(".weight", ".default.weight"): t for name, t in adapters.tensors(state, BLOCKS).items()}
+    for module in BLOCKS:
+        state[f"{module}.base_layer.weight"] = state.pop(f"{module}.weight")
+    inside = {**{f"{adapters.PREFIX}{name}": tensor for name, tensor in state.items()}, **held}
+    made = make.trained(path, {**inside, **more}, make.nanogpt_args(servable.nanogpt_state()))
+    return made, lora / "adapter_config.json"
+
+
+def test_a_module_that_was_trained_whole_leaves_the_original_behind(gpt: Path, lora: Path, tmp_path: Path) -> None:
+    new = torch.randn(servable.nanogpt_state()["lm_head.weight"].shape)
+    head = f"{adapters.PREFIX}lm_head"
+    path, settings = within(gpt, lora, tmp_path / "x.pt", **{f"{head}.modules_to_save.default.weight": new})
+    state = torch.load(path, weights_only=False)
+    state["model"][f"{head}.original_module.weight"] = state["model"].pop(f"{head}.weight")
+    torch.save(state, path)
+
+    prepared = merged(path, settings, tmp_path / "out")
+
+    assert torch.equal(make.saved(tmp_path / "out")["lm_head.weight"], new)
+    remarks = " ".join(prepared.inventory.remarks)
+    assert f"left out: {head}.original_module.weight, in whose place modules_to_save was trained" in remarks
+    assert "taken as not merged yet: loralib's model.eval() and PEFT's merge_adapter() merge" in remarks
+
+
+def test_nothing_of_a_peft_model_is_dropped_in_silence(gpt: Path, lora: Path, tmp_path: Path) -> None:
+    module = f"{adapters.PREFIX}{BLOCKS[0]}"
+    lost = torch.ones(4)
+    dora = within(gpt, lora, tmp_path / "dora.pt", **{f"{module}.lora_magnitude_vector.default.weight": lost})
+    assert "lora_magnitude_vector.default.weight is more than the two matrices of LoRA" in str(refused(*dora))
+
+    twice = within(gpt, lora, tmp_path / "twice.pt", **{f"{module}.weight": lost})
+    what = f"{module}.base_layer.weight and model/{module}.weight would both be {BLOCKS[0]}.weight without what PEFT"
+    assert what in str(refused(*twice))
+
+
 # --- what is said of it -------------------------------------------------------------------------------------------
 
 
@@ -263,7 +303,9 @@ def test_the_command_line_says_it_and_refuses(gpt: Path, lora: Path, tmp_path: P
         run("convert", gpt, tmp_path / "out", "--merge-lora", lora, "--tokenizer", "none", "--json").stdout
     )
     assert done["manifest"]["options"]["merge_lora"] == str(lora)
-    assert run("plan", gpt, "--merge-lora", tmp_path / "nowhere").returncode == Kind.USAGE.value
+    for command in ("plan", "serve"):
+        assert run(command, gpt, "--merge-lora", tmp_path / "nowhere").returncode == Kind.USAGE.value
+    assert "--merge-lora and --tokenizer out" in run("serve", tmp_path / "out", "--merge-lora", lora).stderr
     (lora / "adapter_config.json").write_text(json.dumps({**adapters.SETTINGS, "use_dora": True}))
     again = run("convert", gpt, tmp_path / "again", "--merge-lora", lora)
     assert again.returncode == Kind.INPUT.value
@@ -312,11 +354,13 @@ def test_a_sum_near_zero_needs_no_flag(tmp_path: Path) -> None:
         ({"init_lora_weights": "pissa_niter_4"}, "the model's own weights"),
         ({"rank_pattern": {"(a+)+$": 3}}, "regular expression"),
         ({"r": 8}, "have rank 4, adapter_config.json says 8"),
-        ({"lora_alpha": "six"}, "no lora_alpha"),
-        ({"lora_alpha": ...}, "no lora_alpha"),
-        ({"lora_alpha": 10**400}, "no lora_alpha"),
+        ({"lora_alpha": "six"}, "for its lora_alpha, which is no number"),
+        ({"lora_alpha": ...}, "says None for its lora_alpha, which is no number"),
+        ({"lora_alpha": 10**400}, "for its lora_alpha, which is no number"),
         ({"alpha_pattern": 3}, "regular expression"),
-        ({"rank_pattern": {"c_attn": "4"}}, "have rank 4, adapter_config.json says 4"),
+        ({"rank_pattern": {"c_attn": "4"}}, "have rank 4, adapter_config.json says '4'"),
+        ({"use_rslora": "false"}, "use_rslora is 'false', neither true nor false"),
+        ({"fan_in_fan_out": "no"}, "fan_in_fan_out is 'no', neither true nor false"),
         ({"base_model_name_or_path": "a\u001b[31m", "r": 3}, "says 3"),
     ],
 )
@@ -372,6 +416,9 @@ def test_paths_that_are_no_adapter(gpt: Path, lora: Path, tmp_path: Path) -> Non
 
     assert "no such file" in str(refused(gpt, tmp_path / "nowhere"))
     assert "no adapter_config.json lies there" in str(refused(gpt, gpt))
+    (tmp_path / "lit_model.pth.lora").touch()
+    for given in (tmp_path, tmp_path / "lit_model.pth.lora"):
+        assert f"`litgpt merge_lora {tmp_path}`" in str(refused(gpt, given).problems[0].do)
     assert "matrices in the checkpoint itself, and there are none" in str(refused(gpt, lora / "adapter_config.json"))
     assert "holds no checkpoint" in str(refused(gpt, lora))
 
@@ -407,6 +454,26 @@ def test_a_square_conv1d_with_settings_of_another_layer(tmp_path: Path) -> None:
 def test_an_adapter_alone_is_told_where_it_goes(lora: Path) -> None:
     with pytest.raises(MdlError, match="--merge-lora ADAPTER"):
         prepare(lora)
+
+
+def test_serve_and_record_take_an_adapter_too(gpt: Path, lora: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    merged(gpt, lora, tmp_path / "out")
+
+    def served(**said: Any) -> Path:
+        return ready_layout(gpt, unverified=True, say=lambda _: None, options=Options(**said), tokenizer="none")
+
+    with_it = served(merge_lora=str(lora))
+    make.same(make.saved(with_it), make.saved(tmp_path / "out"))
+    assert served() != with_it == served(merge_lora=str(lora))
+    again = adapters.saved(tmp_path / "again", load_file(lora / "adapter_model.safetensors"), lora_alpha=7)
+    assert served(merge_lora=str(again)) != with_it
+
+    path, settings = within(gpt, lora, tmp_path / "x.pt")  # which can't be measured without
+    spec = tmp_path / "zeros.py"
+    spec.write_text("import torch\ndef build(path):\n    return lambda ids: torch.zeros(*ids.shape, 80).double()\n")
+    done = record_checkpoint(path, f"{spec}:build", tmp_path / "g", Options(merge_lora=str(settings)))
+    assert done["ok"]
 
 
 # --- verify -------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from mdl import views
 from mdl.convert.prepare import Options, prepare
@@ -26,6 +26,7 @@ from mdl.validate.reference import check_spec, user_reference
 from mdl.validate.report import Report
 from mdl.validate.verify import Settings, verify
 
+from . import adapters, lit, servable
 from . import checkpoints as make
 from .test_cli import mdl as mdl_fixture
 
@@ -265,3 +266,78 @@ def test_an_interrupted_verification_does_not_wait_for_the_engine(
         verify(layout)
 
     assert ended == [Interrupted]  # Engine kills its process for an exception, and asks it to end otherwise
+
+
+def test_a_file_of_an_optimizer_alone_is_told_as_such(mdl: Any, tmp_path: Path) -> None:
+    layer = torch.nn.Linear(4, 4)
+    optimizer = torch.optim.AdamW(layer.parameters())
+    layer(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    torch.save(optimizer.state_dict(), tmp_path / "a.pt")
+    torch.save({"optimizer": optimizer.state_dict(), "epoch": 3}, tmp_path / "b.pt")
+    torch.save({"opt": optimizer.state_dict(), "mine": {"net": layer.state_dict()}}, tmp_path / "c.pt")
+
+    for name, where in (("a.pt", ""), ("b.pt", " under optimizer")):
+        done = mdl("convert", tmp_path / name, tmp_path / "out")
+        assert done.code == 3
+        assert f"this holds the state of an optimizer (state and param_groups{where}), and no weights" in done.err
+        assert "--weights" not in done.err
+    done = mdl("convert", tmp_path / "c.pt", tmp_path / "out")
+    assert "choose one: --weights mine/net (2 tensors)" in done.err
+    assert "the state of an optimizer" not in done.err
+
+
+def test_a_tensor_that_is_left_over_says_what_can_be_done(mdl: Any, tied: Path, tmp_path: Path) -> None:
+    tree = torch.load(tied, weights_only=True)
+    tree["model"] |= {"seen": torch.tensor(5), "transformer.h.0.gate": torch.ones(3)}
+    torch.save(tree, tmp_path / "more.pt")
+
+    done = mdl("convert", tmp_path / "more.pt", tmp_path / "out")
+
+    assert done.code == 3
+    assert "seen [] is in the checkpoint, but no rule claims it" in done.err
+    assert done.err.count("save without it") == 1
+
+
+def test_litgpt_leaves_its_adapter_beside_what_it_was_merged_into(mdl: Any, tmp_path: Path) -> None:
+    folder = lit.checkpoint(tmp_path / "final", "llama")
+    (folder / "lit_model.pth").rename(tmp_path / "kept")
+    torch.save({"model": {"transformer.h.0.attn.qkv.lora_A": torch.ones(4, 4)}}, folder / "lit_model.pth.lora")
+    alone = mdl("convert", folder, tmp_path / "out", "--tokenizer", "none")
+    assert alone.code == 3
+    assert "LoRA, not merged" in alone.err
+    assert "litgpt merge_lora FOLDER" in alone.err
+
+    (tmp_path / "kept").rename(folder / "lit_model.pth")
+    done = mdl("convert", folder, tmp_path / "out", "--tokenizer", "none")
+    assert done.code == 0
+    assert "lit_model.pth.lora: not read; litgpt merge_lora writes lit_model.pth beside it" in done.out
+
+    shown = mdl("inspect", folder).out
+    assert re.search(r"switches +5 of 2\d +file +what litgpt.yaml does for Llama: qkv_rows, llama_like", shown)
+    assert "norms_around" not in shown
+    assert "norms_around" in mdl("inspect", folder, "--json").out
+    torch.save({}, folder / "other.pth.lora")
+    assert mdl("inspect", folder).code == 3  # some other adapter is never left out in silence
+
+
+def test_serve_merges_an_adapter_into_a_raw_checkpoint_and_tells_two_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    source = servable.nanogpt(tmp_path / "ckpt.pt")
+    held = adapters.tensors(servable.nanogpt_state(), ("transformer.h.0.attn.c_attn",))
+    twice = {name: tensor * 2 for name, tensor in held.items()}
+    given = (None, str(adapters.saved(tmp_path / "a", held)), str(adapters.saved(tmp_path / "b", twice)))
+
+    made = [
+        ready_layout(source, unverified=True, say=lambda _: None, options=Options(merge_lora=lora), tokenizer="none")
+        for lora in given
+    ]
+
+    assert len(set(made)) == 3
+    weights = [load_file(out / "model.safetensors")["transformer.h.0.attn.c_attn.weight"] for out in made]
+    assert not torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[1], weights[2])
+    with pytest.raises(MdlError, match="--merge-lora"):
+        ready_layout(made[1], unverified=True, say=lambda _: None, options=Options(merge_lora=given[1]))

@@ -103,6 +103,12 @@ LAYOUTS: dict[str, list[list[str]]] = {
         [*_HF, "audio_tower.conv1.weight"],
         ["encoder.clip.conv.weight", "decoder.tok_embeddings.weight", "decoder.layers.0.attn.q_proj.weight"],
     ],
+    "encoder_decoder": [
+        ["encoder.conv1.weight", "encoder.blocks.0.attn.query.weight", "decoder.blocks.0.cross_attn.query.weight"],
+        ["model.encoder.conv1.weight", "model.decoder.layers.0.encoder_attn.q_proj.weight"],
+        ["shared.weight", "encoder.block.0.layer.0.SelfAttention.q.weight",
+         "decoder.block.0.layer.1.EncDecAttention.q.weight"],
+    ],
     "lora": [
         ["transformer.wte.weight", "transformer.h.0.attn.attn.lora_A", "transformer.h.0.attn.attn.lora_B"],
         ["layers.0.attn.q_proj.lora_a.weight", "layers.0.attn.q_proj.lora_b.weight"],
@@ -117,20 +123,37 @@ LAYOUTS: dict[str, list[list[str]]] = {
     "weight_norm": [
         ["embed.weight", "lin.weight_g", "lin.weight_v", "lin.bias"],
         ["lin.weight_orig", "lin.weight_u", "lin.weight_v"],
+        ["embed.weight", "lin.weight_g"],
+        ["embed.weight", "lin.weight_v"],
+        ["embed.weight", "lin.weight_orig"],
+        ["embed.weight", "lin.weight", "lin.weight_mask"],
     ],
     "adapter": [
         ["base_model.model.score.modules_to_save.weight", "base_model.model.prompt_encoder.default.embedding.weight"],
         [_HELD + "ia3_l"],
+        [_HELD + "oft_R.weight"],
+        [_HELD + "oft_r"],
+        [_HELD + "boft_R", _HELD + "boft_s"],
         [_HELD + "hada_w1_a", _HELD + "hada_w1_b"],
         [_HELD + "lokr_w1", _HELD + "lokr_w2"],
-        [_HELD + "vera_lambda_b", _HELD + "vera_lambda_d"],
+        ["base_model.vera_A", "base_model.vera_B", _HELD + "vera_lambda_b", _HELD + "vera_lambda_d"],
+        ["base_model.model.model.embed_tokens.weight", _HELD + "base_layer.weight", _HELD + "oft_R.default.weight"],
+        [*_HF, _Q + "base_layer.weight", _Q + "hada_w1_a.default", _Q + "hada_w1_b.default"],
+        ["prompt_embeddings"],
+        ["word_embeddings.weight", *(f"base_model.{name}" for name in _HF), "prompt_encoder.default.embedding.weight"],
     ],
 }  # fmt: skip
+SCALED = {"SCB": torch.int8, "weight_scale": torch.float8_e4m3fn, "weight_scale_inv": torch.float8_e4m3fn}
+"""What gives a quantised matrix away, and of which type that matrix then is."""
 
 
 def of(names: list[str], folder: Path, **beside: Any) -> Path:
     """A file of tensors with these names, with keys beside its state dict."""
-    return gpts.saved(folder / "x.pt", {"model": {name: torch.ones(2, 2) for name in names}, **beside})
+    held = {name: torch.ones(2, 2) for name in names}
+    for scale, dtype in SCALED.items():
+        if _Q + scale in held and _Q + "weight" in held:
+            held[_Q + "weight"] = held[_Q + "weight"].to(dtype)
+    return gpts.saved(folder / "x.pt", {"model": held, **beside})
 
 
 def kinds(inventory: Inventory) -> list[str]:
@@ -142,7 +165,7 @@ def test_every_entry_is_tested_and_says_all() -> None:
     for kind in all_refused():
         assert all((kind.title, kind.source, kind.reason, kind.do, kind.evidence))
         assert not kind.do.endswith(".")
-        assert all(evidence.tensors or evidence.beside or evidence.files for evidence in kind.evidence)
+        assert all(each.tensors or each.every or each.beside or each.files for each in kind.evidence)
 
 
 @pytest.mark.parametrize(("name", "number"), [(name, n) for name, known in LAYOUTS.items() for n in range(len(known))])
@@ -164,8 +187,9 @@ def test_every_alternative_is_what_some_layout_needs() -> None:
     """None is there that no names were ever held against, but those that look at what lies beside."""
     for kind in all_refused():
         for evidence in kind.evidence:
-            if evidence.tensors and not evidence.beside:
-                alone = [n for names in LAYOUTS[kind.name] if _holds(evidence.tensors, names) for n in names]
+            patterns = (*evidence.tensors, *evidence.every)
+            if patterns and not evidence.beside:
+                alone = [n for names in LAYOUTS[kind.name] if _holds(patterns, names) for n in names]
                 assert alone, (kind.name, evidence)
 
 
@@ -217,9 +241,29 @@ def test_an_adapter_is_never_left_out_in_silence(tmp_path: Path) -> None:
         prepare(tmp_path / "ckpt.pt")
 
 
+def test_lora_is_called_lora_however_it_was_wrapped() -> None:
+    """What is to be done of it differs: --merge-lora knows it."""
+    whole = ["base_model.model.lm_head.weight", _HELD + "base_layer.weight", _HELD + "lora_A.default.weight"]
+    for names in (whole, [_HELD + "lora_A.weight", _HELD + "lora_B.weight"]):
+        assert kinds(Inventory("x", dict.fromkeys(names, ()))) == ["lora"]
+
+
 def test_a_model_of_ones_own_may_have_a_base_model_in_it() -> None:
     names = ["base_model.model.embed.weight", "base_model.model.layers.0.weight", "head.weight"]
     assert not kinds(Inventory("x", dict.fromkeys(names, ())))
+
+
+@pytest.mark.parametrize("scale", SCALED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_scale_beside_a_weight_that_is_not_quantised_is_the_models_own(
+    scale: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    own = {"lin.weight": torch.ones(2, 2, dtype=dtype), f"lin.{scale}": torch.ones(2), scale: torch.ones(1)}
+    path = gpts.saved(tmp_path / "own.pt", {**own, "weight": torch.ones(2, dtype=dtype)})
+    assert not kinds(take_inventory(open_checkpoint(path)))
+
+    path = gpts.saved(tmp_path / "packed.pt", {**own, "lin.weight": torch.ones(2, 2).to(SCALED[scale])})
+    assert kinds(take_inventory(open_checkpoint(path)))
 
 
 def test_several_reasons_are_told_together(tmp_path: Path) -> None:

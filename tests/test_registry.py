@@ -59,8 +59,27 @@ def test_gpt2_of_hugging_face_is_not_nanogpt(tmp_path: Path) -> None:
     message = refusal(Kind.INPUT, match, tmp_path / "gpt2.pt")
 
     assert "no known architecture has these tensors" in message
-    assert "nanogpt" in message
+    assert "nanogpt" not in message  # which it isn't; it lacks one file
+    assert "no config.json that names a class" in message
+    assert "pass --config config.json" in message
     assert "--arch" in message
+
+
+@pytest.mark.parametrize("name", ["encoder.0.weight", "transformer.h.0.attn.c_attn.weight"])
+def test_names_that_transformers_does_not_have_get_the_list_of_families(name: str, tmp_path: Path) -> None:
+    torch.save({name: torch.ones(96, 32)}, tmp_path / "other.pt")
+
+    message = refusal(Kind.INPUT, match, tmp_path / "other.pt")
+
+    assert "config.json" not in message
+    assert "known: bloom, dbrx" in message
+
+
+def test_a_decoder_of_transformers_saved_by_torch_needs_its_config_alone(tmp_path: Path) -> None:
+    names = ("model.embed_tokens", "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.gate_proj")
+    torch.save({f"{name}.weight": torch.ones(8, 8) for name in names}, tmp_path / "model.pt")
+
+    assert "pass --config config.json" in refusal(Kind.INPUT, match, tmp_path / "model.pt")
 
 
 def test_llama2c_and_meta_are_told_apart(llama2c: Path, two_ranks: Path, stored_twice: Path) -> None:

@@ -15,6 +15,7 @@ from mdl.convert.open import open_checkpoint
 from mdl.convert.stored import Files
 from mdl.errors import MdlError
 
+from . import neox
 from .containers import Content, slice_of, universal, zero_3
 
 STATE = {
@@ -217,6 +218,19 @@ def test_rank_folders_beside_another_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(MdlError, match=r"several checkpoints: mp_rank_\*, model\.pt"):
         taken(tmp_path)
     assert taken(tmp_path / "mp_rank_00").ranks == 2
+
+
+def test_a_folder_of_layer_files_beside_another_checkpoint(tmp_path: Path) -> None:
+    root = neox.layers(tmp_path, next(iter(neox.ROWS)))
+    step = root / "global_step7"
+    whole = set(taken(step).tensors)
+    torch.save({"w": torch.ones(2)}, step / "model.pt")
+
+    for given in (step, root):
+        with pytest.raises(MdlError, match=r"several checkpoints: layer_\*-model_\*-model_states\.pt, model\.pt"):
+            taken(given)
+    assert set(taken(step / "layer_00-model_00-model_states.pt").tensors) == whole
+    assert set(taken(step / "model.pt").tensors) == {"w"}
 
 
 def test_settings_beside_a_universal_folder_and_above_it_are_found(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from mdl.validate.verify import verify
 from . import checkpoints as make
 from . import upstream
 from .checkpoints_mistral import filled, halves
-from .converted import with_dims
+from .converted import nmse, with_dims
 
 IDS = torch.randperm(96, generator=torch.Generator().manual_seed(3))[:64]
 LIMIT = 1e-11  # right ones measure below 1e-12
@@ -141,11 +141,6 @@ def prepared(case: Case, path: Path, **given: str) -> Prepared:
 def eager_logits(made: Prepared, tensors: make.State, **changed: Any) -> torch.Tensor:
     """Our forward's logits [T, V], with some of the dims changed."""
     return with_dims(made, tensors, IDS, **changed)
-
-
-def nmse(measured: torch.Tensor, wanted: torch.Tensor) -> float:
-    error = measured.double() - wanted.double()
-    return float(error.square().sum() / wanted.double().square().sum())
 
 
 def check_round_trip(case: Case, folder: Path) -> None:

@@ -46,7 +46,7 @@ def source_of(manifest: Manifest, settings: Settings) -> Prepared:
     path = settings.against or Path(manifest.source["path"])
     if not path.exists():
         raise input_error("the checkpoint of this layout is not there any more", str(path), "give it: --against CKPT")
-    prepared = prepare(path, replace(_said(manifest, settings), arch=arch_of(manifest, settings)))
+    prepared = prepare(path, said_now(manifest, settings))
     now = [fingerprint(Path(file)) for file in prepared.inventory.files]
     _check_same(now, manifest.source["files"], path, own=len(prepared.checkpoint.files))
     return prepared
@@ -63,18 +63,18 @@ def _check_same(now: list[dict[str, Any]], before: list[dict[str, Any]], path: P
         raise input_error(what, files, "give that one with --merge-lora, or convert again")
 
 
-def said_before(manifest: Manifest, config: ConfigFile | None = None) -> Options:
-    """The options that a layout was made with; ``config`` in place of the file that was named then."""
-    said = manifest.options
-    recorded = said.get("config")
-    config = config or (ConfigFile(recorded["path"], recorded["values"]) if recorded else None)
-    merged = said.get("merge_lora")
-    return Options(said.get("arch"), said.get("given", {}), said.get("weights"), said.get("dtype"), config, merged)
-
-
-def _said(manifest: Manifest, settings: Settings) -> Options:
+def said_now(manifest: Manifest, settings: Settings) -> Options:
     """The options that a layout was made with, but for what was moved since. Raises MdlError where that is not told."""
-    said = said_before(manifest, settings.config)
+    before = manifest.options
+    recorded = before.get("config")
+    said = Options(
+        arch=_arch(manifest, settings),
+        given=before.get("given", {}),
+        weights=before.get("weights"),
+        dtype=before.get("dtype"),
+        config=settings.config or (ConfigFile(recorded["path"], recorded["values"]) if recorded else None),
+        merge_lora=before.get("merge_lora"),
+    )
     if settings.merge_lora:
         if not said.merge_lora:
             do = "convert again with --merge-lora"
@@ -86,7 +86,7 @@ def _said(manifest: Manifest, settings: Settings) -> Options:
     return said
 
 
-def arch_of(manifest: Manifest, settings: Settings) -> str | None:
+def _arch(manifest: Manifest, settings: Settings) -> str | None:
     """The family as it is named now, or as it was when the layout was made. A file's code runs only if it is named now:
     the layout may be a stranger's."""
     said = manifest.options.get("arch")

@@ -11,6 +11,7 @@ held against the user's forward in float64. No vLLM runs. A value is decided if
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -165,7 +166,8 @@ def _answer(name: str, tried: Sequence[_Tried], truth: Truth) -> Answer:
     """One hyperparameter: the best of its values against the best of its other values, whatever the rest is."""
     best = tried[0]
     value = best.combination.values[name]
-    other = next((t for t in tried if t.combination.values[name] != value), None)
+    others = (t for t in tried if t.combination.values[name] != value)
+    other = next((t for t in others if math.isfinite(t.nmse)), None)
     rival = other.combination.values[name] if other else ""
     ratio = other.nmse / max(best.nmse, _same(truth), 1e-300) if other else float("inf")
     left = f"at NMSE {best.nmse:.1e}, where rounding makes {best.floor:.1e}"
@@ -180,7 +182,7 @@ def _answer(name: str, tried: Sequence[_Tried], truth: Truth) -> Answer:
             f"the reference computes with none of the candidates; {nearest} is the nearest, {left}", outside=True
         )
     if other is None:
-        return answer(f"it is {left}; its other values don't go with the rest", value)
+        return answer(f"{value} is {left}, but with its other values nothing finite comes out to hold it against")
     if step := _step(best, other, truth):
         way = f"it lies {step:.1g} of the way from {value} to {rival}"
         why = f"the reference computes with none of the candidates; {value} is {left}, but that is no rounding: {way}"

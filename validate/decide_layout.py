@@ -14,7 +14,7 @@ from ..convert.manifest import Manifest
 from ..convert.prepare import Options, Prepared, prepare
 from . import facts
 from .candidates import combinations
-from .choose import arch_of, choose_reference, said_before
+from .choose import choose_reference, said_now
 from .decide import decide, with_values
 from .decision import Decision, decision_check
 from .reference import Reference
@@ -70,7 +70,7 @@ def decide_layout(layout: Path, manifest: Manifest, prepared: Prepared, settings
     """Decide, and compare with what the layout was made with. Raises MdlError as :func:`.decide.decide` does."""
     begin = time.perf_counter()
     path = Path(prepared.inventory.path)
-    options = replace(said_before(manifest, settings.config), arch=arch_of(manifest, settings))
+    options = said_now(manifest, settings)
 
     def command(values: Mapping[str, str]) -> str:
         said = _setting(options, prepared.dims, values)
@@ -130,6 +130,7 @@ def convert_command(
     words += ["--config", _short(Path(options.config.path))] if options.config else []
     words += ["--weights", options.weights] if options.weights else []
     words += ["--dtype", options.dtype] if options.dtype else []
+    words += ["--merge-lora", _short(Path(options.merge_lora))] if options.merge_lora else []
     words += ["--tokenizer", _short(Path(tokenizer)) if tokenizer not in _NAMED else tokenizer] if tokenizer else []
     words += [
         word for name, value in with_values(options, values).given.items() for word in ("--set", f"{name}={value}")

@@ -28,7 +28,7 @@ from ..convert.prepare import prepare
 from ..convert.run import convert
 from ..convert.values_judged import Allow
 from ..errors import Kind, MdlError, Problem, usage_error
-from .choose import said_before
+from .choose import said_now
 from .client import Engine
 from .kills import ControlRow, MutationRow, MutationTable
 from .mutations import Mutation, catalogue
@@ -213,9 +213,7 @@ def _rounded(run: _Run) -> ControlRow:
     if run.settings.reference or run.settings.golden:
         return ControlRow(name, description, skipped="needs mdl's own reference: yours holds the weights unrounded")
     tokenizer = run.manifest.tokenizer
-    before = said_before(run.manifest, run.settings.config)
-    moved = run.settings.merge_lora or before.merge_lora
-    options = replace(before, arch=run.settings.arch or before.arch, dtype="bfloat16", merge_lora=moved)
+    options = replace(said_now(run.manifest, run.settings), dtype="bfloat16")
     source = "none" if tokenizer.get("kind") in (None, "none") else str(tokenizer["source"])
 
     def act() -> Report:

@@ -37,8 +37,8 @@ def ready_layout(
     if tokenizer is not None or (options or Options()) != Options():
         what = "this is a layout: its family, values and tokenizer were settled when it was converted"
         do = (
-            "leave --arch, --set, --config, --weights, --dtype and --tokenizer out, or convert the checkpoint again "
-            "with them"
+            "leave --arch, --set, --config, --weights, --dtype, --merge-lora and --tokenizer out, or convert the "
+            "checkpoint again with them"
         )
         raise usage_error(what, str(path), do)
     _check(path, say)

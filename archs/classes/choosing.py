@@ -11,11 +11,17 @@ Unsupported = dict[str, tuple[tuple[Any, ...], str]]
 """Settings that change what a model computes: the values that leave it as it is, and what others mean."""
 
 
-def refuse_settings(m: Measure, at: str, said: Mapping[str, Any], unsupported: Unsupported, why: str) -> None:
+OWN_CLASS = "no class is known for it: it needs a family of your own (docs/architectures.md)"
+"""What to do where nothing is nearer."""
+
+
+def refuse_settings(
+    m: Measure, at: str, said: Mapping[str, Any], unsupported: Unsupported, why: str, do: str = OWN_CLASS
+) -> None:
     """Report every setting under ``at`` whose value is none of those that leave the model as it is."""
     for key, (allowed, what) in unsupported.items():
         if said.get(key) not in allowed:
-            m.problem(f"{at}.{key} is {said[key]!r}: {what}, {why}")
+            m.problem(f"{at}.{key} is {said[key]!r}: {what}, {why}", do=do)
 
 
 def first(*cases: tuple[object, str]) -> str:

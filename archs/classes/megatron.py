@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from ..base import Dims, Measure
+from ..base import Dims, Measure, Value
 from ..llama_meta import rope_parameters
 from ..nanogpt import gpt2_sizes
 from .choosing import Unsupported, first, refuse_settings
 
 UNSUPPORTED: Unsupported = {
     "multi_latent_attention": ((None, False), "multi-head latent attention"),
+    "use_mup": ((None, False), "µP's multipliers of embedding, scores and logits"),
     "apply_layernorm_1p": ((None, False), "norms whose weights are stored less 1"),
     "apply_residual_connection_post_layernorm": ((None, False), "residuals taken behind the norm"),
     "window_size": ((None,), "a sliding window"),
@@ -27,25 +28,40 @@ UNSUPPORTED: Unsupported = {
     "activation_func_clamp_value": ((None,), "activations that are clamped"),
 }
 """Arguments that change what the model computes, the values that leave it as it is, and what others mean."""
+BRIDGE = "NVIDIA's Megatron-Bridge exports it, if transformers has a class for it; vLLM serves what it writes as it is"
+OVERRULE = f"if the arguments are wrong, overrule them with --set; if not, {BRIDGE}"
+"""The nearest ways out."""
 _LLAMA_LIKE = ("Llama", "Qwen2", "Qwen3")
 _MODEL_TYPES = {"GPTNeoX": "gpt_neox", "GPT2": "gpt2"}
 
 
 def choose(m: Measure, said: Mapping[str, Any]) -> None:
     """Settle ``target``, or report why no class will do."""
-    refuse_settings(
-        m, "args", said, {**UNSUPPORTED, "num_experts": ((None, 0), "experts")}, "which this family does not carry over"
-    )
+    unsupported = {**UNSUPPORTED, "num_experts": ((None, 0), "experts")}
+    refuse_settings(m, "args", said, unsupported, "which this family does not carry over", BRIDGE)
     if m["norm"] == "RMSNorm":
         name, reason = _like_llama(m)
     else:
         name = "GPT2" if m["position"] == "learned_absolute" else "GPTNeoX"
         reason = _with_layernorm(m, name)
     if reason:
-        do = "its tensors and arguments say so; if the arguments are wrong, overrule them with --set"
-        m.problem(f"{name} describes it but for this: {reason}", do=do)
+        m.problem(f"{name} describes it but for this: {reason}", do=OVERRULE)
     why = f"{m['norm']}, {m['position']} positions, {'a gated' if m['gated'] else 'a plain'} MLP, and the biases"
     m.accept("target", name, why)
+
+
+def settle(
+    m: Measure,
+    said: Mapping[str, Any],
+    decide: Iterable[str],
+    choose: Callable[[Measure, Mapping[str, Any]], None],
+    flags: Callable[[Measure], Mapping[str, Value]],
+) -> None:
+    """The target class and what the mapping asks for, unless something that decides has to be asked for first."""
+    if all(m[name] is not None for name in decide):
+        choose(m, said)
+        for name, value in flags(m).items():
+            m.accept(name, value, f"what the mapping does for {m['target']}")
 
 
 def _like_llama(m: Measure) -> tuple[str, str]:

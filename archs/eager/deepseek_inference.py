@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..base import Value
 from ..deepseek_inference import stretched
 from .llama_meta import FeedForward, RMSNorm, attend
+from .mixture import mixed
 from .parts import Embedding, Linear, taken
 from .rotary import rotate
 
@@ -188,8 +189,5 @@ class Mixture(nn.Module):
         """Hidden states [B, T, C] to the same shape."""
         tokens = x.flatten(0, -2)
         weights, chosen = self.gate(tokens)
-        mixed = torch.zeros_like(tokens)
-        for index, expert in enumerate(self.experts):
-            rows, place = torch.where(chosen == index)
-            mixed[rows] += weights[rows, place, None].to(x.dtype) * expert(tokens[rows])
-        return mixed.view_as(x) + self.shared_experts(x)
+        routed = mixed(tokens, weights, chosen, len(self.experts), lambda index, x: self.experts[index](x))
+        return routed.view_as(x) + self.shared_experts(x)

@@ -2,7 +2,8 @@
 
 Source: NVIDIA/Megatron-LM, megatron/core/transformer/moe, router.py and experts.py: each token goes to the k experts of
 largest router logit, weighed by the softmax over these, or, with moe_router_pre_softmax, by their part of the softmax
-over all. An expert is a gated MLP: the first half of fc1 is the gate.
+over all. An expert is a gated MLP: the first half of fc1 is the gate. What an expert for all tokens returns is added,
+weighed by a sigmoid where there is a gate for that (shared_experts.py).
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ from torch.nn import functional
 from ..base import Value
 from .megatron import GPT, MLP, Block, Norm, Sizes, normed, sizes_of
 from .megatron_stacked import StackedGPT
+from .mixture import mixed
 from .parts import Linear, taken
 
 _KINDS: dict[type, tuple[str, ...]] = {
-    int: ("experts", "experts_per_token", "expert_ffn", "expert_parts"),
+    int: ("experts", "experts_per_token", "expert_ffn", "expert_parts", "shared_ffn"),
     str: ("experts_form",),
-    bool: ("pre_softmax", "fused_expert_norms", "experts_whole", "layers_stacked"),
+    bool: ("pre_softmax", "fused_expert_norms", "experts_whole", "layers_stacked", "shared_gate"),
 }
 
 
@@ -84,6 +86,8 @@ class Experts(nn.Module):
         self.experts = _FORMS[sizes["experts_form"]](sizes)
         if sizes["fused_expert_norms"]:
             self.linear_fc1 = InnerNorm(sizes)
+        if sizes["shared_ffn"]:
+            self.shared_experts = Shared(sizes)
 
     def weigh(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """For tokens [N, C] the weights of their experts and these experts, [N, k] each."""
@@ -99,14 +103,30 @@ class Experts(nn.Module):
         """Hidden states [B, T, C] to the same shape."""
         inner = self._modules.get("linear_fc1")
         tokens = (inner(x) if inner is not None else x).flatten(0, -2)
-        weights, experts = self.weigh(tokens)
-        mixed = torch.zeros_like(tokens)
-        for index in range(self.count):
-            rows, place = torch.where(experts == index)
-            up, down = self.experts.matrices(index)
-            gate, value = functional.linear(tokens[rows], up).chunk(2, dim=-1)
-            mixed[rows] += weights[rows, place, None] * functional.linear(functional.silu(gate) * value, down)
-        return mixed.view_as(x)
+        routed, shared = (
+            mixed(tokens, *self.weigh(tokens), self.count, self.expert),
+            self._modules.get("shared_experts"),
+        )
+        return (routed + shared(tokens) if shared is not None else routed).view_as(x)
+
+    def expert(self, index: int, x: Tensor) -> Tensor:
+        """What one expert makes of tokens [N, C]: the same shape."""
+        up, down = self.experts.matrices(index)
+        gate, value = functional.linear(x, up).chunk(2, dim=-1)
+        return functional.linear(functional.silu(gate) * value, down)
+
+
+class Shared(MLP):
+    """The expert that all tokens go to."""
+
+    def __init__(self, sizes: Sizes) -> None:
+        super().__init__({**sizes, "ffn": sizes["shared_ffn"], "fused_norms": False})
+        self.gate_weight = nn.Parameter(torch.empty(1, sizes["hidden"])) if sizes["shared_gate"] else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens [N, C] to the same shape."""
+        out = super().forward(x)
+        return out if self.gate_weight is None else out * functional.linear(x, self.gate_weight).sigmoid()
 
 
 class Form(nn.Module):

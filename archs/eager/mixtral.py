@@ -10,10 +10,10 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from ..base import Value
 from .llama_meta import Block, FeedForward, Sizes, assemble, sizes_of
+from .mixture import mixed, of_stacks
 from .parts import Linear, take
 
 
@@ -50,11 +50,7 @@ class Router(nn.Module):
         tokens = x.flatten(0, -2)
         logits, experts = self.gate(tokens).topk(self.chosen)
         weights = logits.to(torch.promote_types(x.dtype, torch.float32)).softmax(dim=-1).to(x.dtype)
-        mixed = torch.zeros_like(tokens)
-        for index in range(self.count):
-            rows, place = torch.where(experts == index)
-            mixed[rows] += weights[rows, place, None] * self.expert(index, tokens[rows])
-        return mixed.view_as(x)
+        return mixed(tokens, weights, experts, self.count, self.expert).view_as(x)
 
 
 class Experts(Router):
@@ -78,5 +74,4 @@ class StackedExperts(Router):
 
     def expert(self, index: int, x: Tensor) -> Tensor:
         """What one expert makes of tokens [N, C]: the same shape."""
-        w1, w2, w3 = (w.chunk(self.count)[index] for w in (self.w1, self.w2, self.w3))
-        return (functional.silu(x @ w1.T) * (x @ w3.T)) @ w2
+        return of_stacks(x, index, self.count, self.w1, self.w3, self.w2)

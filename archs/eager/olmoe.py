@@ -11,10 +11,10 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from ..base import Value
 from .llama_meta import RMSNorm, attend
+from .mixture import mixed, of_stacks
 from .parts import Embedding, Linear, TiedHead, take
 from .rotary import Rotary, rotary_table, rotate_halves
 
@@ -99,11 +99,8 @@ class Mixture(nn.Module):
         weights, experts = scores.topk(self.chosen, dim=-1)
         if self.normalised:
             weights = weights / weights.sum(dim=-1, keepdim=True)
-        mixed = torch.zeros_like(tokens)
-        for index in range(self.count):
-            rows, place = torch.where(experts == index)
-            mixed[rows] += weights[rows, place, None] * self.experts.get_submodule("mlp")(tokens[rows], index)
-        return mixed.view_as(x)
+        stack = self.experts.get_submodule("mlp")
+        return mixed(tokens, weights, experts, self.count, lambda index, x: stack(x, index)).view_as(x)
 
 
 class Stack(nn.Module):
@@ -111,11 +108,10 @@ class Stack(nn.Module):
 
     def __init__(self, sizes: Mapping[str, int]) -> None:
         super().__init__()
-        self.ffn = sizes["ffn"]
+        self.count = sizes["experts"]
         shape = sizes["experts"] * sizes["ffn"], sizes["hidden"]
         self.w1, self.w2, self.v1 = (nn.Parameter(torch.empty(shape)) for _ in range(3))
 
     def forward(self, x: Tensor, index: int) -> Tensor:
         """What one expert makes of tokens [N, C]: the same shape."""
-        w1, v1, w2 = (w.split(self.ffn)[index] for w in (self.w1, self.v1, self.w2))
-        return (functional.silu(x @ w1.T) * (x @ v1.T)) @ w2
+        return of_stacks(x, index, self.count, self.w1, self.v1, self.w2)

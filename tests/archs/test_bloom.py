@@ -20,6 +20,7 @@ from mdl.validate.verify import verify
 from .. import blooms
 from .. import checkpoints as make
 from .. import gpts_checks as checks
+from ..converted import nmse
 
 IDS = torch.tensor([(7 * k * k + 11 * k + 3) % blooms.VOCAB for k in range(110)])
 
@@ -36,7 +37,7 @@ def test_it_computes_what_transformers_computes_of_the_layout(row: str, ranks: i
     assert prepared.config["tie_word_embeddings"] is True
     assert prepared.dims.entries["position"].because == "args.position_embedding_type"
     wanted = checks.by_transformers(tmp_path / "out", prepared, IDS)
-    assert checks.nmse(checks.eager(source, ids=IDS), wanted) < 1e-12  # their slopes are powers taken in float32
+    assert nmse(checks.eager(source, ids=IDS), wanted) < 1e-12  # their slopes are powers taken in float32
 
 
 def test_the_slopes_are_those_of_megatron() -> None:
@@ -141,15 +142,18 @@ def test_a_setting_that_is_wrong_shows(what: str, tmp_path: Path) -> None:
     source = blooms.layers(tmp_path / "in", row)
     prepared = checks.layout(source, tmp_path / "out")
     wanted = checks.by_transformers(tmp_path / "out", prepared, IDS)
-    assert checks.nmse(checks.eager(source, ids=IDS, given=given), wanted) > 1e-9
+    assert nmse(checks.eager(source, ids=IDS, given=given), wanted) > 1e-9
+
+
+@pytest.mark.parametrize("row", blooms.HEADS)
+def test_the_exact_gelu_is_what_vllm_s_own_class_computes(row: str, tmp_path: Path) -> None:
+    prepared = prepare(blooms.layers(tmp_path / "in", row, 2))
+    assert prepared.config["architectures"] == ["BloomForCausalLM" if row == "exact" else "MdlBloomForCausalLM"]
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("row", blooms.HEADS)
-def test_vllm_computes_it(row: str, tmp_path: Path, engine: Engine) -> None:
-    """The exact GELU is what vLLM's own class computes, and then it serves the layout."""
-    prepared = checks.layout(blooms.layers(tmp_path / "in", row, 2), tmp_path / "out")
-    assert prepared.config["architectures"] == ["BloomForCausalLM" if row == "exact" else "MdlBloomForCausalLM"]
+def test_vllm_computes_it(tmp_path: Path, engine: Engine) -> None:
+    checks.layout(blooms.layers(tmp_path / "in", "six heads", 2), tmp_path / "out")
     checks.is_green(tmp_path / "out", engine)
 
 

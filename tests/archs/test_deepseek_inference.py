@@ -20,7 +20,8 @@ from mdl.validate.client import Engine
 
 from .. import checkpoints as make
 from .. import deepseeks
-from ..gpts_checks import by_transformers, eager, is_green, layout, nmse
+from ..converted import nmse
+from ..gpts_checks import by_transformers, eager, is_green, layout
 
 IDS = torch.tensor([(7 * k * k + 11 * k + 3) % deepseeks.VOCAB for k in range(90)])
 
@@ -199,8 +200,6 @@ def test_the_ranks_hold_what_the_program_cuts() -> None:
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("float8", [False, True], ids=["plain", "float8"])
-def test_vllm_computes_it(float8: bool, tmp_path: Path, engine: Engine) -> None:
-    state = deepseeks.quantised(deepseeks.state()) if float8 else deepseeks.state()
-    layout(deepseeks.saved(tmp_path / "raw", state, 1 if float8 else 2), tmp_path / "out")
+def test_vllm_computes_it(tmp_path: Path, engine: Engine) -> None:
+    layout(deepseeks.saved(tmp_path / "raw", deepseeks.quantised(deepseeks.state())), tmp_path / "out")
     is_green(tmp_path / "out", engine)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mdl.archs.base import Dim
 from mdl.convert.export import export
 from mdl.convert.prepare import Options, prepare
 from mdl.errors import Kind, MdlError
@@ -131,6 +132,24 @@ def test_a_head_that_config_json_calls_tied_but_is_not(tmp_path: Path) -> None:
     assert prepare(source, Options(given={"tie_word_embeddings": "false"})).plan.problems == ()
 
 
+def test_set_tied_overrules_config_json(tmp_path: Path) -> None:
+    source = hf.checkpoint(tmp_path / "in", "LlamaForCausalLM", tie_word_embeddings=True)
+    state = load_file(source / "model.safetensors")
+    save_file({**state, "lm_head.weight": state["model.embed_tokens.weight"].clone()}, source / "model.safetensors")
+    assert prepare(source).config["tie_word_embeddings"] is True
+
+    apart = prepare(source, Options(given={"tied": "false"}))
+    assert apart.dims.entries["tied"] == Dim(False, "user", "--set tied=false")
+    assert apart.config["tie_word_embeddings"] is False
+    assert not apart.plan.problems
+    assert "lm_head.weight" in [name for step in apart.plan.writes for name in step.targets]
+    both = [builtin_reference(p.arch, p.dims, p.plan).logits([1, 2, 3], "float64") for p in (apart, prepare(source))]
+    assert torch.equal(*both)
+
+    hf.edit(source, tie_word_embeddings=False)
+    assert prepare(source, Options(given={"tied": "true"})).config["tie_word_embeddings"] is True
+
+
 def test_a_tied_head_that_was_saved_twice_is_written_once(tmp_path: Path) -> None:
     source = hf.checkpoint(tmp_path / "in", "LlamaForCausalLM", tie_word_embeddings=True)
     state = load_file(source / "model.safetensors")
@@ -192,7 +211,7 @@ def test_the_float64_run_casts_nothing_to_float32(tmp_path: Path) -> None:
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("name", hf.CLASSES)
+@pytest.mark.parametrize("name", ["Qwen3MoeForCausalLM"])  # the others are rows of tests/cases.py
 def test_vllm_computes_what_transformers_computes(name: str, tmp_path: Path, engine: Engine) -> None:
     layout(hf.checkpoint(tmp_path / "in", name), tmp_path / "out")
 
@@ -202,16 +221,11 @@ def test_vllm_computes_what_transformers_computes(name: str, tmp_path: Path, eng
 
 
 MISTAKES: dict[str, dict[str, tuple[str, str]]] = {
-    "MistralForCausalLM": {
-        "window-longer": ("model.layers.0.self_attn", "config.json: sliding_window"),
-        "window-shorter": ("model.layers.0.self_attn", "config.json: sliding_window"),
-    },
     "Qwen3ForCausalLM": {"qk-norms": ("model.layers.0.self_attn", "q_norm.weight")},
     "Gemma2ForCausalLM": {
         "window-longer": ("model.layers.0.self_attn", "config.json: sliding_window"),
         "softcap-attention": ("model.layers.0.self_attn", "config.json: attn_logit_softcapping"),
         "softcap-logits": ("", "config.json: final_logit_softcapping"),
-        "embedding-row": ("model.embed_tokens", "makes model.embed_tokens.weight"),
     },
     "MixtralForCausalLM": {
         "experts": ("model.layers.1", "makes model.layers.1.block_sparse_moe.experts.0.w1.weight"),

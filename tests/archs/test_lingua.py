@@ -19,8 +19,8 @@ from mdl.validate.verify import verify
 from .. import checkpoints as make
 from .. import servable
 from ..checkpoints_llamas import lingua, lingua_consolidated, lingua_tied
-from ..converted import with_dims
-from ..torchtune_cases import IDS, nmse
+from ..converted import nmse, with_dims
+from ..torchtune_cases import IDS
 
 
 def prepared(path: Path, **given: str) -> Prepared:
@@ -115,11 +115,8 @@ def test_our_forward_is_that_of_llama_on_the_layout(case: str, tmp_path: Path) -
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("case", ["folder", "tied"])
-def test_vllm_computes_the_same(case: str, tmp_path: Path, engine: Engine) -> None:
-    raw = lingua(
-        tmp_path / "raw", lingua_tied() if case == "tied" else servable.llama_state(), weight_tying=case == "tied"
-    )
+def test_vllm_computes_the_same(tmp_path: Path, engine: Engine) -> None:
+    raw = lingua(tmp_path / "raw", servable.llama_state())
     convert(prepared(raw), tmp_path / "out", options=Options(), tokenizer="none")
 
     report = verify(tmp_path / "out", engine=engine)

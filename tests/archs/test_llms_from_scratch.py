@@ -13,7 +13,8 @@ from mdl.validate.client import Engine
 
 from .. import checkpoints as make
 from .. import gpts
-from ..gpts_checks import back, eager, is_green, layout, nmse
+from ..converted import nmse
+from ..gpts_checks import back, eager, is_green, layout
 
 GIVEN = {"heads": "2"}
 
@@ -76,6 +77,7 @@ def test_a_classifier_is_called_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.engine
+@pytest.mark.parametrize("qkv_bias", [True], indirect=True)
 def test_vllm_computes_it(checkpoint: Path, tmp_path: Path, engine: Engine) -> None:
     layout(checkpoint, tmp_path / "out", GIVEN)
     is_green(tmp_path / "out", engine)

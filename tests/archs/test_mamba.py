@@ -20,7 +20,8 @@ from mdl.views import show_plan
 
 from .. import checkpoints as make
 from .. import mambas
-from ..gpts_checks import by_transformers, eager, layout, nmse
+from ..converted import nmse
+from ..gpts_checks import by_transformers, eager, layout
 
 
 def checkpoint(folder: Path, **given: Any) -> Path:

@@ -232,9 +232,8 @@ def test_a_value_that_is_wrong_shows(what: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("row", ["llama_pairs", "qwen3", "gpt2", "neox"])
-def test_vllm_computes_what_megatron_computes(row: str, tmp_path: Path, engine: Engine) -> None:
-    checks.layout(megatron.grid(tmp_path / "in", row, ranks=2, stages=2), tmp_path / "out")
+def test_vllm_computes_what_megatron_computes(tmp_path: Path, engine: Engine) -> None:
+    checks.layout(megatron.grid(tmp_path / "in", "qwen3", ranks=2, stages=2), tmp_path / "out")
 
     checks.is_green(tmp_path / "out", engine)
 

@@ -161,8 +161,13 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "groups": ("qwen3_moe", {"moe_router_group_topk": 2}, "a choice within groups of experts"),
     "scaled": ("qwen3_moe", {"moe_router_topk_scaling_factor": 2.5}, "experts' weights that are scaled"),
     "sinkhorn": ("mixtral", {"moe_router_load_balancing_type": ["sinkhorn"]}, "is sinkhorn: a router of another kind"),
-    "left out": ("mixtral", {"moe_expert_capacity_factor": 1.0}, "experts that leave tokens out"),
-    "shared": ("mixtral", {"moe_shared_expert_intermediate_size": 96}, "an expert that all tokens go to"),
+    "biased": ("mixtral", {"moe_router_force_biased": 0.5}, "random biases in the choice of experts"),
+    "quantiles": ("mixtral", {"moe_router_load_balancing_type": "quantile_balancing"}, "a router of another kind"),
+    "alternating": ("mixtral", {"moe_mlp_glu_interleave_size": 32}, "gates and values in alternating blocks"),
+    "scaled as µP": ("mixtral", {"use_mup": True}, "µP's multipliers"),
+    "shared": ("mixtral", {"moe_shared_expert_intermediate_size": 96}, "shared_ffn is 0 by the tensors"),
+    "gate": ("no_gate", {"moe_shared_expert_gate": True}, "shared_gate is False by the tensors"),
+    "shared, normed": ("shared_normed", {}, "an expert that all tokens go to, with normed q and k"),
     "MLA": ("mixtral", {"multi_latent_attention": True}, "multi-head latent attention"),
     "share": ("mixtral", {"moe_router_pre_softmax": True}, "moe_router_pre_softmax, but no normed q and k"),
     "too many": ("mixtral", {"moe_router_topk": 5}, "experts_per_token is 5, of 4 experts"),
@@ -179,9 +184,18 @@ def test_what_is_refused_and_why(case: str, tmp_path: Path) -> None:
         prepare(megatron_moe.grid(tmp_path / "in", row, **changed)).plan.refuse()
 
     assert caught.value.kind is Kind.INPUT
+    assert all(problem.do for problem in caught.value.problems)
 
 
-@pytest.mark.parametrize("extra", ["router.expert_bias", "shared_experts.linear_fc1.weight"])
+@pytest.mark.parametrize("key", ["moe_expert_capacity_factor", "moe_expert_rank_capacity_factor"])
+def test_experts_that_leave_tokens_out_are_told_of(key: str, tmp_path: Path) -> None:
+    said: dict[str, Any] = {key: 1.25}
+    prepared = prepare(megatron_moe.grid(tmp_path / "in", "mixtral", **said))
+    prepared.plan.refuse()
+    assert any(f"args.{key} is 1.25" in said for said in prepared.dims.deviations)
+
+
+@pytest.mark.parametrize("extra", ["router.expert_bias", "shared_experts.gate_weight"])
 def test_tensors_that_no_class_has_are_refused(extra: str, tmp_path: Path) -> None:
     root = megatron_moe.grid(tmp_path / "in", "mixtral")
     file = root / "iter_0000005/mp_rank_00/model_optim_rng.pt"
@@ -199,22 +213,36 @@ def _router(tensors: megatron.State) -> None:
             tensors[name] = tensors[name].flip(0)
 
 
+def _halves(tensors: megatron.State) -> None:
+    for name in tensors:
+        if name.endswith("shared_experts.linear_fc1.weight"):
+            tensors[name] = tensors[name].roll(len(tensors[name]) // 2, 0)
+
+
+def _gate(tensors: megatron.State) -> None:
+    for name in tensors:
+        if name.endswith("shared_experts.gate_weight"):
+            tensors[name] = torch.zeros_like(tensors[name])
+
+
 def _swapped(tensors: megatron.State) -> None:
     for name in [name for name in tensors if ".local_experts.0." in name]:
         other = name.replace(".0.linear", ".2.linear")
         tensors[name], tensors[other] = tensors[other], tensors[name]
 
 
-SABOTAGED = {"router": _router, "experts": _swapped}
+SABOTAGED = {"router": _router, "experts": _swapped, "shared": _halves, "gate": _gate}
 
 
 @pytest.mark.parametrize("what", SABOTAGED)
-def test_experts_in_another_order_show(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = prepare(megatron_moe.grid(tmp_path / "right", "qwen3_moe", cut=(1, 1, 2)))
-    tensors = megatron_moe.state("qwen3_moe")
+def test_what_lies_elsewhere_or_is_forgotten_shows(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts or the router's rows in another order, gate and value of the shared expert swapped, or no gate for it."""
+    row = "qwen2_moe" if what in ("shared", "gate") else "qwen3_moe"
+    right = prepare(megatron_moe.grid(tmp_path / "right", row, cut=(1, 1, 2)))
+    tensors = megatron_moe.state(row)
     SABOTAGED[what](tensors)
     monkeypatch.setattr(megatron_moe, "state", mock.Mock(return_value=tensors))
-    checks.layout(megatron_moe.grid(tmp_path / "wrong", "qwen3_moe", cut=(1, 1, 2)), tmp_path / "out")
+    checks.layout(megatron_moe.grid(tmp_path / "wrong", row, cut=(1, 1, 2)), tmp_path / "out")
 
     assert megatron.error(tmp_path / "out", right) > 1e-4
 
@@ -230,46 +258,25 @@ def test_the_place_of_the_softmax_shows(tmp_path: Path) -> None:
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize(
-    ("row", "form"), [("mixtral_pairs", "local"), ("qwen3_moe", "numbered"), ("qwen3_moe_first", "grouped")]
-)
-def test_vllm_computes_what_megatron_computes(row: str, form: str, tmp_path: Path, engine: Engine) -> None:
-    checks.layout(megatron_moe.grid(tmp_path / "in", row, form, (2, 1, 2)), tmp_path / "out")
+def test_vllm_computes_what_megatron_computes(tmp_path: Path, engine: Engine) -> None:
+    """With layers of every kind, and an expert for all tokens; the other rows are among those of tests/cases.py."""
+    checks.layout(megatron_moe.grid(tmp_path / "in", "no_gate", "numbered", (2, 1, 2)), tmp_path / "out")
 
     checks.is_green(tmp_path / "out", engine)
 
 
 @pytest.mark.engine
-def test_vllm_computes_what_torch_dist_holds(tmp_path: Path, engine: Engine) -> None:
-    checks.layout(megatron_moe.dist(tmp_path / "in", "qwen3_moe_share", stacked=True), tmp_path / "out")
-
-    checks.is_green(tmp_path / "out", engine)
-
-
-_WRONG = {
-    "router": "made = right(dims)\n    for _, one in made.named_modules():\n        if hasattr(one, 'weigh'):\n"
-    "            one.weigh = lambda x, weigh=one.weigh, n=one.count: (lambda w, e: (w, n - 1 - e))(*weigh(x))\n"
-    "    return made",
-    "softmax": "return right({**dims, 'pre_softmax': True})",
-    "experts": "return right(dims)",
-}
-"""Forwards that take the router's rows the other way round, or the softmax before the choice; and the right one."""
-
-
-@pytest.mark.engine
-@pytest.mark.parametrize("what", _WRONG)
-def test_a_wrong_mixture_fails(what: str, tmp_path: Path, engine: Engine) -> None:
-    """Whoever reads the router backwards, overlooks a flag, or takes one rank's experts for those of the other."""
-    code = f"from mdl.archs.eager.megatron_moe import build as right\n\n\ndef build(dims):\n    {_WRONG[what]}\n"
-    (tmp_path / f"wrong_{what}.py").write_text(code)
+def test_a_wrong_mixture_fails(tmp_path: Path, engine: Engine) -> None:
+    """The softmax before the choice, where the run had it behind; wrong orders of experts are above."""
+    (tmp_path / "wrong_softmax.py").write_text(
+        "from mdl.archs.eager.megatron_moe import build as right\n\n\n"
+        "def build(dims):\n    return right({**dims, 'pre_softmax': True})\n"
+    )
     (tmp_path / "wrong.py").write_text(
         "from dataclasses import replace\n\nfrom mdl.archs.megatron_moe import ARCH as RIGHT\n\n"
-        f"ARCH = replace(RIGHT, name='wrong', eager='wrong_{what}:build')\n"
+        "ARCH = replace(RIGHT, name='wrong', eager='wrong_softmax:build')\n"
     )
-    mapping = mapping_path(load_arch("megatron_moe")).read_text()
-    if what == "experts":  # with the router backwards as well, it would be right again
-        mapping = mapping.replace("{moe}.experts.{e}.", "{moe}.experts.{experts-1-e}.")
-    (tmp_path / "wrong.yaml").write_text(mapping)
+    (tmp_path / "wrong.yaml").write_text(mapping_path(load_arch("megatron_moe")).read_text())
     options = Options(arch=str(tmp_path / "wrong.py"))
     source = megatron_moe.grid(tmp_path / "in", "qwen3_moe", cut=(1, 1, 2))
     convert(prepare(source, options), tmp_path / "out", options=options, tokenizer="none")

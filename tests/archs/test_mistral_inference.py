@@ -20,15 +20,10 @@ from mdl.validate.verify import verify
 from .. import checkpoints as make
 from .. import checkpoints_mistral as mistral
 from .. import upstream
-from ..converted import with_dims
+from ..converted import nmse, with_dims
 
 IDS = torch.randperm(64, generator=torch.Generator().manual_seed(3))[:48]
 LIMIT = 1e-11  # right ones measure below 1e-12
-
-
-def nmse(measured: torch.Tensor, wanted: torch.Tensor) -> float:
-    error = measured.double() - wanted.double()
-    return float(error.square().sum() / wanted.double().square().sum())
 
 
 def eager_logits(prepared: Prepared, tensors: make.State, **changed: Any) -> torch.Tensor:

@@ -19,8 +19,8 @@ from mdl.validate.verify import verify
 from .. import checkpoints as make
 from .. import checkpoints_mistral as mistral
 from .. import upstream
-from ..converted import with_dims
-from .test_mistral_inference import IDS, LIMIT, nmse, refusals
+from ..converted import nmse, with_dims
+from .test_mistral_inference import IDS, LIMIT, refusals
 
 GIVEN = {"rope_theta": "1000000", "context": "256"}
 STACKED = {**GIVEN, "experts_per_token": "2"}

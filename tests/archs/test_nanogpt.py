@@ -15,7 +15,8 @@ from mdl.validate.client import Engine
 
 from .. import checkpoints as make
 from .. import gpts
-from ..gpts_checks import back, eager, is_green, layout, nmse
+from ..converted import nmse
+from ..gpts_checks import back, eager, is_green, layout
 
 CONFIG = {
     "architectures": ["GPT2LMHeadModel"],

@@ -12,7 +12,8 @@ from mdl.validate.client import Engine
 
 from .. import checkpoints as make
 from .. import gpts
-from ..gpts_checks import back, eager, is_green, layout, nmse
+from ..converted import nmse
+from ..gpts_checks import back, eager, is_green, layout
 
 GIVEN = {"attention_scale": "head_size"}
 

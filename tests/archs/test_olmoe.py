@@ -15,7 +15,8 @@ from mdl.validate.client import Engine
 
 from .. import checkpoints as make
 from .. import olmoes
-from ..gpts_checks import by_transformers, eager, is_green, layout, nmse
+from ..converted import nmse
+from ..gpts_checks import by_transformers, eager, is_green, layout
 
 IDS = torch.tensor([(7 * k * k + 11 * k + 3) % olmoes.VOCAB for k in range(40)])
 

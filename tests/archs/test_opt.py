@@ -15,7 +15,8 @@ from mdl.validate.client import Engine
 
 from .. import checkpoints as make
 from .. import gpts
-from ..gpts_checks import back, eager, is_green, layout, nmse
+from ..converted import nmse
+from ..gpts_checks import back, eager, is_green, layout
 from ..opts import fused, in_parts, opt_of, saved, state
 
 CASES: dict[str, tuple[Callable[[], make.State], dict[str, Any]]] = {
@@ -105,6 +106,7 @@ def test_what_no_tensor_tells_is_asked_for(tmp_path: Path) -> None:
 
 
 @pytest.mark.engine
+@pytest.mark.parametrize("case", ["350M"], indirect=True)
 def test_vllm_computes_it(case: tuple[make.State, dict[str, Any]], tmp_path: Path, engine: Engine) -> None:
     made = fused(case[0])
     layout(in_parts(tmp_path / "parts", made, **case[1]), tmp_path / "out")

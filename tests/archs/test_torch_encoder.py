@@ -14,7 +14,8 @@ from mdl.validate.client import Engine
 
 from .. import checkpoints as make
 from .. import gpts
-from ..gpts_checks import back, eager, is_green, layout, nmse
+from ..converted import nmse
+from ..gpts_checks import back, eager, is_green, layout
 from ..torch_gpts import MODELS, gpt2_of, model
 
 GIVEN = {"heads": "2", "norm_first": "true", "activation": "gelu", "embedding_scale": "none"}
@@ -97,6 +98,9 @@ def test_the_order_of_a_file_tells_nothing(turned: bool, tmp_path: Path) -> None
     known = prepare(gpts.saved(tmp_path / "known.pt", {k: state[k] for k in order}), Options(given=GIVEN))
     assert (known.dims["embedding"], known.dims["head"]) == ("token_embedding.weight", "lm_head.weight")
 
+    tutorial = {"token_embedding.weight": "encoder.weight", "lm_head.weight": "decoder.weight"}
+    named = gpts.saved(tmp_path / "tutorial.pt", {tutorial.get(k, k): state[k] for k in order})
+    assert prepare(named, Options(given=GIVEN)).dims["head"] == "decoder.weight"
     odd = {"token_embedding.weight": "a.weight", "lm_head.weight": "b.weight"}
     path = gpts.saved(tmp_path / "odd.pt", {odd.get(k, k): state[k] for k in order})
     with pytest.raises(MdlError, match=r"embedding is neither.*which of [ab]\.weight, [ab]\.weight is the embed") as e:
@@ -120,6 +124,7 @@ def test_a_decoder_is_none(tmp_path: Path) -> None:
 
 
 @pytest.mark.engine
+@pytest.mark.parametrize("name", ["listed"], indirect=True)
 def test_vllm_computes_it(checkpoint: Path, tmp_path: Path, engine: Engine) -> None:
     layout(checkpoint, tmp_path / "out", GIVEN)
     is_green(tmp_path / "out", engine)

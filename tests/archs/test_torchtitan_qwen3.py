@@ -19,8 +19,8 @@ from mdl.validate.verify import verify
 from .. import checkpoints as make
 from .. import upstream
 from ..checkpoints_llamas import titan, titan_fused, titan_qwen3
-from ..converted import with_dims
-from ..torchtune_cases import IDS, LIMIT, nmse
+from ..converted import nmse, with_dims
+from ..torchtune_cases import IDS, LIMIT
 
 GIVEN = Options(given={"context": "256"})
 
@@ -70,7 +70,7 @@ def test_from_the_folder_to_the_layout_and_back(name: str, tmp_path: Path) -> No
 
 
 def test_the_context_is_asked_for(tmp_path: Path) -> None:
-    with pytest.raises(MdlError, match=r"training\.seq_len of the job.*--set context="):
+    with pytest.raises(MdlError, match=r"training\.seq_len of the job.*--set seq_len="):
         prepare(titan(tmp_path / "step-10", titan_qwen3()))
 
 

@@ -57,6 +57,6 @@ def test_our_forward_is_that_of_torchtune(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("name", ["llama3_2", "qwen2", "gemma", "phi4", "qwen3", "gemma2"])
+@pytest.mark.parametrize("name", ["llama3_2", "qwen2", "gemma", "qwen3", "gemma2"])  # one of each family
 def test_vllm_computes_the_same(name: str, tmp_path: Path, engine: Engine) -> None:
     check_vllm(CASES[name], tmp_path, engine)

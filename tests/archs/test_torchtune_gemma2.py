@@ -13,7 +13,8 @@ from mdl.convert.run import convert
 from mdl.errors import MdlError
 from mdl.views import show_plan
 
-from ..torchtune_cases import CASES, IDS, eager_logits, nmse, options, prepared, state
+from ..converted import nmse
+from ..torchtune_cases import CASES, IDS, eager_logits, options, prepared, state
 
 CASE = CASES["gemma2"]
 

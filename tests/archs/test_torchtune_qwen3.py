@@ -12,7 +12,8 @@ from mdl.convert.prepare import Options, prepare
 from mdl.convert.run import convert
 from mdl.errors import MdlError
 
-from ..torchtune_cases import CASES, IDS, eager_logits, nmse, options, prepared, state
+from ..converted import nmse
+from ..torchtune_cases import CASES, IDS, eager_logits, options, prepared, state
 
 
 def test_what_no_tensor_tells_is_asked_for(tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from mdl.validate.client import Engine
 
 from .. import checkpoints as make
 from .. import gpts
-from ..gpts_checks import eager, is_green, layout, nmse
+from ..converted import nmse
+from ..gpts_checks import eager, is_green, layout
 from ..xt import CASES, Case, llama_of, state
 
 
@@ -123,6 +124,7 @@ def test_the_rest_is_refused_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.engine
+@pytest.mark.parametrize("case", ["partly turned"], indirect=True)
 def test_vllm_computes_it(checkpoint: Path, case: Case, tmp_path: Path, engine: Engine) -> None:
     layout(checkpoint, tmp_path / "out", case.given)
     is_green(tmp_path / "out", engine)
