@@ -34,7 +34,7 @@ from mdl.errors import MdlError
 from mdl.validate.client import Engine, EngineFailure, EngineResult
 from mdl.validate.report import Report
 from mdl.validate.verify import Settings, Side, judge_layout, reference_side, source_of
-from tests import mambas
+from tests import decoders, mambas
 
 State = dict[str, torch.Tensor]
 HEAD = ("model", "run", "model runner", "attention", "CUDA graphs", "prefill", "decode", "generate")
@@ -180,12 +180,21 @@ def tiny_mamba2(folder: Path) -> Path:
     return mambas.saved(folder / "release", mambas.state(2, groups=2), ssm, tie_embeddings=True)
 
 
+DRAWN = (1, 6, 8, 10, 34, 35, 53)
+"""Composable decoders that show most choices; see benchmarks/decoders.py for what each says."""
+
+
+def drawn_decoder(seed: int) -> Callable[[Path], Path]:
+    return lambda folder: decoders.saved(folder / "release", seed)
+
+
 MODELS: dict[str, Callable[[Path], Path]] = {
     "llama": tiny_llama,
     "gpt2": tiny_gpt2,
     "mamba": tiny_mamba,
     "mamba2": tiny_mamba2,
     "large": large_llama,
+    **{f"decoder-{seed}": drawn_decoder(seed) for seed in DRAWN},
 }
 
 

@@ -54,9 +54,8 @@ class LookBack(nn.Module):
         self.channels, self.size, self.heads = channels, d.head_dim, d.hidden_size // d.head_dim
         self.gate = ReplicatedLinear(channels, 1, bias=False, prefix=f"{prefix}.gate")
         self.scale = nn.Parameter(torch.empty(1))
-        self.attn = Attention(
-            self.heads, self.size, 1.0, cache_config=cache, per_layer_sliding_window=2, prefix=f"{prefix}.attn"
-        )
+        name = f"{prefix}.{d.num_hidden_layers}.attn"  # vLLM wants one number in it, and numbers its caches by it
+        self.attn = Attention(self.heads, self.size, 1.0, cache_config=cache, per_layer_sliding_window=2, prefix=name)
 
     def forward(self, positions: Tensor, x: Tensor) -> Tensor:
         """Hidden states [T, C] to the same shape."""

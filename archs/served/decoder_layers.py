@@ -13,7 +13,6 @@ from vllm.distributed import (
 )
 from vllm.model_executor.layers.activation import get_act_and_mul_fn, get_act_fn
 from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.layers.fused_moe import FusedMoEFactory
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
@@ -205,12 +204,16 @@ class DecoderExperts(nn.Module):
         super().__init__()
         assert d.moe is not None
         self.moe = moe = d.moe
+        try:
+            from vllm.model_executor.layers.fused_moe import FusedMoEFactory as FusedMoE
+        except ImportError:  # before 0.29 the layer itself stood where its factory does
+            from vllm.model_executor.layers.fused_moe import FusedMoE
         self.router = ReplicatedLinear(
             d.hidden_size, moe.experts, bias=moe.router_bias, quant_config=None, prefix=f"{prefix}.router"
         )
         if moe.selection_bias:
             self.selection_bias = nn.Parameter(torch.empty(moe.experts))
-        self.experts = FusedMoEFactory(
+        self.experts = FusedMoE(
             num_experts=moe.experts,
             top_k=moe.experts_per_token,
             hidden_size=d.hidden_size,
