@@ -25,12 +25,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from mdl.convert.prepare import Options, prepare  # noqa: E402  (the tests are found beside mdl's own folder)
-from mdl.convert.run import convert  # noqa: E402
-from mdl.errors import MdlError  # noqa: E402
-from mdl.validate.client import Engine  # noqa: E402
-from mdl.validate.verify import Settings, verify  # noqa: E402
-from tests.decoders import drawn, saved  # noqa: E402
+from mdl.convert.prepare import Options, prepare
+from mdl.convert.run import convert
+from mdl.errors import MdlError
+from mdl.validate.client import Engine
+from mdl.validate.verify import Settings, verify
+from tests.decoders import drawn, saved
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,10 @@ def choices(config: dict[str, Any]) -> Iterator[str]:
 
 def run(seed: int, folder: Path, engine: Engine) -> Row:
     """Convert and verify one."""
-    blank = {"seed": seed, "choices": [c for c in choices(drawn(seed)) if not c.startswith(("arch", "model_type"))]}
+    blank: dict[str, Any] = {
+        "seed": seed,
+        "choices": [c for c in choices(drawn(seed)) if not c.startswith(("arch", "model_type"))],
+    }
     try:
         source, layout = saved(folder / "source", seed), folder / "layout"
         options = Options()
@@ -73,7 +76,7 @@ def run(seed: int, folder: Path, engine: Engine) -> Row:
     failed = "; ".join(f"{check.name}: {check.measured}" for check in report.checks if check.ok is False)
     if "decode" not in found:
         return Row(**blank, failed=failed or "not run")
-    figures = {name: found[name].get("nmse", float("nan")) for name in ("prefill", "decode")}
+    figures: dict[str, Any] = {name: found[name].get("nmse", float("nan")) for name in ("prefill", "decode")}
     return Row(**blank, **figures, ratio=found["prefill"].get("ratio", float("nan")), failed=failed)
 
 

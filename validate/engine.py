@@ -198,7 +198,7 @@ def _roomy(arguments: dict[str, Any]) -> LLM:
 
     How many groups of layers share the blocks is known to vLLM alone once a class has layers of several kinds.
     """
-    few = arguments.get("num_gpu_blocks_override")
+    few: int = arguments.get("num_gpu_blocks_override", 0)
     for more in (1, 2, 4, 8) if few else ():
         try:
             return LLM(**{**arguments, "num_gpu_blocks_override": more * few})

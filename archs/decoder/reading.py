@@ -34,7 +34,10 @@ def checked(config: Mapping[str, Any]) -> Decoder:
             what = fault["msg"].removeprefix("Value error, ")
             given = f", not {fault['input']!r}" if fault["loc"] and not isinstance(fault["input"], dict) else ""
             do = "see docs/decoder.md for what it may say"
-            problems += [Problem(each + given, f"config.json: {where}" if where else "config.json", do) for each in what.split("; ")]
+            problems += [
+                Problem(each + given, f"config.json: {where}" if where else "config.json", do)
+                for each in what.split("; ")
+            ]
         raise MdlError(Kind.INPUT, problems) from None
 
 

@@ -80,7 +80,13 @@ class RopeScaling(Table):
             "llama3": ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
             "yarn": ("original_max_position_embeddings", "beta_fast", "beta_slow"),
         }[self.rope_type]
-        for name in ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"):
+        for name in (
+            "original_max_position_embeddings",
+            "low_freq_factor",
+            "high_freq_factor",
+            "beta_fast",
+            "beta_slow",
+        ):
             if (getattr(self, name) is not None) != (name in needs):
                 raise ValueError(f"{name}: rope_type {self.rope_type} {'needs it' if name in needs else 'has none'}")
         return self
@@ -91,8 +97,8 @@ class Positions(Table):
 
     ``rope``: rotary, of ``rotary_dim`` channels of each head (all if null), ``style`` half (channels j and j + d/2 are
     a pair) or interleaved (2j and 2j + 1). ``learned``: a table of max_position_embeddings rows, added to the
-    embedding. ``alibi``: a slope for each head. ``layers``: the only ones that rotate (NoPE elsewhere); ``sliding_theta``
-    is the base in layers with a window, unscaled (Gemma 3).
+    embedding. ``alibi``: a slope for each head. ``layers``: the only ones that rotate (NoPE elsewhere);
+    ``sliding_theta`` is the base in layers with a window, unscaled (Gemma 3).
     """
 
     kind: Literal["rope", "learned", "alibi", "none"]
@@ -136,10 +142,10 @@ class ValueEmbedding(Table):
 class Attention(Table):
     """Causal attention. ``scale`` multiplies the scores (head_dim^-0.5 if null); ``softcap`` limits them by tanh.
 
-    ``window``: how many keys one sees in ``sliding_layers`` (all layers if null), its own included. ``gate``: the output
-    is multiplied by sigmoid of a projection of x, one for each head or one for each channel. ``value_residual``: from
-    the second layer on v = l0 · v + l1 · v of the first layer, with two learned numbers per layer (ResFormer, arXiv
-    2410.17897).
+    ``window``: how many keys one sees in ``sliding_layers`` (all layers if null), its own included. ``gate``: the
+    output is multiplied by sigmoid of a projection of x, one for each head or one for each channel.
+    ``value_residual``: from the second layer on v = l0 · v + l1 · v of the first layer, with two learned numbers per
+    layer (ResFormer, arXiv 2410.17897).
     """
 
     bias: bool = False
@@ -166,7 +172,7 @@ class Mlp(Table):
 class Moe(Table):
     """A mixture of experts in place of the MLP, in ``layers`` (all if null). Experts are gated, without biases.
 
-    A token's scores are softmax or sigmoid of its router logits; the ``experts_per_token`` best are taken, by score plus
+    A token's scores are softmax or sigmoid of its router logits; the ``experts_per_token`` best are taken, by score and
     ``selection_bias`` where there is one (which does not count further); their weights are normalised to a sum of 1 if
     ``normalised``, then multiplied by ``scaling``. ``shared_size``: the inner width of an MLP that all tokens pass, 0
     for none; with ``shared_gate`` it is multiplied by the sigmoid of one more projection (Qwen 2 MoE).
@@ -197,10 +203,11 @@ class Moe(Table):
 class Residual(Table):
     """How the halves of a layer join the stream.
 
-    ``parallel``: x + attention(N(x)) + mlp(N'(x)), N' = N if ``one_norm``. ``multiplier``: each half is multiplied by it
-    (Granite). ``lambdas``: before layer i, x = a_i · x + b_i · x0 with learned numbers, x0 the embedding (nanochat).
+    ``parallel``: x + attention(N(x)) + mlp(N'(x)), N' = N if ``one_norm``. ``multiplier``: each half is multiplied by
+    it (Granite). ``lambdas``: before layer i, x = a_i · x + b_i · x0 with learned numbers, x0 the embedding (nanochat).
     ``look_back``: behind the embedding, x_t += c · sigmoid(g · x_t[:look_back]) · x_(t-1) with learned c and g
-    (nanochat's smear). ``take_back``: after the last layer, minus a learned number times what layer ``take_back`` put out.
+    (nanochat's smear). ``take_back``: after the last layer, minus a learned number times what layer
+    ``take_back`` put out.
     """
 
     parallel: bool = False
@@ -294,7 +301,9 @@ def _layers(d: Decoder) -> list[str]:
     lists["residual.take_back"] = [d.residual.take_back] if d.residual.take_back is not None else None
     faults: list[str] = []
     for name, layers in lists.items():
-        if layers is not None and (sorted(set(layers)) != layers or any(not 0 <= i < d.num_hidden_layers for i in layers)):
+        if layers is not None and (
+            sorted(set(layers)) != layers or any(not 0 <= i < d.num_hidden_layers for i in layers)
+        ):
             faults.append(f"{name} is {layers}: layers are 0 to {d.num_hidden_layers - 1}, in order, each once")
     return faults
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ...mappings.tensors import Shape, Target
-from .schema import Decoder, NormKind
+from .schema import Decoder, Moe, NormKind
 
 TIES = {"lm_head.weight": "model.embed_tokens.weight"}
 
@@ -19,12 +19,25 @@ def target_of(d: Decoder) -> Target:
 
 
 def _whole(d: Decoder) -> Iterator[tuple[str, Shape]]:
-    hidden, res = d.hidden_size, d.residual
-    yield "model.embed_tokens.weight", (d.rows, hidden)
+    yield "model.embed_tokens.weight", (d.rows, d.hidden_size)
     if d.positions.kind == "learned":
-        yield "model.embed_positions.weight", (d.max_position_embeddings, hidden)
+        yield "model.embed_positions.weight", (d.max_position_embeddings, d.hidden_size)
     if d.norm.embedding:
-        yield from norm_of("model.embed_norm", d.norm, hidden)
+        yield from norm_of("model.embed_norm", d.norm, d.hidden_size)
+    yield from _around(d)
+    for i in range(d.num_hidden_layers):
+        yield from _layer(d, i)
+    if d.norm.final:
+        yield from norm_of("model.norm", d.norm, d.hidden_size)
+    if not d.tie_word_embeddings:
+        yield "lm_head.weight", (d.rows, d.hidden_size)
+    if d.head_bias:
+        yield "lm_head.bias", (d.rows,)
+
+
+def _around(d: Decoder) -> Iterator[tuple[str, Shape]]:
+    """What is learned of the stream as a whole, and the tables of token embeddings for values."""
+    res, embedded = d.residual, d.attention.value_embedding
     if res.look_back:
         yield "model.look_back.gate.weight", (1, res.look_back)
         yield "model.look_back.scale", (1,)
@@ -33,17 +46,8 @@ def _whole(d: Decoder) -> Iterator[tuple[str, Shape]]:
         yield "model.embed_lambdas", (d.num_hidden_layers,)
     if res.take_back is not None:
         yield "model.take_back_lambda", (1,)
-    if d.attention.value_embedding:
-        for i in d.attention.value_embedding.layers:
-            yield f"model.value_embeds.{i}.weight", (d.rows, d.num_key_value_heads * d.head_dim)
-    for i in range(d.num_hidden_layers):
-        yield from _layer(d, i)
-    if d.norm.final:
-        yield from norm_of("model.norm", d.norm, hidden)
-    if not d.tie_word_embeddings:
-        yield "lm_head.weight", (d.rows, hidden)
-    if d.head_bias:
-        yield "lm_head.bias", (d.rows,)
+    for i in embedded.layers if embedded else ():
+        yield f"model.value_embeds.{i}.weight", (d.rows, d.num_key_value_heads * d.head_dim)
 
 
 def norm_of(name: str, norm: NormKind, size: int) -> Iterator[tuple[str, Shape]]:
@@ -68,7 +72,7 @@ def _layer(d: Decoder, i: int) -> Iterator[tuple[str, Shape]]:
     for name in norms_of(d):
         yield from norm_of(f"{at}.{name}", d.norm, d.hidden_size)
     yield from _attention(d, i, f"{at}.self_attn")
-    yield from _experts(d, f"{at}.mlp") if d.routed(i) else _mlp(d, f"{at}.mlp")
+    yield from _experts(d, d.moe, f"{at}.mlp") if d.moe and d.routed(i) else _mlp(d, f"{at}.mlp")
 
 
 def _attention(d: Decoder, i: int, at: str) -> Iterator[tuple[str, Shape]]:
@@ -105,9 +109,8 @@ def _mlp(d: Decoder, at: str) -> Iterator[tuple[str, Shape]]:
         yield f"{at}.down_proj.bias", (hidden,)
 
 
-def _experts(d: Decoder, at: str) -> Iterator[tuple[str, Shape]]:
-    moe, hidden = d.moe, d.hidden_size
-    assert moe is not None
+def _experts(d: Decoder, moe: Moe, at: str) -> Iterator[tuple[str, Shape]]:
+    hidden = d.hidden_size
     yield f"{at}.router.weight", (moe.experts, hidden)
     if moe.router_bias:
         yield f"{at}.router.bias", (moe.experts,)

@@ -155,7 +155,11 @@ class Layer(nn.Module):
         self.self_attn = Attention(d, layer)
         m = d.mlp
         dense = {"gated": m.gated, "bias": m.bias, "out_bias": m.out_bias}
-        self.mlp = Experts(d) if d.routed(layer) else Mlp(d.hidden_size, d.intermediate_size, m.activation, **dense)
+        self.mlp = (
+            Experts(d, d.moe)
+            if d.moe and d.routed(layer)
+            else Mlp(d.hidden_size, d.intermediate_size, m.activation, **dense)
+        )
 
     def forward(
         self, x: Tensor, table: Table | None, alibi: Tensor | None, embedded: Tensor | None, first: Tensor | None

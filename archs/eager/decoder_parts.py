@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..decoder.schema import Decoder, NormKind
+from ..decoder.schema import Decoder, Moe, NormKind
 from .llama_meta import attend
 from .parts import Linear
 from .rotary import rotate, rotate_halves
@@ -86,8 +86,7 @@ class Attention(nn.Module):
         if a.value_embedding and embedded is not None:
             gate = a.value_embedding.scale * torch.sigmoid(self.value_gate(x[..., : a.value_embedding.channels]))
             v = v + gate[..., None] * embedded.unflatten(-1, (-1, d.head_dim))
-        if a.value_residual and self.layer:
-            assert first is not None
+        if a.value_residual and self.layer and first is not None:
             v = self.value_lambdas[0] * v + self.value_lambdas[1] * first
         scalar = a.scale**-2 if a.scale else 0.0  # attend divides by a root
         out = attend(q, k, v, d.window(self.layer) or 0, scalar=scalar, cap=a.softcap or 0.0, added=slopes)
@@ -139,10 +138,9 @@ class Mlp(nn.Module):
 class Experts(nn.Module):
     """A mixture of experts, and the expert that all tokens pass where there is one."""
 
-    def __init__(self, d: Decoder) -> None:
+    def __init__(self, d: Decoder, moe: Moe) -> None:
         super().__init__()
-        assert d.moe is not None
-        self.moe = moe = d.moe
+        self.moe = moe
 
         def mlp(size: int) -> Mlp:
             return Mlp(d.hidden_size, size, moe.activation, gated=True, bias=False, out_bias=False)
@@ -163,7 +161,9 @@ class Experts(nn.Module):
             mixed[rows] += weights[rows, place, None] * expert(tokens[rows])
         if self.shared_expert is not None:
             shared = self.shared_expert(tokens)
-            mixed = mixed + (shared * torch.sigmoid(self.shared_expert_gate(tokens)) if self.shared_expert_gate else shared)
+            mixed = mixed + (
+                shared * torch.sigmoid(self.shared_expert_gate(tokens)) if self.shared_expert_gate else shared
+            )
         return mixed.view_as(x)
 
     def _routed(self, tokens: Tensor) -> tuple[Tensor, Tensor]:

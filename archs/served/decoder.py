@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -72,15 +72,16 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, d: Decoder, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
-        self.d, layer = d, int(prefix.rpartition(".")[2])
-        quant = vllm_config.quant_config
+        layer, quant = int(prefix.rpartition(".")[2]), vllm_config.quant_config
+        self.parallel, self.one_norm, self.multiplier = d.residual.parallel, d.residual.one_norm, d.residual.multiplier
+        self.post = d.norm.place == "post"
         self.norms = norms_of(d)
         for name in self.norms:
             self.add_module(name, norm_layer(d.norm, d.hidden_size))
         self.self_attn = DecoderAttention(d, layer, vllm_config.cache_config, quant, f"{prefix}.self_attn")
         self.mlp = (
-            DecoderExperts(d, quant, f"{prefix}.mlp")
-            if d.routed(layer)
+            DecoderExperts(d, d.moe, quant, f"{prefix}.mlp")
+            if d.moe and d.routed(layer)
             else DecoderMlp(d.hidden_size, d.intermediate_size, d.mlp, quant, f"{prefix}.mlp")
         )
 
@@ -88,12 +89,11 @@ class DecoderLayer(nn.Module):
         self, positions: Tensor, x: Tensor, embedded: Tensor | None, first: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Hidden states [T, C] to the same shape, and this layer's values; see :class:`DecoderAttention`."""
-        res, place = self.d.residual, self.d.norm.place
-        if res.parallel:
+        if self.parallel:
             attended, v = self.self_attn(positions, self._norm("attn_norm", x), embedded, first)
-            beside = self._norm("attn_norm" if res.one_norm else "mlp_norm", x)
+            beside = self._norm("attn_norm" if self.one_norm else "mlp_norm", x)
             return x + self._times(attended + self.mlp(beside)), v
-        if place == "post":
+        if self.post:
             attended, v = self.self_attn(positions, x, embedded, first)
             x = self._norm("attn_norm", x + attended)
             return self._norm("mlp_norm", x + self.mlp(x)), v
@@ -105,12 +105,10 @@ class DecoderLayer(nn.Module):
         return self.get_submodule(name)(x) if name in self.norms else x
 
     def _times(self, x: Tensor) -> Tensor:
-        return x if self.d.residual.multiplier == 1.0 else x * self.d.residual.multiplier
+        return x if self.multiplier == 1.0 else x * self.multiplier
 
 
-@support_torch_compile(
-    dynamic_arg_dims={"input_ids": 0, "positions": 0, "intermediate_tensors": 0, "inputs_embeds": 0}
-)
+@support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": 0, "intermediate_tensors": 0, "inputs_embeds": 0})
 class MdlDecoderModel(nn.Module):
     """Everything between token ids and the head; this rank's share and this stage's layers of it."""
 
@@ -119,9 +117,12 @@ class MdlDecoderModel(nn.Module):
         d = self.d = decoder_of(vllm_config.model_config.hf_config.to_dict())
         cache, stage = vllm_config.cache_config, get_pp_group()
         _check_stages(d, stage.world_size)
+        self._plain(d)
         self.embed_tokens: nn.Module = PPMissingLayer()
         if stage.is_first_rank or (d.tie_word_embeddings and stage.is_last_rank):
-            self.embed_tokens = VocabParallelEmbedding(d.rows, d.hidden_size, prefix=maybe_prefix(prefix, "embed_tokens"))
+            self.embed_tokens = VocabParallelEmbedding(
+                d.rows, d.hidden_size, prefix=maybe_prefix(prefix, "embed_tokens")
+            )
         if stage.is_first_rank:
             if d.positions.kind == "learned":
                 self.embed_positions = nn.Embedding(d.max_position_embeddings, d.hidden_size)
@@ -136,7 +137,17 @@ class MdlDecoderModel(nn.Module):
         )
         self._numbers(prefix)
         self.norm = norm_layer(d.norm, d.hidden_size) if d.norm.final and stage.is_last_rank else PPMissingLayer()
-        self.make_empty_intermediate_tensors = make_empty_intermediate_tensors_factory(self._carried(), d.hidden_size)
+        self.make_empty_intermediate_tensors = make_empty_intermediate_tensors_factory(self.carried, d.hidden_size)
+
+    def _plain(self, d: Decoder) -> None:
+        """What the forward asks of the config, as plain values: torch.compile can't look into pydantic's records."""
+        self.multiplier, self.learned = d.embedding_multiplier, d.positions.kind == "learned"
+        self.norms_embedding, self.norms_end = d.norm.embedding, d.norm.final
+        self.lambdas, self.looks_back = d.residual.lambdas, d.residual.look_back is not None
+        self.taken = -1 if d.residual.take_back is None else d.residual.take_back
+        self.tables = frozenset(d.attention.value_embedding.layers if d.attention.value_embedding else ())
+        begin, middle = (["begin"] if self.lambdas else []), (["middle"] if self.taken >= 0 else [])
+        self.carried = ["hidden_states", *begin, *middle]  # what one pipeline stage hands to the next
 
     def _numbers(self, prefix: str) -> None:
         """What is learned besides matrices and norms, and the value tables of this stage's layers."""
@@ -153,11 +164,6 @@ class MdlDecoderModel(nn.Module):
             mine = self.start_layer <= i < self.end_layer
             self.value_embeds[str(i)] = VocabParallelEmbedding(d.rows, size, prefix=at) if mine else PPMissingLayer()
 
-    def _carried(self) -> list[str]:
-        """What one pipeline stage hands to the next."""
-        begin = ["begin"] if self.d.residual.lambdas else []
-        return ["hidden_states", *begin, *(["middle"] if self.d.residual.take_back is not None else [])]
-
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         """Token ids [T] to their rows of the table [T, C], before anything is added or multiplied."""
         return self.embed_tokens(input_ids)
@@ -170,43 +176,41 @@ class MdlDecoderModel(nn.Module):
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor | IntermediateTensors:
         """Token ids [T] at positions [T] to hidden states [T, C], or to what the next stage needs."""
-        d, res = self.d, self.d.residual
         if get_pp_group().is_first_rank:
             x = begin = middle = self._begun(input_ids, positions, inputs_embeds)
         else:
-            assert intermediate_tensors is not None
-            x = begin = middle = intermediate_tensors["hidden_states"]
-            if res.lambdas:
-                begin = intermediate_tensors["begin"]
-            if res.take_back is not None:
-                middle = intermediate_tensors["middle"]
+            x, begin, middle = self._received(intermediate_tensors)
         first: Tensor | None = None
         for i, layer in enumerate(islice(self.layers, self.start_layer, self.end_layer), self.start_layer):
-            if res.lambdas:
+            if self.lambdas:
                 x = self.residual_lambdas[i] * x + self.embed_lambdas[i] * begin
-            embedded = self.value_embeds[str(i)](input_ids) if d.value_embedded(i) else None
+            embedded = self.value_embeds[str(i)](input_ids) if i in self.tables else None
             x, v = layer(positions, x, embedded, first)
             first = v if first is None else first
-            middle = x if i == res.take_back else middle
+            middle = x if i == self.taken else middle
         if not get_pp_group().is_last_rank:
             carried = {"hidden_states": x, "begin": begin, "middle": middle}
-            return IntermediateTensors({name: carried[name] for name in self._carried()})
-        if res.take_back is not None:
+            return IntermediateTensors({name: carried[name] for name in self.carried})
+        if self.taken >= 0:
             x = x - self.take_back_lambda * middle
-        return self.norm(x) if d.norm.final else x
+        return self.norm(x) if self.norms_end else x
+
+    def _received(self, carried: IntermediateTensors | None) -> tuple[Tensor, Tensor, Tensor]:
+        """The stream, its beginning and its middle from the stage before."""
+        held: dict[str, Tensor] = carried.tensors if carried is not None else {}
+        x = held["hidden_states"]
+        return x, held.get("begin", x), held.get("middle", x)
 
     def _begun(self, ids: Tensor | None, positions: Tensor, embedded: Tensor | None) -> Tensor:
         """The stream as the first layer finds it."""
-        d = self.d
-        x = self.embed_input_ids(ids) if embedded is None and ids is not None else embedded
-        assert x is not None
-        if d.embedding_multiplier != 1.0:
-            x = x * d.embedding_multiplier
-        if d.positions.kind == "learned":
+        x = cast("Tensor", embedded if ids is None else self.embed_input_ids(ids) if embedded is None else embedded)
+        if self.multiplier != 1.0:
+            x = x * self.multiplier
+        if self.learned:
             x = x + self.embed_positions(positions)
-        if d.norm.embedding:
+        if self.norms_embedding:
             x = self.embed_norm(x)
-        return self.look_back(positions, x) if d.residual.look_back else x
+        return self.look_back(positions, x) if self.looks_back else x
 
 
 def _check_stages(d: Decoder, stages: int) -> None:
@@ -218,7 +222,10 @@ def _check_stages(d: Decoder, stages: int) -> None:
 class MdlDecoderForCausalLM(nn.Module, SupportsPP):
     """The composable decoder. Weights have the names of archs/decoder/tensors.py."""
 
-    packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+    packed_modules_mapping: ClassVar[dict[str, list[str]]] = {
+        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+        "gate_up_proj": ["gate_proj", "up_proj"],
+    }
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
@@ -234,7 +241,7 @@ class MdlDecoderForCausalLM(nn.Module, SupportsPP):
                 prefix=maybe_prefix(prefix, "lm_head"),
             )
             if d.tie_word_embeddings:
-                self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
+                self.lm_head = self.lm_head.tie_weights(cast("VocabParallelEmbedding", self.model.embed_tokens))
         self.logits_processor = LogitsProcessor(
             d.rows, d.vocab_size, scale=d.logit_multiplier, soft_cap=d.logit_softcap
         )
@@ -250,8 +257,10 @@ class MdlDecoderForCausalLM(nn.Module, SupportsPP):
         positions: torch.Tensor,
         intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        **kwargs: Any,
     ) -> torch.Tensor | IntermediateTensors:
         """Token ids [T] at positions [T] to hidden states [T, C], or to what the next stage needs."""
+        del kwargs  # what vLLM may hand to classes that take more
         return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:

@@ -24,7 +24,7 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.layers.rotary_embedding import get_rope
 
 from ...errors import input_error
-from ..decoder.schema import Decoder, Mlp, Moe, NormKind, QkNorm
+from ..decoder.schema import Decoder, Mlp, Moe, NormKind
 from ..eager.bloom import slopes
 
 if TYPE_CHECKING:
@@ -52,7 +52,8 @@ class DecoderAttention(nn.Module):
         self, d: Decoder, layer: int, cache: CacheConfig | None, quant: QuantizationConfig | None, prefix: str
     ) -> None:
         super().__init__()
-        self.d, self.layer, a = d, layer, d.attention
+        a = d.attention
+        self._plain(d, layer)
         tp, rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
         heads, keys = d.num_attention_heads, d.num_key_value_heads
         _check_split(d, tp)
@@ -66,18 +67,19 @@ class DecoderAttention(nn.Module):
         )
         self.rotary_emb = _rope(d, layer)
         if a.qk_norm:
-            each = a.qk_norm.over == "head"
-            self.q_norm = norm_layer(a.qk_norm, d.head_dim if each else heads * d.head_dim)
-            self.k_norm = norm_layer(a.qk_norm, d.head_dim if each else keys * d.head_dim)
+            self.q_norm = norm_layer(a.qk_norm, d.head_dim if self.norms_heads else heads * d.head_dim)
+            self.k_norm = norm_layer(a.qk_norm, d.head_dim if self.norms_heads else keys * d.head_dim)
         if a.gate:
             gates = heads if a.gate == "head" else heads * d.head_dim
             self.gate_proj = ColumnParallelLinear(
                 d.hidden_size, gates, bias=False, quant_config=quant, prefix=f"{prefix}.gate_proj"
             )
-        if a.value_residual and layer:
+        if self.mixes_values:
             self.value_lambdas = nn.Parameter(torch.empty(2))
         if a.value_embedding and d.value_embedded(layer):
-            self.value_gate = ReplicatedLinear(a.value_embedding.channels, keys, bias=False, prefix=f"{prefix}.value_gate")
+            self.value_gate = ReplicatedLinear(
+                a.value_embedding.channels, keys, bias=False, prefix=f"{prefix}.value_gate"
+            )
         alibi = slopes(heads).tolist() if d.positions.kind == "alibi" else None
         self.attn = Attention(
             self.heads,
@@ -92,56 +94,66 @@ class DecoderAttention(nn.Module):
             prefix=f"{prefix}.attn",
         )
 
-    def forward(self, positions: Tensor, x: Tensor, embedded: Tensor | None, first: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _plain(self, d: Decoder, layer: int) -> None:
+        """What the forward asks of the config, as plain values: torch.compile can't look into pydantic's records."""
+        norm, table = d.attention.qk_norm, d.attention.value_embedding
+        self.size = d.head_dim
+        self.gates = d.attention.gate or ""
+        self.mixes_values = d.attention.value_residual and layer > 0
+        self.norms = "" if norm is None else "after" if norm.after_rotary else "before"
+        self.norms_heads = norm is not None and norm.over == "head"
+        self.table_scale, self.table_channels = (table.scale, table.channels) if table else (0.0, 0)
+
+    def forward(
+        self, positions: Tensor, x: Tensor, embedded: Tensor | None, first: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """Hidden states [T, C] to the same shape, and this layer's values [T, K·D] of this rank.
 
-        ``embedded`` are the tokens' rows of this layer's value table [T, K·D], of all ranks; ``first`` the first layer's
-        values.
+        ``embedded`` are the tokens' rows of this layer's value table [T, K·D], of all ranks; ``first`` the values of
+        the first layer.
         """
-        a, size = self.d.attention, self.d.head_dim
+        size = self.size
         qkv, _ = self.qkv_proj(x)
         q, k, v = qkv.split([self.heads * size, self.keys * size, self.keys * size], dim=-1)
         q, k = self._turned(positions, q, k)
         if embedded is not None:
             v = self._embedded(x, v, embedded)
-        if a.value_residual and self.layer:
-            assert first is not None
+        if self.mixes_values and first is not None:
             v = self.value_lambdas[0] * v + self.value_lambdas[1] * first
         out = self.attn(q, k, v)
-        if a.gate:
+        if self.gates:
             gates = torch.sigmoid(self.gate_proj(x)[0])
-            gates = gates.repeat_interleave(size, dim=-1) if a.gate == "head" else gates
+            gates = gates.repeat_interleave(size, dim=-1) if self.gates == "head" else gates
             out = out * gates
         return self.o_proj(out)[0], v
 
     def _embedded(self, x: Tensor, v: Tensor, embedded: Tensor) -> Tensor:
         """Values with this layer's token embeddings added, head by head."""
-        table = self.d.attention.value_embedding
-        assert table is not None
-        gates = table.scale * torch.sigmoid(self.value_gate(x[:, : table.channels].contiguous())[0])
+        gates = self.table_scale * torch.sigmoid(self.value_gate(x[:, : self.table_channels].contiguous())[0])
         mine = slice(self.first_key, self.first_key + self.keys)
-        rows = embedded.unflatten(-1, (-1, self.d.head_dim))[:, mine]
+        rows = embedded.unflatten(-1, (-1, self.size))[:, mine]
         return v + (gates[:, mine, None] * rows).flatten(-2)
 
     def _turned(self, positions: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys normed and rotated, in the config's order."""
-        norm = self.d.attention.qk_norm
-        if norm and not norm.after_rotary:
-            q, k = self._normed(self.q_norm, q, norm), self._normed(self.k_norm, k, norm)
+        if self.norms == "before":
+            q, k = self._normed(self.q_norm, q), self._normed(self.k_norm, k)
         if self.rotary_emb is not None:  # flat, not head by head: vLLM 0.32's CPU kernel is wrong for three axes
-            q, k = self.rotary_emb(positions, q.contiguous(), k.contiguous())
-        if norm and norm.after_rotary:
-            q, k = self._normed(self.q_norm, q, norm), self._normed(self.k_norm, k, norm)
+            q, k = self.rotary_emb(positions, q, k)
+        if self.norms == "after":
+            q, k = self._normed(self.q_norm, q), self._normed(self.k_norm, k)
         return q, k
 
-    def _normed(self, layer: nn.Module, x: Tensor, norm: QkNorm) -> Tensor:
+    def _normed(self, layer: nn.Module, x: Tensor) -> Tensor:
         """One norm over each head, or over the heads of all ranks."""
-        if norm.over == "head":
-            return layer(x.reshape(-1, self.d.head_dim)).view(x.shape)
+        if self.norms_heads:
+            return layer(x.reshape(-1, self.size)).view(x.shape)
         tp = get_tensor_model_parallel_world_size()
         if tp == 1:
             return layer(x.contiguous())
-        return layer(tensor_model_parallel_all_gather(x.contiguous())).chunk(tp, dim=-1)[get_tensor_model_parallel_rank()]
+        return layer(tensor_model_parallel_all_gather(x.contiguous())).chunk(tp, dim=-1)[
+            get_tensor_model_parallel_rank()
+        ]
 
 
 def _check_split(d: Decoder, tp: int) -> None:
@@ -200,14 +212,14 @@ class DecoderMlp(nn.Module):
 class DecoderExperts(nn.Module):
     """A mixture of experts on vLLM's fused layer, and the expert that all tokens pass where there is one."""
 
-    def __init__(self, d: Decoder, quant: QuantizationConfig | None, prefix: str) -> None:
+    def __init__(self, d: Decoder, moe: Moe, quant: QuantizationConfig | None, prefix: str) -> None:
         super().__init__()
-        assert d.moe is not None
-        self.moe = moe = d.moe
+        self.moe = moe
+        self.shared_gated = moe.shared_gate
         try:
             from vllm.model_executor.layers.fused_moe import FusedMoEFactory as FusedMoE
         except ImportError:  # before 0.29 the layer itself stood where its factory does
-            from vllm.model_executor.layers.fused_moe import FusedMoE
+            from vllm.model_executor.layers.fused_moe import FusedMoE  # pyright: ignore[reportAttributeAccessIssue]
         self.router = ReplicatedLinear(
             d.hidden_size, moe.experts, bias=moe.router_bias, quant_config=None, prefix=f"{prefix}.router"
         )
@@ -224,7 +236,7 @@ class DecoderExperts(nn.Module):
             quant_config=quant,
             prefix=f"{prefix}.experts",
         )
-        self.shared_expert = self.shared_expert_gate = None
+        self.shared_expert: DecoderMlp | None = None
         if moe.shared_size:
             dense = Mlp(gated=True, activation=moe.activation)
             self.shared_expert = DecoderMlp(d.hidden_size, moe.shared_size, dense, quant, f"{prefix}.shared_expert")
@@ -239,7 +251,7 @@ class DecoderExperts(nn.Module):
         if self.shared_expert is None:
             return mixed
         shared = self.shared_expert(x)
-        return mixed + (torch.sigmoid(self.shared_expert_gate(x)[0]) * shared if self.shared_expert_gate else shared)
+        return mixed + (torch.sigmoid(self.shared_expert_gate(x)[0]) * shared if self.shared_gated else shared)
 
     def _routed(
         self, hidden_states: Tensor, gating_output: Tensor, topk: int, renormalize: bool
