@@ -201,7 +201,8 @@ def _roomy(arguments: dict[str, Any]) -> LLM:
     few: int = arguments.get("num_gpu_blocks_override", 0)
     for more in (1, 2, 4, 8) if few else ():
         try:
-            return LLM(**{**arguments, "num_gpu_blocks_override": more * few})
+            enough: dict[str, Any] = {**arguments, "num_gpu_blocks_override": more * few}
+            return LLM(**enough)
         except ValueError as error:
             if "serve at least one request" not in str(error):
                 raise
