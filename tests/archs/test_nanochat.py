@@ -74,6 +74,17 @@ def test_the_layout_computes_what_the_checkpoint_did_and_comes_back(row: str, tm
     make.same(back, nanochats.state(row))
 
 
+def test_embeddings_in_bfloat16_beside_matrices_in_float32(tmp_path: Path) -> None:
+    """As a GPU trains it: every tensor keeps its type, and the layout is served in the wider one."""
+    row = "smear and back-out"
+    tensors = nanochats.state(row, tables=torch.bfloat16)
+    prepared = layout(nanochats.saved(tmp_path / "d4", row, tensors), tmp_path / "out")
+
+    assert prepared.config["dtype"] == "float32"
+    assert nmse(by_the_twin(tmp_path / "out", row), exact(prepared, ids_of(row))) < 1e-24
+    make.same(torch.load(export(tmp_path / "out", tmp_path / "back.pt").out, weights_only=True), tensors)
+
+
 @pytest.mark.parametrize("row", ["first release", "padded vocabulary"])
 def test_the_first_release_is_transformers_nanochat(row: str, tmp_path: Path) -> None:
     """Code that shares nothing with ours, on names of its own; it turns q and k as nanochat does."""
