@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ MAX_JSON = 16 << 20
 MAX_YAML = 256 << 10  # PyYAML reads about 100 KB a second
 _EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 _STATE = "mp_rank_00_model_states.pt"
+_MODEL = re.compile(r"model_(\d+)\.pt")
 _STEP = re.compile(r".*?(\d+)")
 _TOKENIZERS = ("tokenizer.model", "tokenizer.json", "tokenizer.pkl", "tekken.json", "meta.pkl")
 _TOKENIZER_PAIRS = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
@@ -155,11 +156,28 @@ def _yaml(file: Path) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
-def find_tokenizers(folder: Path) -> tuple[str, ...]:
-    """Absolute paths of tokenizer-like files in ``folder``, both files of a pair or none."""
+def last_step(files: Sequence[Path]) -> Path | None:
+    """The last of several model_NNNNNN.pt, each with the meta of its step, as nanochat's own loader takes it; None
+    where one of the files is anything else."""
+    steps = {file: int(found[1]) for file in files if (found := _MODEL.fullmatch(file.name)) and _meta(file).is_file()}
+    return max(steps, key=lambda file: steps[file]) if len(files) > 1 and len(steps) == len(files) else None
+
+
+def _meta(weights: Path) -> Path:
+    return weights.with_name(weights.name.replace("model_", "meta_")).with_suffix(".json")
+
+
+def find_tokenizers(folder: Path, weights: Path | None = None) -> tuple[str, ...]:
+    """Absolute paths of tokenizer-like files in ``folder``, both files of a pair or none.
+
+    All models of a nanochat have one, in tokenizer/ where base_checkpoints/d20/model_NNNNNN.pt (``weights``) is.
+    """
     names = [name for name in _TOKENIZERS if (folder / name).is_file()]
     names += [name for pair in _TOKENIZER_PAIRS if all((folder / n).is_file() for n in pair) for name in pair]
     found = (file for pattern in ("tok*.model", "tokenizer.model.*", "*.tiktoken") for file in folder.glob(pattern))
     names += sorted(file.name for file in found if file.is_file())
     root = os.path.abspath(folder)  # noqa: PTH100 - Path.resolve would follow symlinks and lose the folder's name
+    if not names and weights is not None and _MODEL.fullmatch(weights.name) and _meta(weights).is_file():
+        above = Path(root).parents
+        return find_tokenizers(above[1] / "tokenizer") if len(above) > 1 else ()
     return tuple(str(Path(root) / name) for name in dict.fromkeys(names))

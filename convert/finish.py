@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import os
 import shutil
 import tempfile
 from collections.abc import Generator, Mapping
@@ -118,7 +119,10 @@ def choose_tokenizer(checkpoint: Checkpoint, given: str | None) -> tuple[str, tu
     left = f"; it is ready, so {', '.join(others)} beside it was not read" if ready and others else ""
     folders = (Path(checkpoint.path), Path(checkpoint.path).parent, *(Path(file).parent for file in checkpoint.files))
     near = folders[:1] if folders[0].is_dir() else folders[1:]
-    where = "beside the checkpoint" if Path(only).parent in near else "in the folder above the checkpoint"
+    parent = Path(only).parent
+    where = "beside the checkpoint" if parent in near else "in the folder above the checkpoint"
+    if parent not in (*folders, *(folder.parent for folder in folders)):
+        where = f"in {os.path.relpath(parent, near[-1])}"
     return only, (f"tokenizer: {Path(only).name}, found {where}{left}",)
 
 

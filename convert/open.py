@@ -11,7 +11,7 @@ from typing import Any
 from ..archs.refused import refuse_folder
 from ..errors import Kind, MdlError, Problem, input_error
 from . import dcp, zero3
-from .beside import find_above, find_arguments, find_configs, find_sidecars, find_tokenizers
+from .beside import find_above, find_arguments, find_configs, find_sidecars, find_tokenizers, last_step
 from .deepspeed import optimizer_states
 from .grid import Cell, Grid, find_grid, latest, taken_apart
 from .legacy import read_legacy
@@ -156,7 +156,8 @@ def _beside(group: _Group, notes: list[str], remarks: list[str]) -> tuple[dict[s
     folder = group.grid.folder if group.grid else group.files[0].parent
     if group.parted == zero3.UNIVERSAL:
         folder = folder.parent.parent  # zero/PARAMETER/fp32.pt
-    sidecars, tokenizers = find_sidecars(folder, group.files[0].stem), find_tokenizers(folder)
+    sidecars = find_sidecars(folder, group.files[0].stem)
+    tokenizers = find_tokenizers(folder, group.files[0])
     if _in_steps(group):
         sidecars |= find_configs(folder)
     if _in_steps(group) and group.grid:
@@ -271,6 +272,9 @@ def _group_of_folder(path: Path, notes: list[str]) -> _Group:
     groups += [_distributed(path)] if distributed else []
     if len(groups) == 1:
         return groups[0]
+    if newest := last_step([file for group in groups for file in group.files]):
+        notes.append(f"{newest.name} is the last of {len(groups)} steps in this folder: give another by its file name")
+        return _Group(newest.name, (newest,))
     if groups:
         _alone(groups[0], groups[1:], path)
     refuse_folder((entry.name for entry in path.iterdir()), str(path))

@@ -26,6 +26,7 @@ from . import (
     megatron,
     megatron_legacy,
     megatron_moe,
+    nanochats,
     neox,
     olmoes,
     opts,
@@ -211,6 +212,12 @@ def _others() -> Iterator[Case]:
         )
     for name in ("olmo1", "olmo1_clipped", "olmo2"):
         yield Case("olmo", name, lambda p, name=name: olmo.old(p / "x", name) / "model.pt", "ai2-olmo 0.6.0")
+    for row in nanochats.ROWS:
+
+        def chat(p: Path, row: str = row) -> Path:
+            return nanochats.saved(p / "d4", row)
+
+        yield Case("nanochat", row, chat, "nanochat 3a5e0bc to 92d63d4", nanochats.given(row))
     given, held = {"context": "256"}, "torchtitan 0.3.0"
     yield Case("torchtitan_qwen3", "names of 0.3", lambda p: llamas.titan(p / "s", llamas.titan_qwen3()), held, given)
     for ranks in (1, 2):

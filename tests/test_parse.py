@@ -46,7 +46,7 @@ def test_the_mappings_of_the_house_are_read(name: str) -> None:
     mapping = load_mapping(mapping_path(all_archs()[name]))
 
     assert mapping.file.ranges["i"] == "layers"
-    sparse = {"sparse_layers", "start", "dense_run", "expert_parts"}
+    sparse = {"sparse_layers", "start", "dense_run", "expert_parts", "value_layers"}
     assert set(mapping.file.ranges.values()) <= {"layers", "dense_layers", "moe_layers", "heads", "experts"} | sparse
 
 

@@ -26,6 +26,7 @@ from .test_targets import CONFIGS
 
 _RWKV = ["emb.weight", "blocks.0.ln0.weight", "blocks.0.att.receptance.weight", "ln_out.weight", "head.weight"]
 _LLAMA = ["tok_embeddings.weight", "layers.0.attention.wq.weight", "layers.0.feed_forward.w1.weight", "norm.weight"]
+_NANOCHAT = ["resid_lambdas", "transformer.wte.weight", "transformer.h.0.attn.c_q.weight", "lm_head.weight"]
 _HF = ["model.embed_tokens.weight", "model.layers.0.self_attn.o_proj.weight", "model.norm.weight", "lm_head.weight"]
 _Q = "model.layers.0.self_attn.q_proj."
 _HELD = "base_model.model.model.layers.0.self_attn.q_proj."
@@ -51,6 +52,11 @@ LAYOUTS: dict[str, list[list[str]]] = {
         ["embed.weight", "blocks.0.attn.c_q.weight", "blocks.0.lambdas", "value_embeds.embed.0.weight"],
         ["transformer.wte.weight", "transformer.h.0.attn.c_q.weight", "transformer.h.0.attn.lamb",
          "transformer.h.0.lambdas", "lm_head.weight"],
+    ],
+    "nanochat_experiment": [
+        [*_NANOCHAT, "v0_lambdas", "value_embed_A.weight", "value_embed_B.weight"],
+        [*_NANOCHAT, "v0_lambdas", "value_embeds.0.weight", "value_embeds.1.weight"],
+        [*_NANOCHAT, "bigram_lambdas", "bigram_embed.embed.weight", "value_embeds.1.weight"],
     ],
     "ngpt": [
         ["sz", "transformer.wte.weight", "lm_head.weight", *(f"transformer.h.0.{x}" for x in (
