@@ -120,7 +120,7 @@ def prepare(path: Path, options: Options | None = None) -> Prepared:
     tied = bool(r.dims["tied"])
     expected = expected_tensors(config, r.arch, r.dims)
     plan = make_plan(r.expanded, r.inventory, expected, tied=tied, dtype=options.dtype)
-    plan = replace(plan, problems=(*left_open(r.arch), *plan.problems))
+    plan = replace(plan, open=tuple(left_open(r.arch)))
     config["dtype"] = plan.dtype
     return Prepared(r.checkpoint, r.inventory, r.match, r.dims, r.mapping, r.expanded, config, plan)
 

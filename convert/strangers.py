@@ -46,7 +46,7 @@ def with_what_is_open(arch: Arch, mapping: Mapping, inventory: Inventory) -> Gen
         if not arch.file:
             raise
         found = _unclaimed(mapping, inventory) if not names_target(mapping) else []
-        raise MdlError(error.kind, [*left_open(arch), *error.problems, *found]) from error
+        raise MdlError(error.kind, [*left_open(arch), *error.problems, *found], whole=True) from error
 
 
 def _unclaimed(mapping: Mapping, inventory: Inventory) -> list[Problem]:
