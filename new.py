@@ -34,6 +34,8 @@ def new(
 
 
 def _show(made: Draft, checkpoint: str, reference: str | None) -> None:
+    from .drafting.draft import decide_options
+
     questions = [problem.what.removeprefix("left to decide: ") for problem in made.open]
     lines: list[tuple[str, str | Iterable[str]]] = [
         ("wrote", f"{made.folder}: {len(made.files)} files"),
@@ -48,7 +50,6 @@ def _show(made: Draft, checkpoint: str, reference: str | None) -> None:
     options = f"{checkpoint} --arch {made.arch}"
     steps = [f"mdl plan {options}"]
     if reference and made.decide:
-        asked = " ".join(f"--decide {one}" for one in made.decide)
-        steps.append(f"mdl verify {options} --reference {reference} {asked}")
+        steps.append(f"mdl verify {options} --reference {reference} {decide_options(made.decide)}")
     lines.append(("next", steps))
     render.out().print(render.facts(lines))

@@ -35,14 +35,12 @@ def import_file(file: Path) -> ModuleType:
     root = import_root(file)
     if str(root) not in sys.path[:1]:
         sys.path.insert(0, str(root))  # so that the file can import its neighbours, such as an eager model
-    if root == file.parent:
+    if root == file.parent or file.is_relative_to(Path(__file__).parent.parent):
         return _alone(file)
     name = ".".join(file.relative_to(root).with_suffix("").parts)
     top = name.partition(".")[0]
-    known = sys.modules.get(top)
-    if known is not None and Path(str(known.__file__)).parent != root / top:  # another checkout of the package
-        for loaded in [one for one in sys.modules if one == top or one.startswith(f"{top}.")]:
-            del sys.modules[loaded]
+    for loaded in [one for one in sys.modules if one == top or one.startswith(f"{top}.")]:
+        del sys.modules[loaded]  # it may have been edited since, or lie elsewhere
     importlib.invalidate_caches()
     with blamed("importing it", str(file)):
         return importlib.import_module(name)

@@ -24,9 +24,7 @@ def expected_target(config: Mapping[str, Any], arch: Arch | None = None, dims: D
             return expected_target({**config, "architectures": [arch.tensors]})
         return Target(own_tensors(arch, dims), {})
     if arch is not None and arch.served and arch.file and targets.from_spec(config) is None:
-        do = (
-            "give Arch(…, tensors=…): names and shapes by dims, or the name of a class with the same"
-        )
+        do = "give Arch(…, tensors=…): names and shapes by dims, or the name of a class with the same"
         raise input_error(f"{arch.name} does not say what its own class {arch.served} holds", arch.file, do)
     return targets.from_spec(config) or from_class(config)
 

@@ -14,7 +14,7 @@ from ..mappings.parse import Mapping
 from ..mappings.rules import Section
 
 _SHOWN = 3
-_CAPTURE = re.compile(r"\\\{\w+\\\}")
+_CAPTURE = re.compile(r"\\\{[^{}]+\\\}")
 
 
 def refuse_strangers(mapping: Mapping, inventory: Inventory, arch: Arch) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from . import configs
@@ -76,6 +76,10 @@ ARCH = Arch(
     mapping=str(Path(__file__).with_name({mapping})),
 {more})
 """
+
+
+HEAD_SIZES = (16, 32, 48, 64, 80, 96, 128, 160, 192, 256)
+"""Channels of a head that people use."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +178,9 @@ def settings_of(s: Subject) -> list[Setting]:
     have += _tables(s, found)
     have += _inner(s, found)
     names = [*s.made.flags, *configs.questions(s, found)]
-    return [*have, *(asked(key, s.extras, as_name=as_name) for key, as_name in _renamed(names))]
+    questions = [asked(key, s.extras, as_name=as_name) for key, as_name in _renamed(names)]
+    routed = [n for n in (1, 2, 4, 6, 8) if n <= s.names.experts]
+    return [*have, *(replace(one, values=tuple(routed)) if one.name == "top_k" else one for one in questions)]
 
 
 def _renamed(names: Sequence[str]) -> list[tuple[str, str]]:
@@ -246,16 +252,31 @@ def _heads_call(s: Subject) -> str:
 
 
 def _heads_function(s: Subject) -> str:
+    files = {name: asked_files(name, s.extras) for name in ("head_dim", "kv_heads")}
+    return HEADS.format(heads=heads_of(s).line(), **files)
+
+
+def heads_of(s: Subject) -> Setting:
+    """The number of heads: from a norm of one head, or from a file; else it is asked for, with those numbers that leave
+    each head a usual number of channels."""
     found = by_key(list(s.roles))
-    heads = asked("heads", s.extras)
+    heads = _heads_setting(s)
     norm = found.get("q_norm.weight")
     limit = max(found["o.weight"].group.shape) // 2 if "o.weight" in found else 0
     if norm is not None and norm.group.shape[0] <= limit:  # a norm per head has a head's channels
         tensor = _first(norm.group.pattern, norm.group.layers)
         value = f'queries // (_size(m, "{tensor}", 0) or 1) if queries else None'
-        heads = Setting("heads", shape=value, because=f"rows of q / {tensor}", files=heads.files)
-    files = {name: asked_files(name, s.extras) for name in ("head_dim", "kv_heads")}
-    return HEADS.format(heads=heads.line(), **files)
+        return Setting("heads", shape=value, because=f"rows of q / {tensor}", files=heads.files)
+    return heads
+
+
+def _heads_setting(s: Subject) -> Setting:
+    """The number of heads, with those that leave each a usual number of channels."""
+    found = by_key(list(s.roles))
+    out = found.get("o.weight")
+    rows = out.group.shape[0 if out.turned else 1] if out else 0
+    usual = [n for n in range(1, rows + 1) if rows % n == 0 and rows // n in HEAD_SIZES]
+    return replace(asked("heads", s.extras), values=tuple(usual))
 
 
 def asked_files(name: str, extras: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ import importlib.util
 import keyword
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,13 +16,15 @@ from ..convert.open import open_checkpoint
 from ..convert.prepare import Options, prepare
 from ..errors import MdlError, Problem, input_error, usage_error
 from . import package
-from .arch_file import Subject, arch_text, settings_of
+from .arch_file import Subject, arch_text, heads_of, settings_of
 from .choose import choose
-from .mapping import draft_rules, mapping_text
+from .mapping import draft_rules, mapping_text, tail
 from .names import Names, grouped
 from .roles import roles_of
 from .settings import Setting
 
+MOST = 64
+"""Combinations that `mdl verify --decide` tries at once (validate/candidates.py)."""
 MARK = "# Drafted by mdl new"
 
 
@@ -38,7 +41,7 @@ class Draft:
     doubtful: int
     open: tuple[Problem, ...]
     known: str
-    decide: tuple[str, ...]
+    decide: Mapping[str, tuple[str, ...]]
     arch: str
 
 
@@ -73,8 +76,8 @@ def draft(
     shown = os.path.relpath(checkpoint.resolve(), folder.resolve())
     linked = _linked(reference, folder.resolve() / name)
     subject = Subject(name, checkpoint.name, names, roles, inventory.extras, choice, made, linked, weights or "")
-    decide = _decidable(settings_of(subject))
-    texts = package.files(subject, shown, _linked(reference, folder.resolve()), decide)
+    decide = _decidable([heads_of(subject), *settings_of(subject)])
+    texts = package.files(subject, shown, _linked(reference, folder.resolve()), decide_options(decide))
     texts[f"{name}/arch.py"] = arch_text(subject)
     texts[f"{name}/{name}.yaml"] = _mapping(subject, names, checkpoint)
     _write(folder, texts)
@@ -88,7 +91,7 @@ def draft(
         doubtful=sum(not role.certain for role in roles),
         open=left_to_decide(checkpoint, Options(arch=str(arch.resolve()), weights=weights)),
         known=_known(inventory),
-        decide=tuple(decide),
+        decide=decide,
         arch=str(arch),
     )
 
@@ -134,15 +137,26 @@ def _linked(reference: str | None, folder: Path) -> str:
     return f"{os.path.relpath(Path(file).resolve(), folder)}:{function}"
 
 
-def _decidable(settings: list[Setting]) -> list[str]:
+def _decidable(settings: list[Setting]) -> dict[str, tuple[str, ...]]:
     """What ``--decide`` can try: open questions with a few possible answers."""
     tried = {s.name: ("true", "false") if s.kind == "boolean" else s.values for s in settings if s.open}
-    return [f"{name}={','.join(map(str, values))}" for name, values in tried.items() if len(values) > 1]
+    return {name: tuple(map(str, values)) for name, values in tried.items() if len(values) > 1}
+
+
+def decide_options(decide: Mapping[str, tuple[str, ...]]) -> str:
+    """The questions as options of `mdl verify`: as many as are tried at once; the others have to be said."""
+    words, count = [], 1
+    for name, values in decide.items():
+        count *= len(values)
+        words.append(f"--decide {name}={','.join(values)}" if count <= MOST else f"--set {name}=?")
+    return " ".join(words)
 
 
 def _mapping(s: Subject, names: Names, checkpoint: Path) -> str:
     ranges = [("i", "layers")] if names.layers else []
     ranges += [("e", "experts")] if names.experts else []
+    firsts = {role.group.layers[0] for role in s.roles if tail(role.group, names.layers)}
+    ranges += [(one, f"layers - {first}") for one, first in zip("j", sorted(firsts), strict=False)]
     notes = [
         f"{MARK[2:]} from {checkpoint.name}, for {s.target}: {s.choice.because[0]}.",
         "The comment of a line is its evidence; a TODO is a question. See mdl's docs/mappings.md.",

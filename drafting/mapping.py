@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from .choose import DECODER, OWN, PARTS, Choice, parts_of
 from .names import Group
@@ -77,10 +77,17 @@ def _fill(made: Drafted, roles: Sequence[Role], choice: Choice) -> None:
 
 
 def _written_out(group: Group, layers: int) -> list[Group]:
-    """A group that only some layers have, layer by layer: a pattern runs over all of them."""
+    """A group that only some layers have: the last ones by a range of their own, others layer by layer."""
     if not group.layers or len(group.layers) == layers:
         return [group]
-    return [Group(group.pattern.replace("{i}", str(i)), group.shape, (), (i,)) for i in group.layers]
+    numbers = [tail(group, layers)] if tail(group, layers) else [str(i) for i in group.layers]
+    return [replace(group, pattern=group.pattern.replace("{i}", number)) for number in numbers]
+
+
+def tail(group: Group, layers: int) -> str:
+    """``{j+2}`` for a group that all layers but the first two have, where j runs over the others; else nothing."""
+    first = group.layers[0] if group.layers else 0
+    return f"{{j+{first}}}" if first and group.layers == tuple(range(first, layers)) else ""
 
 
 @dataclass(frozen=True)
@@ -93,7 +100,9 @@ class _Work:
     def _target(self, name: str) -> str:
         key = ".".join(filter(None, [self.role.where, name, self.role.kind]))
         target = self.choice.target_of(key) or ""
-        return target if "{i}" in self.group.pattern else target.replace("{i}", str((*self.group.layers, "")[0]))
+        head, _, rest = self.role.group.pattern.partition("{i}")
+        number = self.group.pattern.removeprefix(head).removesuffix(rest) if rest else "{i}"
+        return target.replace("{i}", number)
 
     def _parts(self) -> tuple[str, ...]:
         fused = PARTS.get(self.role.name, ())

@@ -159,10 +159,10 @@ Target: {target}, because {because}.
 """
 
 
-def files(s: Subject, checkpoint: str, reference: str, decide: list[str]) -> dict[str, str]:
+def files(s: Subject, checkpoint: str, reference: str, decide: str) -> dict[str, str]:
     """Every file but the arch file and the mapping, by its path in the package's folder.
 
-    ``checkpoint`` and ``reference`` are paths from that folder; ``decide`` the values that a reference can decide.
+    ``checkpoint`` and ``reference`` are paths from that folder; ``decide`` the options that let a reference decide.
     """
     own = s.choice.name == OWN
     names = {"name": s.name, "title": s.title, "own_class": s.own_class}
@@ -184,7 +184,7 @@ def files(s: Subject, checkpoint: str, reference: str, decide: list[str]) -> dic
             more=_more(s, own),
             reference=reference or "model.py:build",
             named="" if reference else " --reference model.py:build",
-            decide=" ".join(f"--decide {one}" for one in decide) or "--decide NAME=A,B",
+            decide=decide or "--decide NAME=A,B",
         ),
     }
     if not reference:

@@ -31,7 +31,9 @@ HEAVY = ["torch", "transformers", "vllm"]
 
 def sources() -> list[Path]:
     tops = [p for p in ROOT.glob("*.py") if p.name != "__init__.py"]
-    rooms = [p for room in ("mappings", "archs", "convert", "drafting", "validate") for p in (ROOT / room).rglob("*.py")]
+    rooms = [
+        p for room in ("mappings", "archs", "convert", "drafting", "validate") for p in (ROOT / room).rglob("*.py")
+    ]
     return sorted(tops + rooms)
 
 
