@@ -47,6 +47,8 @@ def guarded(arch: Arch, file: str, *, named: bool) -> Arch:
         classes: Any = found.get("architectures") if isinstance(found, dict) else None
         what = "hf_config returned no dict with architectures: [CLASS]"
         _need(isinstance(classes, list) and bool(classes), what, file, "name the class that vLLM serves there")
+        do = "have a vLLM plugin call AutoConfig.register, as `mdl new --target own` writes one"
+        _need("auto_map" not in found, "hf_config writes auto_map, and no code of a layout ever runs", file, do)
         return found
 
     return replace(arch, detect=detect, dims=dims, hf_config=hf_config, file=file)

@@ -163,7 +163,7 @@ def _moe(s: Subject, found: Mapping[str, Role]) -> str:
 
 def tensors_text(s: Subject) -> str:
     """What the own class is to hold: the checkpoint's own names and shapes."""
-    places = {"": [], "i": [], "ie": []}  # type: dict[str, list[str]]
+    places: dict[str, list[str]] = {"": [], "i": [], "ie": []}
     for group in (role.group for role in s.roles if not role.drop):
         whole = len(group.layers) in (0, s.names.layers)
         for name in [group.pattern] if whole else group.names:
