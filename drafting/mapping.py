@@ -223,11 +223,8 @@ def _section(rules: Sequence[Rule], indent: str) -> list[str]:
         lines.append(f"{indent}transform:")
     for rule in moved:
         lines.append(f"{indent}  - from: {rule.sources[0]} # {rule.because}")
-        lines.append(
-            f"{indent}    to: [{', '.join(map(_quoted, rule.targets))}]"
-            if len(rule.targets) > 1
-            else f"{indent}    to: {rule.targets[0]}"
-        )
+        names = ", ".join(map(_quoted, rule.targets)) if len(rule.targets) > 1 else "".join(rule.targets)
+        lines.append(f"{indent}    to: [{names}]" if len(rule.targets) > 1 else f"{indent}    to: {names}")
         lines.append(f"{indent}    ops:")
         lines += [f"{indent}      - {op}" for op in rule.ops]
     return lines
