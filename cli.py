@@ -17,13 +17,16 @@ from .options import (
     Checkpoint,
     ConfigOption,
     DecideOption,
+    DoctorName,
     DtypeOption,
     FlushOption,
     ForceOption,
+    FromOption,
     FsyncOption,
     Json,
     Layout,
     MergeOption,
+    NewPlace,
     NonfiniteOption,
     PartOption,
     PromptsOption,
@@ -33,6 +36,7 @@ from .options import (
     SeedOption,
     SetOption,
     ShardOption,
+    TargetOption,
     TimeoutOption,
     TokenizerOption,
     WeightsOption,
@@ -108,7 +112,7 @@ def plan(
     prepared = prepare(checkpoint, said(arch, set_, weights, dtype, config, merge_lora))
     _show(json, lambda: views.planned(prepared), lambda: views.show_plan(prepared, reverse=reverse))
     if json:
-        _exit(3 if prepared.plan.problems else 0)  # the document lists them
+        _exit(3 if prepared.plan.problems or prepared.plan.open else 0)  # the document lists them
     prepared.plan.refuse()
 
 
@@ -293,6 +297,7 @@ def serve(
             served_name=layout.resolve().stem,
             quiet=state.quiet,
             as_json=json,
+            arch=options.arch,
         )
     )
 
@@ -334,6 +339,23 @@ def check(layout: Layout, json: Json = False) -> None:
 
 
 @app.command()
+def new(
+    name: NewPlace,
+    from_: FromOption,
+    reference: ReferenceOption = None,
+    target: TargetOption = None,
+    weights: WeightsOption = None,
+    force: ForceOption = False,
+    json: Json = False,
+) -> None:
+    """Draft the package of a family of your own from a checkpoint, with every open question marked."""
+    state.json = json
+    from .new import new as run
+
+    run(name, from_, reference=reference, target=target, weights=weights, force=force, json=json)
+
+
+@app.command()
 def archs(json: Json = False) -> None:
     """List the checkpoint families that mdl knows."""
     state.json = json
@@ -346,13 +368,13 @@ def archs(json: Json = False) -> None:
 
 
 @app.command()
-def doctor(json: Json = False) -> None:
+def doctor(name: DoctorName = None, json: Json = False) -> None:
     """Say what this machine can do, and how to mend what it can't."""
     state.json = json
     from . import views
-    from .validate.doctor import examine
+    from .validate.doctor_own import examined
 
-    findings = examine()
+    findings = examined(name)
     _show(json, lambda: findings, lambda: views.show_findings(findings))
     _exit(4 if any(finding.state == "fail" for finding in findings) else 0)
 

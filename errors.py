@@ -52,11 +52,13 @@ def _shown(text: str) -> str:
 class MdlError(Exception):
     """A failure that the user can act on: shown as text, never as a traceback (unless ``--debug``).
 
-    All problems of one step are raised together, so that a user mends them in one go.
+    All problems of one step are raised together, so that a user mends them in one go. A list to be worked off is
+    shown ``whole``; of others, people see the first ten.
     """
 
-    def __init__(self, kind: Kind, problems: Iterable[Problem]) -> None:
+    def __init__(self, kind: Kind, problems: Iterable[Problem], *, whole: bool = False) -> None:
         self.kind = kind
+        self.whole = whole
         self.problems = tuple(problems)
         super().__init__("; ".join(p.what for p in self.problems))
 

@@ -60,6 +60,14 @@ DecideOption = Annotated[
     ),
 ]
 PromptsOption = Annotated[list[str] | None, typer.Option("--prompt", help="Also compare on this text (repeatable).")]
+NewPlace = Annotated[Path, typer.Argument(help="Folder to write; its name is that of the package and the family.")]
+FromOption = Annotated[Path, typer.Option("--from", help="Checkpoint to draft from; only names and shapes are read.")]
+TargetOption = Annotated[
+    str | None, typer.Option("--target", help="llama, qwen2, qwen3, gpt2, decoder or own (default: what fits).")
+]
+DoctorName = Annotated[
+    str | None, typer.Argument(help="A family of your own: does a new process find it, and its class? Starts vLLM.")
+]
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of the test inputs.")]
 
 

@@ -50,14 +50,15 @@ def print_error(error: MdlError, *, as_json: bool) -> None:
     console = err()
     label = {Kind.PARITY: "not the same", Kind.USAGE: "usage", Kind.INPUT: "error", Kind.MACHINE: "this machine"}
     groups = _grouped(error)
-    for what, where, do in groups[:SHOWN]:
+    most = len(groups) if error.whole else SHOWN
+    for what, where, do in groups[:most]:
         console.print(text(f"{label[error.kind]}: ", style="bold red") + text(what))
         if where:
             console.print(text(f"  where: {shown(where)}"))
         if do:
             console.print(text(f"  do:    {do}", style="bold"))
-    if len(groups) > SHOWN:
-        console.print(f"… and {len(groups) - SHOWN} more (--json for all)")
+    if len(groups) > most:
+        console.print(f"… and {len(groups) - most} more (--json for all)")
 
 
 def _grouped(error: MdlError) -> list[tuple[str, str, str]]:

@@ -21,6 +21,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from .archs.registry import load_arch
+from .archs.served.own import Own, own_of
 from .convert.locks import reading
 from .errors import MdlError, input_error, machine_error, usage_error
 from .validate.child import INSTALL, TAIL
@@ -51,12 +53,13 @@ def serve(
     as_json: bool = False,
     max_tokens: int = 64,
     timeout: float = 900,
+    arch: str | None = None,
 ) -> int:
     """Serve ``layout`` until a signal comes, or answer ``prompt`` once; the exit code.
 
     ``extra`` are arguments of vLLM's own server; they come last and win. The server's log goes to stderr unless
     ``quiet``; with ``as_json`` stdout gets one JSON document. ``port`` 0 means any free one. ``timeout`` is how long
-    the server may take to start, in seconds.
+    the server may take to start, in seconds. ``arch`` is the user's own file, whose class vLLM is told of.
 
     Raises:
         MdlError: MACHINE, if vLLM is missing or does not start, or mdl convert is replacing the layout; USAGE, if the
@@ -69,15 +72,16 @@ def serve(
     with reading(layout):
         name = served_name or layout.resolve().name
         arguments = [*server_arguments(layout, name), *extra]
+        own = own_class(layout, arch)
         if prompt is not None:
-            answer = answer_once(layout, prompt, arguments, max_tokens=max_tokens, timeout=timeout)
+            answer = answer_once(layout, prompt, arguments, max_tokens=max_tokens, timeout=timeout, own=own)
             sys.stdout.write((json.dumps({"prompt": prompt, "answer": answer}) if as_json else answer) + "\n")
             return 0
         if importlib.util.find_spec("vllm") is None:
             raise machine_error("vLLM is not installed", sys.executable, INSTALL)
         port = free_port(host, port)
         command = [sys.executable, "-m", SERVER, "--host", host, "--port", str(port), *arguments]
-        with Server(command, quiet=quiet) as server:
+        with Server(command, quiet=quiet, environment=own.environment() if own else {}) as server:
             if server.wait_ready("127.0.0.1" if host in ("0.0.0.0", "::", "") else host, port, timeout):  # noqa: S104 - a comparison
                 url, curl = how_to_ask(layout, name, host, port)
                 text = f"ready: {url}  model {name}\n{curl}"
@@ -86,7 +90,22 @@ def serve(
             return server.wait()
 
 
-def answer_once(layout: Path, prompt: str, arguments: Sequence[str], *, max_tokens: int, timeout: float) -> str:
+def own_class(layout: Path, arch: str | None) -> Own | None:
+    """The vLLM class beside a user's arch file; None where there is no file, or vLLM finds the class by itself."""
+    if not arch or not arch.endswith(".py"):
+        return None
+    return own_of(load_arch(arch), read_config(layout))
+
+
+def answer_once(
+    layout: Path,
+    prompt: str,
+    arguments: Sequence[str],
+    *,
+    max_tokens: int,
+    timeout: float,
+    own: Own | None = None,
+) -> str:
     """vLLM's greedy answer. The engine is asked without a server around it: that takes half the time."""
     if not has_tokenizer(layout):
         raise input_error(
@@ -98,6 +117,7 @@ def answer_once(layout: Path, prompt: str, arguments: Sequence[str], *, max_toke
         [] if any(a.startswith(("--enforce-eager", "--no-enforce-eager")) for a in arguments) else ["--enforce-eager"]
     )
     with Engine(timeout=timeout) as engine:
+        engine.teach(own)
         answer = engine.complete(prompt, [*eager, *arguments], max_tokens=max_tokens)
     if isinstance(answer, EngineFailure):
         raise machine_error(
@@ -208,13 +228,18 @@ def how_to_ask(layout: Path, name: str, host: str, port: int) -> tuple[str, str]
 class Server:
     """vLLM's server as a child in a process group of its own; a context manager that leaves nobody behind."""
 
-    def __init__(self, command: Sequence[str], *, quiet: bool) -> None:
+    def __init__(self, command: Sequence[str], *, quiet: bool, environment: Mapping[str, str] | None = None) -> None:
         self._show = not quiet
         self._progress = sys.stderr.isatty() and not quiet
         self._lines: deque[str] = deque(maxlen=200)
         self._stopped = False
         self._process = subprocess.Popen(  # noqa: S603 - this interpreter and vLLM's own module
-            list(command), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, text=True
+            list(command),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            text=True,
+            env={**os.environ, **(environment or {})},
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
 

@@ -39,7 +39,7 @@ def planned(p: Prepared) -> dict[str, Any]:
         "notes": p.inventory.remarks,
         "deviations": p.dims.deviations,
         "steps": Each(describe_step, p.plan.steps),
-        "problems": p.plan.problems,
+        "problems": (*p.plan.open, *p.plan.problems),
     }
 
 

@@ -365,9 +365,14 @@ class Arch:
     - ``hf_config(dims)``: config.json of the target class, readable by transformers and by vLLM.
     - ``eager``: ``"module:function"`` with ``build(dims) -> torch.nn.Module`` on the raw tensor names.
     - ``served``: ``"module:Class"`` of a vLLM model class, for architectures that vLLM itself lacks.
+    - ``tensors``: what a class of the user's own holds: ``tensors(dims) -> {name: shape}``, or the name of a class that
+      holds the same by the same fields of config.json. A plan is checked against it.
+    - ``reference``: ``"FILE.py:FUNCTION"``, its path from the arch file's folder: the forward to verify against, as
+      ``--reference`` takes it, where there is no ``eager``.
 
-    ``file`` is a user's own file that defines it, empty for those of mdl. The mapping is ``mappings/<name>.yaml``, or
-    ``<file>.yaml`` beside the file given by ``--arch FILE.py``.
+    ``file`` is a user's own file that defines it, empty for those of mdl; ``root`` the folder from which its modules
+    are imported, where the file was named (``--arch FILE.py``) and not installed. The mapping is
+    ``mappings/<name>.yaml``, or ``<file>.yaml`` beside that file.
     """
 
     name: str
@@ -381,6 +386,9 @@ class Arch:
     served: str | None = None
     mapping: str | None = None
     file: str = ""
+    tensors: Callable[[Dims], Mapping[str, Shape]] | str | None = None
+    reference: str = ""
+    root: str = ""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import MdlError, input_error
+from ..mappings.tensors import Shape
 from .base import Arch, Dims, Inventory, Measure
 
 if TYPE_CHECKING:
@@ -46,9 +47,21 @@ def guarded(arch: Arch, file: str, *, named: bool) -> Arch:
         classes: Any = found.get("architectures") if isinstance(found, dict) else None
         what = "hf_config returned no dict with architectures: [CLASS]"
         _need(isinstance(classes, list) and bool(classes), what, file, "name the class that vLLM serves there")
+        do = "have a vLLM plugin call AutoConfig.register, as `mdl new --target own` writes one"
+        _need("auto_map" not in found, "hf_config writes auto_map, and no code of a layout ever runs", file, do)
         return found
 
     return replace(arch, detect=detect, dims=dims, hf_config=hf_config, file=file)
+
+
+def own_tensors(arch: Arch, dims: Dims) -> dict[str, Shape]:
+    """What a class of the user's own holds, by ``tensors(dims)``. Raises MdlError (INPUT) for what is no such table."""
+    assert callable(arch.tensors)  # noqa: S101 - the caller has looked
+    with blamed("tensors(dims)", arch.file, arch.tensors):
+        found: Any = arch.tensors(dims)
+        table = {str(name): tuple(int(n) for n in shape) for name, shape in dict(found).items()}
+    _need(bool(table), "tensors(dims) returned no names", arch.file, "return {name: shape}, as config.json has it")
+    return table
 
 
 def build_eager(arch: Arch, dims: Dims) -> torch.nn.Module:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import re
-import sys
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import lru_cache
@@ -15,10 +13,11 @@ from types import ModuleType
 
 from ..errors import MdlError, input_error, machine_error, usage_error
 from .base import Arch, Inventory, Match
-from .guard import blamed, guarded
+from .guard import guarded
+from .own_file import import_file, import_root
 from .refused import refuse
 
-_NOT_FAMILIES = {"__init__", "base", "given", "guard", "refused", "registry", "settings"}
+_NOT_FAMILIES = {"__init__", "base", "given", "guard", "own_file", "refused", "registry", "settings"}
 GROUP = "mdl.archs"
 
 
@@ -59,16 +58,9 @@ def load_arch(spec: str) -> Arch:
     path = Path(spec).resolve()
     if not path.is_file():
         raise usage_error(f"--arch {spec}: no such file")
-    module_spec = importlib.util.spec_from_file_location(f"mdl_user_arch_{path.stem}", path)
-    if module_spec is None or module_spec.loader is None:
-        raise input_error("cannot be imported as Python", str(path))
-    module = importlib.util.module_from_spec(module_spec)
-    sys.modules[module_spec.name] = module
-    sys.path.insert(0, str(path.parent))  # so that the file can import its neighbours, such as an eager model
-    with blamed("importing it", str(path)):
-        module_spec.loader.exec_module(module)
-    arch = _arch_of(module, str(path))
-    return guarded(replace(arch, mapping=arch.mapping or str(path.with_suffix(".yaml"))), str(path), named=True)
+    arch = _arch_of(import_file(path), str(path))
+    mapping = arch.mapping or str(path.with_suffix(".yaml"))
+    return guarded(replace(arch, mapping=mapping, root=str(import_root(path))), str(path), named=True)
 
 
 def mapping_path(arch: Arch) -> Path:

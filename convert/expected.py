@@ -6,20 +6,34 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..archs import targets
+from ..archs.base import Arch, Dims
+from ..archs.guard import own_tensors
+from ..errors import input_error
 from ..mappings.tensors import Shape, Target
 
 
-def expected_target(config: Mapping[str, Any]) -> Target:
+def expected_target(config: Mapping[str, Any], arch: Arch | None = None, dims: Dims | None = None) -> Target:
     """Names and shapes of the parameters of the class that ``config`` names, and which of them are tied.
 
-    From its file in archs/targets where there is one (no heavy import), else by building the class.
+    From its file in archs/targets where there is one (no heavy import), else by building the class. What a class of the
+    user's own holds, neither knows: its ``arch`` says it, in full or as "what that class holds". Whether the class does
+    take all that and nothing else is seen by the coverage check of a verification, when vLLM loads it.
     """
+    if arch is not None and dims is not None and arch.tensors is not None:
+        if isinstance(arch.tensors, str):
+            return expected_target({**config, "architectures": [arch.tensors]})
+        return Target(own_tensors(arch, dims), {})
+    if arch is not None and arch.served and arch.file and targets.from_spec(config) is None:
+        do = "give Arch(…, tensors=…): names and shapes by dims, or the name of a class with the same"
+        raise input_error(f"{arch.name} does not say what its own class {arch.served} holds", arch.file, do)
     return targets.from_spec(config) or from_class(config)
 
 
-def expected_tensors(config: Mapping[str, Any]) -> Mapping[str, Shape]:
+def expected_tensors(
+    config: Mapping[str, Any], arch: Arch | None = None, dims: Dims | None = None
+) -> Mapping[str, Shape]:
     """The names and shapes alone."""
-    return expected_target(config).shapes
+    return expected_target(config, arch, dims).shapes
 
 
 def from_class(config: Mapping[str, Any]) -> Target:

@@ -95,12 +95,13 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """All steps in the order they are written, and all problems."""
+    """All steps in the order they are written, and all problems; ``open`` is what a draft leaves to decide."""
 
     steps: tuple[Step, ...]
     problems: tuple[Problem, ...]
     dtype: str
     ranks: int
+    open: tuple[Problem, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -113,9 +114,9 @@ class Plan:
         return tuple(step for step in self.steps if step.targets)
 
     def refuse(self) -> None:
-        """Raise MdlError (INPUT) with every problem, if there is one."""
-        if self.problems:
-            raise MdlError(Kind.INPUT, self.problems)
+        """Raise MdlError (INPUT) with every problem and what is open, if there is anything."""
+        if self.problems or self.open:
+            raise MdlError(Kind.INPUT, [*self.open, *self.problems], whole=bool(self.open))
 
 
 def make_plan(

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping as Map
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..archs.base import Arch, Dim, Dims, Inventory, Match, Measure, boolean
 from ..archs.given import ConfigFile, Given
+from ..archs.own_file import left_open
 from ..archs.refused import refuse
 from ..archs.registry import detect, evidence, load_arch, mapping_path
 from ..errors import input_error, usage_error
 from ..mappings.expand import Expanded, expand, names_target
 from ..mappings.parse import Mapping, load_mapping
+from ..mappings.tensors import Target
 from .config_file import refuse_unread, told_tied, with_extras, with_remark
 from .expected import expected_target, expected_tensors
 from .inventory import take_inventory, with_prefix_of
@@ -21,7 +23,7 @@ from .merge import refuse_tied, with_adapter
 from .open import Checkpoint, open_checkpoint
 from .pause import collector_paused
 from .plan import Plan, make_plan
-from .strangers import refuse_strangers
+from .strangers import refuse_strangers, with_what_is_open
 from .ties import tied_of
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -89,14 +91,15 @@ def recognise(path: Path, options: Options | None = None) -> Recognised:
     tied = given.pop("tied", None)
     if config:
         config.forget()
-    dims = _measured(match.arch, Measure(inventory, given, config))
+    with with_what_is_open(match.arch, mapping, inventory):
+        dims = _measured(match.arch, Measure(inventory, given, config))
     told = told_tied(config) if config else None
     if asked := _said_tied(tied):  # over what the family read itself, before the target is made of it
         dims = dims.having("tied", asked)
     if config:
         refuse_unread(config)
         inventory = with_remark(inventory, config)
-    target = expected_target(match.arch.hf_config(dims)) if names_target(mapping) else None
+    target = _target(match.arch, dims) if names_target(mapping) else None
     if target:
         inventory = with_prefix_of(inventory, target)
     expanded = expand(mapping, dims.sizes(), dims.flags(), target, dims.words())
@@ -115,9 +118,17 @@ def prepare(path: Path, options: Options | None = None) -> Prepared:
     r = recognise(path, options)
     config = r.arch.hf_config(r.dims)
     tied = bool(r.dims["tied"])
-    plan = make_plan(r.expanded, r.inventory, expected_tensors(config), tied=tied, dtype=options.dtype)
+    expected = expected_tensors(config, r.arch, r.dims)
+    plan = make_plan(r.expanded, r.inventory, expected, tied=tied, dtype=options.dtype)
+    plan = replace(plan, open=tuple(left_open(r.arch)))
     config["dtype"] = plan.dtype
     return Prepared(r.checkpoint, r.inventory, r.match, r.dims, r.mapping, r.expanded, config, plan)
+
+
+def _target(arch: Arch, dims: Dims) -> Target:
+    """What the class holds, before it is known whether the head is the embedding."""
+    config = {} if callable(arch.tensors) else arch.hf_config(dims)
+    return expected_target(config, arch, dims)
 
 
 def _measured(arch: Arch, measure: Measure) -> Dims:

@@ -30,7 +30,8 @@ def tied_of(expanded: Expanded, inventory: Inventory, said: Dim | None, arch: Ar
 def _untied(expanded: Expanded, inventory: Inventory, arch: Arch, dims: Dims) -> Dim:
     """A mapping that ties nothing: the tensors tell, too, where one of them becomes what the target class would tie."""
     nothing = Dim(False, "default", "the family ties nothing")
-    target = from_spec({**arch.hf_config(dims.having("tied", nothing)), "tie_word_embeddings": True})
+    config = {**arch.hf_config(dims.having("tied", nothing)), "tie_word_embeddings": True}
+    target = from_spec({**config, "architectures": [arch.tensors]} if isinstance(arch.tensors, str) else config)
     heads = target.ties if target else {_USUAL: ""}
     for rule in expanded.rules:
         made = [name for name in rule.targets if name in heads]

@@ -14,13 +14,14 @@ import pytest
 from mdl.archs.registry import all_archs, mapping_path
 
 ROOT = Path(__file__).parent.parent
-ROOMS = ["errors", "mappings", "archs", "convert", "validate", "serve", "cli"]
+ROOMS = ["errors", "mappings", "archs", "convert", "drafting", "validate", "serve", "cli"]
 BESIDE = {
     "render": {"errors", "mappings"},
     "views": {"errors", "mappings", "archs", "convert", "validate", "render"},
     "inspecting": {"errors", "mappings", "archs", "convert", "render"},
     "options": {"errors", "convert"},
     "verifying": {"errors", "convert", "validate", "program", "render", "views"},
+    "new": {"drafting", "render"},
     "program": {"errors", "render"},
     "watched": {"errors"},
 }
@@ -30,7 +31,9 @@ HEAVY = ["torch", "transformers", "vllm"]
 
 def sources() -> list[Path]:
     tops = [p for p in ROOT.glob("*.py") if p.name != "__init__.py"]
-    rooms = [p for room in ("mappings", "archs", "convert", "validate") for p in (ROOT / room).rglob("*.py")]
+    rooms = [
+        p for room in ("mappings", "archs", "convert", "drafting", "validate") for p in (ROOT / room).rglob("*.py")
+    ]
     return sorted(tops + rooms)
 
 
@@ -110,7 +113,7 @@ def test_every_package_folder_is_in_the_wheel() -> None:
     listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
     folders = {
         ".".join(["mdl", *p.parent.relative_to(ROOT).parts])
-        for room in ("mappings", "archs", "convert", "validate")
+        for room in ("mappings", "archs", "convert", "drafting", "validate")
         for p in (ROOT / room).rglob("__init__.py")
     }
     assert listed == folders | {"mdl"}
@@ -191,8 +194,9 @@ COMMANDS = {
     },
     "export": {"layout", "out", "--force", "--json"},
     "check": {"layout", "--json"},
+    "new": {"name", "--from", "--reference", "--target", "--weights", "--force", "--json"},
     "archs": {"--json"},
-    "doctor": {"--json"},
+    "doctor": {"name", "--json"},
 }  # fmt: skip
 
 

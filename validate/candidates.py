@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..convert.prepare import Prepared
 from ..errors import MdlError, Problem, usage_error
@@ -81,7 +81,7 @@ def combinations(
         values = dict(zip(asked, chosen, strict=True))
         try:
             prepared = prepare(values)
-            prepared.plan.refuse()
+            replace(prepared.plan, open=()).refuse()  # a draft is what there is to decide about
             made.append(Combination(values, prepared))
         except MdlError as error:
             refused.append((values, error))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..archs.base import Arch
 from ..archs.given import ConfigFile
 from ..convert.manifest import Manifest, fingerprint
 from ..convert.prepare import DTYPES, Options, Prepared, prepare
@@ -104,6 +106,17 @@ def mapping_note(manifest: Manifest, prepared: Prepared) -> tuple[str, ...]:
     return (f"{prepared.mapping.path} is not the mapping that this layout was made with: another sha256",)
 
 
+def linked_reference(arch: Arch) -> str:
+    """The family's ``reference``, with its path from here."""
+    file, _, function = arch.reference.rpartition(":")
+    return f"{os.path.normpath(Path(arch.file).parent / file)}:{function}"
+
+
+def has_eager(arch: Arch) -> bool:
+    """Whether the family has a forward on the checkpoint's own names: a draft's is still to be written."""
+    return bool(arch.eager)
+
+
 def choose_reference(prepared: Prepared, settings: Settings, prompts: Sequence[Sequence[int]] = ()) -> Reference:
     """The golden file, the user's code (here or in another Python), or the family's own eager module, in that order."""
     checkpoint = Path(prepared.inventory.path)
@@ -130,4 +143,11 @@ def choose_reference(prepared: Prepared, settings: Settings, prompts: Sequence[S
         )
     if settings.reference:
         return user_reference(settings.reference, checkpoint, rounded=rounded_to(prepared.plan))
+    if prepared.arch.reference:
+        spec = linked_reference(prepared.arch)
+        check_spec(spec)
+        return user_reference(spec, checkpoint, rounded=rounded_to(prepared.plan))
+    if not prepared.arch.eager:
+        do = "give your own code: --reference FILE.py:FUNCTION"
+        raise input_error(f"{prepared.arch.name} has no forward of its own", prepared.arch.file, do)
     return builtin_reference(prepared.arch, prepared.dims, prepared.plan)

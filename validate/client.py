@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
+from ..archs.served.own import Own
 from ..errors import machine_error, usage_error
 from .child import Child
 
@@ -149,6 +150,15 @@ class Engine:
         self._timeout = timeout
         self._env = {**os.environ, **ENVIRONMENT, **(env or {})}
         self._child = Child(self._env)
+        self._own: Own | None = None
+        self._taught: Own | None = None
+
+    def teach(self, own: Own | None) -> None:
+        """Have vLLM know a class of the user's own in the requests that follow. A process forgets no code that it has
+        imported, so another class, or a file that changed, takes a new one."""
+        if own is not None and self._taught not in (None, own):
+            self._child.close()
+        self._own = own
 
     def run(
         self, layout: Path, scenarios: Sequence[Scenario], *, dtype: str = "float32", scratch: Path, **overrides: Any
@@ -215,6 +225,10 @@ class Engine:
         if self._child.ended:
             self._child.close()
             self._child = Child(self._env)
+            self._taught = None
+        if self._own is not None:
+            request = {**request, "environment": self._own.environment()}
+            self._taught = self._own
         try:
             answer = self._child.ask(request, self._timeout)
         except BaseException:  # Ctrl-C too: a child in the middle of a request can't be used again

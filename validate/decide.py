@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING
 from ..convert.prepare import Options, Prepared, prepare
 from . import facts
 from .candidates import Combination, combinations
-from .choose import choose_reference
+from .choose import choose_reference, has_eager
 from .compare import Distance, distance, judge
 from .decision import Answer, Candidate, Decision
 from .inputs import Input, Inputs, make_inputs
+from .mapped import mapped_reference
 from .reference import Reference, builtin_reference, check_vocabulary
 
 if TYPE_CHECKING:
@@ -147,7 +148,10 @@ def _some(inputs: Inputs) -> Inputs:
 
 
 def _eager(one: Combination) -> Reference:
-    return builtin_reference(one.prepared.arch, one.prepared.dims, one.prepared.plan)
+    prepared = one.prepared
+    if not has_eager(prepared.arch):
+        return mapped_reference(prepared)
+    return builtin_reference(prepared.arch, prepared.dims, prepared.plan)
 
 
 def _try(one: Combination, truth: Truth) -> _Tried:

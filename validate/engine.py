@@ -26,6 +26,7 @@ from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from ..archs.served.own import register_own
 from .adapt import (
     FORCED,
     PROMPT,
@@ -334,6 +335,15 @@ OPERATIONS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
 }
 
 
+def answered(request: dict[str, Any]) -> dict[str, Any]:
+    """The answer to one request. A class of the user's own that can't be registered is a refusal too."""
+    try:
+        register_own()
+    except Exception as error:  # transformers and vLLM raise what they like
+        return failure("load", error)
+    return OPERATIONS[request["op"]](request)
+
+
 def main(answers: int) -> None:
     """Serve requests until ``quit`` or the end of stdin. Answers go to the file descriptor, not to vLLM's stdout."""
     os.set_inheritable(answers, False)
@@ -345,4 +355,5 @@ def main(answers: int) -> None:
             request = json.loads(line)
             if request["op"] == "quit":
                 break
-            pipe.write(json.dumps(OPERATIONS[request["op"]](request)) + "\n")
+            os.environ.update(request.get("environment", {}))  # for vLLM's workers, which inherit it
+            pipe.write(json.dumps(answered(request)) + "\n")

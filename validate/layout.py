@@ -27,7 +27,7 @@ def layout_problems(
     config_path = str(layout / "config.json")
     try:
         config = read_config(layout)
-        want = expected_tensors(config)
+        want = expected_tensors(config, prepared.arch, prepared.dims)
     except MdlError as error:
         return [*problems, *error.problems]
     except Exception as error:  # transformers raises whatever its config classes raise

@@ -34,11 +34,12 @@ def ready_layout(
     """
     if not (path / NAME).is_file():
         return _from_checkpoint(path, options or Options(), tokenizer, unverified=unverified, say=say)
-    if tokenizer is not None or (options or Options()) != Options():
+    named = (options or Options()).arch or ""
+    if tokenizer is not None or (options or Options()) != Options(arch=named if named.endswith(".py") else None):
         what = "this is a layout: its family, values and tokenizer were settled when it was converted"
         do = (
-            "leave --arch, --set, --config, --weights, --dtype, --merge-lora and --tokenizer out, or convert the "
-            "checkpoint again with them"
+            "leave --arch (unless it is a file with a class of your own), --set, --config, --weights, --dtype, "
+            "--merge-lora and --tokenizer out, or convert the checkpoint again with them"
         )
         raise usage_error(what, str(path), do)
     _check(path, say)

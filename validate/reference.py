@@ -75,7 +75,7 @@ def builtin_reference(arch: Arch, dims: Dims, plan: Plan) -> Reference:
     name = str(getattr(module, "title", own))
     forward = Forward(module, name)
     forward.vocab = dims.integer("vocab")
-    return Reference(name, _logits(forward), notes=notes, module=module)
+    return Reference(name, logits_of(forward), notes=notes, module=module)
 
 
 def rounded_to(plan: Plan) -> str:
@@ -166,10 +166,12 @@ def user_reference(spec: str, checkpoint: Path, *, rounded: str = "") -> Referen
     notes += tuple(forward.notes)
     dtypes = PRECISIONS if forward.module is not None else ("float32",)
     dtypes = dtypes if forward.exact else tuple(d for d in dtypes if d != "float64")
-    return Reference(spec, _logits(forward), exact=forward.exact, notes=notes, dtypes=dtypes, module=forward.module)
+    return Reference(spec, logits_of(forward), exact=forward.exact, notes=notes, dtypes=dtypes, module=forward.module)
 
 
-def _logits(forward: Forward) -> Callable[[list[int], str], torch.Tensor]:
+def logits_of(forward: Forward) -> Callable[[list[int], str], torch.Tensor]:
+    """The forward as a reference's ``logits``."""
+
     def logits(ids: list[int], dtype: str) -> torch.Tensor:
         with translating():
             return forward.logits(ids, dtype)

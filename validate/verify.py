@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..archs.given import ConfigFile
+from ..archs.served.own import own_of
 from ..convert.check import unreadable
 from ..convert.config import read_config
 from ..convert.locks import reading
@@ -182,6 +183,7 @@ def judge_layout(
     """
     begin = time.perf_counter()
     manifest = read_manifest(layout)
+    engine.teach(own_of(side.prepared.arch, side.prepared.config))
     say("checking files, hashes and shapes")
     found = [checks.layout_check([*layout_problems(layout, manifest, side.prepared), *tokenizer.problems], manifest)]
     seconds = {"layout": time.perf_counter() - begin}

@@ -28,8 +28,10 @@ def register() -> None:
     from vllm import ModelRegistry  # only where a vLLM process called us: nobody else pays for the import
 
     from .config import register_config
+    from .own import register_own
 
     register_config()
+    register_own()
     known = ModelRegistry.get_supported_archs()
     for architecture, model in SERVED.items():
         if architecture not in known:
