@@ -25,12 +25,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from mdl.convert.prepare import Options, prepare  # noqa: E402  (the tests are found beside mdl's own folder)
-from mdl.convert.run import convert  # noqa: E402
-from mdl.errors import MdlError  # noqa: E402
-from mdl.validate.client import Engine  # noqa: E402
-from mdl.validate.verify import Settings, verify  # noqa: E402
-from tests.decoders import drawn, saved  # noqa: E402
+from mdl.convert.prepare import Options, prepare
+from mdl.convert.run import convert
+from mdl.errors import MdlError
+from mdl.validate.client import Engine
+from mdl.validate.verify import Settings, verify
+from tests.decoders import drawn, saved
 
 
 @dataclass(frozen=True)

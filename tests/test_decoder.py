@@ -1,4 +1,4 @@
-"""The composable decoder: what its config refuses, its twin against transformers' classes, and vLLM against the twin."""
+"""The composable decoder: refusals, its twin against transformers, and vLLM against the twin."""
 
 from __future__ import annotations
 
@@ -26,8 +26,14 @@ if TYPE_CHECKING:
     from mdl.validate.client import Engine
 
 SIZES: dict[str, Any] = {
-    **{"vocab_size": 96, "hidden_size": 128, "intermediate_size": 160, "num_hidden_layers": 3},
-    **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 64},
+    "vocab_size": 96,
+    "hidden_size": 128,
+    "intermediate_size": 160,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 64,
     "tie_word_embeddings": False,
 }
 ROPE: dict[str, Any] = {"kind": "rope", "theta": 10000.0}
