@@ -218,8 +218,10 @@ class DecoderExperts(nn.Module):
         self.shared_gated = moe.shared_gate
         try:
             from vllm.model_executor.layers.fused_moe import FusedMoEFactory as FusedMoE
-        except ImportError:  # before 0.29 the layer itself stood where its factory does
-            from vllm.model_executor.layers.fused_moe import FusedMoE  # pyright: ignore[reportAttributeAccessIssue]
+        except ImportError:  # an older vLLM
+            from vllm.model_executor.layers.fused_moe import (
+                FusedMoE,  # pyright: ignore[reportAttributeAccessIssue] - it stood where its factory does now
+            )
         self.router = ReplicatedLinear(
             d.hidden_size, moe.experts, bias=moe.router_bias, quant_config=None, prefix=f"{prefix}.router"
         )
