@@ -324,18 +324,9 @@ def export(
 def check(layout: Layout, json: Json = False) -> None:
     """Compare a layout with its manifest: every file, header, index entry and byte. Needs nothing else."""
     state.json = json
-    from . import views
-    from .convert.check import check_layout
-    from .convert.locks import reading
-    from .convert.manifest import read_manifest
+    from .verifying import checked
 
-    total = sum(p.stat().st_size for p in layout.glob("*.safetensors"))
-    with reading(layout), render.byte_progress("checking", total, quiet=state.quiet or json) as progress:
-        manifest = read_manifest(layout)
-        problems = check_layout(layout, manifest, progress)
-    good = f"{layout}: {len(manifest.tensors)} tensors and {len(manifest.files)} files are as mdl convert wrote them"
-    _show(json, lambda: {"ok": not problems, "problems": problems}, lambda: views.show_problems(problems, good))
-    _exit(3 if problems else 0)
+    _exit(checked(layout, state))
 
 
 @app.command()

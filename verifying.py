@@ -35,6 +35,24 @@ def verified(layout: Path, settings: Settings, state: State, junit: Path | None,
     return 1 if not report.ok else 4 if unwritten else 0
 
 
+def checked(layout: Path, state: State) -> int:
+    """`mdl check`: a layout against its manifest, printed. The exit code."""
+    from .convert.check import check_layout
+    from .convert.locks import reading
+    from .convert.manifest import read_manifest
+
+    total = sum(p.stat().st_size for p in layout.glob("*.safetensors"))
+    with reading(layout), render.byte_progress("checking", total, quiet=state.quiet or state.json) as progress:
+        manifest = read_manifest(layout)
+        problems = check_layout(layout, manifest, progress)
+    good = f"{layout}: {len(manifest.tensors)} tensors and {len(manifest.files)} files are as mdl convert wrote them"
+    if state.json:
+        render.print_json({"ok": not problems, "problems": problems})
+    else:
+        views.show_problems(problems, good)
+    return 3 if problems else 0
+
+
 def other(path: Path, settings: Settings, options: Options, state: State, *, mutate: bool, files: bool) -> int | None:
     """What else may be asked: to decide for a raw checkpoint, or to test the verifier. The exit code; None for neither.
 
