@@ -13,6 +13,7 @@ import typer
 from . import program, render
 from .options import (
     ArchOption,
+    BackendOption,
     BenchmarkOption,
     Checkpoint,
     ConfigOption,
@@ -186,6 +187,7 @@ def verify(
     dtype: Annotated[str | None, typer.Option("--dtype", help="Serving type to check too (default: its own).")] = None,
     tensor_parallel_size: Annotated[int, typer.Option("--tensor-parallel-size", help="Workers per layer.")] = 1,
     pipeline_parallel_size: Annotated[int, typer.Option("--pipeline-parallel-size", help="Stages of layers.")] = 1,
+    attention_backend: BackendOption = None,
     mutate: Annotated[bool, typer.Option("--mutate", help="Test the verifier: ~40 mistakes, 4 to 10 s each.")] = False,
     locate: Annotated[bool, typer.Option("--locate/--no-locate", help="On failure, name the module at fault.")] = True,
     junit: Annotated[Path | None, typer.Option("--junit", help="Also write a JUnit XML file.")] = None,
@@ -216,6 +218,7 @@ def verify(
         dtype=dtype,
         tensor_parallel_size=tensor_parallel_size,
         pipeline_parallel_size=pipeline_parallel_size,
+        attention_backend=attention_backend,
         locate=locate,
         command=shlex.join(["mdl", *sys.argv[1:]]),
     )

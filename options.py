@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 Checkpoint = Annotated[Path, typer.Argument(help="Checkpoint: a .pt/.pth/.bin/.safetensors file or a folder.")]
 Layout = Annotated[Path, typer.Argument(help="A folder that `mdl convert` wrote.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
+BackendOption = Annotated[
+    str | None, typer.Option("--attention-backend", help="vLLM's, by its name (default: vLLM chooses).")
+]
 ArchOption = Annotated[str | None, typer.Option("--arch", help="Family (see `mdl archs`), or a .py file with yours.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE that is not in the checkpoint.")]
 ConfigOption = Annotated[

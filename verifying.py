@@ -102,6 +102,7 @@ def _refuse_of_layouts(checkpoint: Path, settings: Settings, more: Mapping[str, 
         "--dtype": settings.dtype is not None,
         "--tensor-parallel-size": settings.tensor_parallel_size != 1,
         "--pipeline-parallel-size": settings.pipeline_parallel_size != 1,
+        "--attention-backend": settings.attention_backend is not None,
         **more,
     }
     if said := [option for option, is_there in given.items() if is_there]:

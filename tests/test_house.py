@@ -181,7 +181,8 @@ COMMANDS = {
     "verify": {
         "layout", "--against", "--arch", "--config", "--merge-lora", "--reference", "--reference-python",
         "--reference-timeout", "--golden", "--decide", "--set", "--weights",
-        "--prompt", "--seed", "--dtype", "--tensor-parallel-size", "--pipeline-parallel-size", "--mutate",
+        "--prompt", "--seed", "--dtype", "--tensor-parallel-size", "--pipeline-parallel-size", "--attention-backend",
+        "--mutate",
         "--locate", "--junit", "--html", "--json",
     },
     "record": {

@@ -46,6 +46,7 @@ class Settings:
     unless given, or a golden file's own; ``dtype`` is the serving type, by default the layout's own. The reference is
     the family's eager module, or the user's ``reference`` (FILE.py:FUNCTION, in another environment's
     ``reference_python`` if given, which may take ``reference_timeout`` seconds), or what ``golden`` recorded of it.
+    ``attention_backend`` is vLLM's name of one, which it chooses itself if None; the report names what ran.
     ``decide`` asks which of some values (name → texts as --set takes them) that reference computes with, before
     anything else.
     """
@@ -64,6 +65,7 @@ class Settings:
     dtype: str | None = None
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
+    attention_backend: str | None = None
     locate: bool = True
     command: str = ""
 
@@ -240,6 +242,12 @@ def _parallel(settings: Settings) -> dict[str, Any]:
     return {name: size for name in names if (size := getattr(settings, name)) > 1}
 
 
+def _asked(settings: Settings) -> dict[str, Any]:
+    """What the user said of how vLLM is to run."""
+    chosen = {} if settings.attention_backend is None else {"attention_backend": settings.attention_backend}
+    return {**_parallel(settings), **chosen}
+
+
 def _passed(found: Sequence[Check]) -> bool:
     """Nothing failed, and the checks that make a proof were not left out."""
     proofs = {check.name for check in found if check.ok is True}
@@ -254,7 +262,7 @@ def _float32(
     prefill, decode = scenarios.prefill_cases(inputs), scenarios.decode_cases(inputs)
     generate = scenarios.generate_case(inputs)
     cases = [*prefill, *decode, *([generate] if generate else [])]
-    arguments = {**scenarios.engine_settings(inputs), **_parallel(settings)}
+    arguments = {**scenarios.engine_settings(inputs), **_asked(settings)}
     with naming_faults(read_config(layout)):
         result = engine.run(layout, [c.scenario for c in cases], dtype="float32", scratch=folder, **arguments)
     if isinstance(result, EngineFailure):
@@ -308,7 +316,7 @@ def _serving_type(layout: Path, side: Side, settings: Settings, engine: Engine, 
     if dtype not in side.reference.dtypes and dtype not in side.reference.floors:
         return Check(name, None, "not run", "", (f"the reference has no {dtype} run",))
     cases = scenarios.prefill_cases(expected.inputs)
-    arguments = {**scenarios.engine_settings(expected.inputs), **_parallel(settings)}
+    arguments = {**scenarios.engine_settings(expected.inputs), **_asked(settings)}
     result = engine.run(layout, [c.scenario for c in cases], dtype=dtype, scratch=folder, **arguments)
     if isinstance(result, EngineFailure):
         return Check(name, False, f"failed to {result.phase}", "", (f"{result.type}: {result.message}",))
