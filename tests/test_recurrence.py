@@ -28,7 +28,7 @@ from mdl.validate.verify import Settings, verify
 from . import checkpoints as make
 from . import servable
 from .decoders import recurrent, saved
-from .gpts_checks import nmse
+from .gpts import nmse
 
 ROOT = Path(__file__).parent.parent
 KINDS = ("gated", "linear_attention", "mamba2")
@@ -93,7 +93,7 @@ MAMBA2: dict[str, Any] = {"kind": "mamba2", "layers": [0], "heads": 4, "head_siz
         ({**LINEAR, "decay": "head", "rates": [0.5, 0.9]}, {}, "nothing else has any"),
         ({**LINEAR, "decay": "fixed", "rates": [0.5, 0.9], "decay_bias": True}, {}, "decay fixed has none"),
         ({**MAMBA2, "groups": 3}, {}, "4 heads can't share 3 groups"),
-        (GATED, {"attention": {"value_residual": True}}, "the first layer's values need attention in every layer"),
+        (GATED, {"attention": {"value_residual": True}}, "only layers with attention have values"),
         (GATED, {"positions": {"kind": "rope", "theta": 1e4, "layers": [0]}}, "positions.layers names layer 0"),
         (GATED, {"attention": {"window": 8, "sliding_layers": [0, 1]}}, "sliding_layers names layer 0"),
         ({**GATED, "layers": None}, {"positions": {"kind": "alibi"}}, "no layer has attention"),

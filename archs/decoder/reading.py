@@ -43,7 +43,8 @@ def checked(config: Mapping[str, Any]) -> Decoder:
         raise MdlError(Kind.INPUT, problems) from None
     named, needed = config.get("architectures"), [_class_of(decoder)]
     if named not in (None, needed):
-        what = f"{named} with{'' if decoder.recurrence else 'out'} recurrence: vLLM asks the class whether it keeps states"
+        given = "with" if decoder.recurrence else "without"
+        what = f"{named} {given} recurrence: vLLM asks the class whether it keeps states"
         raise input_error(what, "config.json: architectures", f"write {needed}")
     return decoder
 

@@ -189,8 +189,8 @@ class Decoder(Table):
     """One decoder. Sizes as in Hugging Face's configs; see the tables for the rest.
 
     ``vocab_size`` is how many logits there are; ``embedding_rows`` how many rows the tables have, where training padded
-    them. ``logit_softcap`` limits the logits by tanh, ``logit_multiplier`` is applied after it. ``recurrence`` says which
-    layers have one in the place of attention; where all have, the sizes of attention's heads stand for nothing.
+    them. ``logit_softcap`` limits the logits by tanh, ``logit_multiplier`` is applied after it. ``recurrence`` says
+    which layers have one in the place of attention; where all have, the sizes of attention's heads stand for nothing.
     """
 
     vocab_size: Positive
@@ -322,9 +322,9 @@ def _beside_recurrence(d: Decoder) -> list[str]:
     if d.recurrence.layers == []:
         faults.append("recurrence.layers is []: leave the table out where all layers have attention")
     if d.attention.value_residual:
-        faults.append("attention.value_residual with recurrence: the first layer's values need attention in every layer")
+        faults.append("attention.value_residual with recurrence: only layers with attention have values")
     if not d.attends and d.positions.kind in ("rope", "alibi"):
-        faults.append(f"positions.kind {d.positions.kind}: no layer has attention, so nothing is turned or sloped; say none")
+        faults.append(f"positions.kind {d.positions.kind}: no layer has attention to turn or slope; say none")
     if not d.attends and d.attention != Attention():
         faults.append("attention: no layer has any (recurrence.layers is null or names all); leave that table out")
     return faults
