@@ -27,8 +27,8 @@ from mdl.validate.verify import Settings, verify
 
 from . import checkpoints as make
 from . import servable
+from .converted import nmse
 from .decoders import recurrent, saved
-from .gpts import nmse
 
 ROOT = Path(__file__).parent.parent
 KINDS = ("gated", "linear_attention", "mamba2")
