@@ -65,7 +65,76 @@ def drawn(seed: int) -> dict[str, Any]:
     if r.random() < 0.2:
         chosen = sorted(r.sample(range(layers), r.randint(1, layers)))
         attention["value_embedding"] = {"layers": chosen, "channels": 12, "scale": r.choice((2.0, 3.0))}
+    if r.random() < 0.2:
+        _recur(r, config, r.choice(("gated", "gated", "linear_attention", "linear_attention", "mamba2")))
     return config_of(config)
+
+
+def recurrent(seed: int, kind: str, *, everywhere: bool | None = None) -> dict[str, Any]:
+    """config.json of one decoder with a recurrence of that kind."""
+    r = random.Random(seed)  # noqa: S311 - no secret
+    plain = (config for config in map(drawn, range(1000 * seed, 1000 * seed + 1000)) if "recurrence" not in config)
+    config = {key: value for key, value in next(plain).items() if key not in ("architectures", "model_type")}
+    _recur(r, config, kind, everywhere=everywhere)
+    return config_of(config)
+
+
+def _recur(r: random.Random, config: dict[str, Any], kind: str, *, everywhere: bool | None = None) -> None:
+    """Put a recurrence in the place of attention in some layers or all, and take away what only attention has."""
+    layers, attention, positions = config["num_hidden_layers"], config["attention"], config["positions"]
+    chosen = sorted(r.sample(range(layers), r.randint(1, layers - 1)))
+    everywhere = r.random() < 0.25 if everywhere is None else everywhere
+    recurrence: dict[str, Any] = {"kind": kind} | ({} if everywhere else {"layers": chosen})
+    recurrence |= {"gated": _gated, "linear_attention": _linear_attention, "mamba2": _mamba2}[kind](r)
+    config["recurrence"] = recurrence
+    if everywhere:
+        config["attention"] = {}
+        config["positions"] = {"kind": r.choice(("none", "learned"))}
+        return
+    attention.pop("value_residual", None)
+    for table in (positions, attention, attention.get("value_embedding") or {}):
+        for name in ("layers", "sliding_layers"):
+            if table.get(name) is not None:
+                table[name] = [i for i in table[name] if i not in chosen]
+
+
+def _gated(r: random.Random) -> dict[str, Any]:
+    decay = r.choice(("forget", "update", "power"))
+    g: dict[str, Any] = {"width": r.choice((96, 128)), "decay": decay, "input_gate": r.random() < 0.4}
+    g |= {"value_activation": r.choice((None, "mingru", "silu", "tanh")), "gates_from": r.choice(("stream", "value"))}
+    g["input_scale"] = r.choice(("complement", "root", "root_after_first", "one"))
+    if decay == "power":
+        g["power"] = r.choice((0.5, 8.0))
+    elif r.random() < 0.4:
+        g["decay_floor"] = True
+    if r.random() < 0.4:
+        g |= {"conv": r.choice((2, 4)), "conv_bias": r.random() < 0.5}
+    return g | _outwards(r) | {"gate_bias": r.random() < 0.5}
+
+
+def _linear_attention(r: random.Random) -> dict[str, Any]:
+    decay, heads = r.choice(("fixed", "head", "channel")), r.choice((2, 3, 4))
+    a: dict[str, Any] = {"heads": heads, "key_size": r.choice((8, 16, 32)), "value_size": r.choice((16, 32))}
+    a |= {"feature": r.choice((None, "silu", "relu", "elu")), "decay": decay, "norm_over": r.choice(("head", "all"))}
+    if decay == "fixed":
+        a["rates"] = [1 - 2.0 ** -(1 + 2 * head) for head in range(heads)]
+    else:
+        a |= {"temperature": r.choice((1.0, 16.0)), "decay_bias": r.random() < 0.5}
+    if r.random() < 0.3:
+        a["scale"] = 0.5
+    return a | _outwards(r)
+
+
+def _outwards(r: random.Random) -> dict[str, Any]:
+    norm = _norm(r) if r.random() < 0.6 else None
+    gate = r.choice((None, "sigmoid", "silu", "gelu_pytorch_tanh"))
+    return {"norm": norm, "output_gate": gate, "bias": r.random() < 0.4, "out_bias": r.random() < 0.3}
+
+
+def _mamba2(r: random.Random) -> dict[str, Any]:
+    heads, groups = r.choice(((4, 1), (4, 2), (8, 4)))
+    m: dict[str, Any] = {"heads": heads, "head_size": r.choice((16, 32)), "groups": groups, "state": r.choice((16, 32))}
+    return m | {"conv": r.choice((2, 4)), "norm_eps": 1e-5, "bias": r.random() < 0.3, "conv_bias": r.random() < 0.7}
 
 
 def _norm(r: random.Random) -> dict[str, Any]:
@@ -142,21 +211,23 @@ def weights(config: dict[str, Any], seed: int) -> dict[str, torch.Tensor]:
     made: dict[str, torch.Tensor] = {}
     for name, shape in target_of(decoder).shapes.items():
         value = torch.randn(shape, generator=generator)
-        if len(shape) == 2 and "embed" not in name:
-            value = value / shape[1] ** 0.5
+        if name.endswith("decay_floor"):
+            value = torch.sigmoid(value - 1)
+        elif len(shape) > 1 and "embed" not in name:
+            value = value / shape[-1] ** 0.5
         elif len(shape) == 1:
-            offset = 0.0 if name.endswith("bias") or (decoder.norm.unit_offset and "norm" in name) else 1.0
+            offset = 0.0 if name.endswith(("bias", "A_log")) or (decoder.norm.unit_offset and "norm" in name) else 1.0
             value = offset + 0.3 * value
         made[name] = value
     return made
 
 
-def saved(folder: Path, seed: int) -> Path:
-    """A folder as save_pretrained would write it: config.json and model.safetensors."""
+def saved(folder: Path, seed: int, config: dict[str, Any] | None = None) -> Path:
+    """A folder as save_pretrained would write it: config.json, drawn if not given, and model.safetensors."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True)
-    config = drawn(seed)
+    config = config or drawn(seed)
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     save_file(weights(config, seed), folder / "model.safetensors")
     return folder

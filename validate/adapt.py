@@ -152,8 +152,8 @@ def _kinds(config: Any) -> Iterable[object]:
     if getattr(config, "model_type", "") != MODEL_TYPE:
         return getattr(config, "layer_types", None) or ()
     decoder = checked(config.to_dict())
-    windows = [decoder.window(i) for i in range(decoder.num_hidden_layers)]
-    return [*windows, 2] if decoder.residual.look_back else windows
+    kinds = ["state" if decoder.recurrent(i) else decoder.window(i) for i in range(decoder.num_hidden_layers)]
+    return [*kinds, 2] if decoder.residual.look_back else kinds
 
 
 # --- how tokens are forced ---------------------------------------------------------------------------------------

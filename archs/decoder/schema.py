@@ -1,7 +1,8 @@
 """What config.json of MdlDecoderForCausalLM may say: every choice by name, and the combinations that can't be.
 
 The fields that vLLM itself reads have Hugging Face's names (``hidden_size``, ``num_key_value_heads`` …) and lie at the
-top; what only this class knows lies in tables (``norm``, ``positions``, ``attention``, ``mlp``, ``moe``, ``residual``).
+top; what only this class knows lies in tables (``norm``, ``positions``, ``attention``, ``mlp``, ``moe``, ``residual``,
+``recurrence``).
 The eager twin (archs/eager/decoder.py) and the served class (archs/served/decoder.py) are built from the same record.
 """
 
@@ -9,44 +10,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Positive = Annotated[int, Field(gt=0)]
-Activation = Literal[
-    "silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "gelu_fast", "quick_gelu", "relu", "relu2", "tanh", "sigmoid"
-]
-"""By transformers' names (transformers/activations.py): ``gelu`` is the exact form, ``gelu_new`` and
-``gelu_pytorch_tanh`` the tanh form, ``gelu_fast`` that form with rounded constants, ``relu2`` the square of ReLU."""
-
-
-class Table(BaseModel):
-    """A part of the config: unknown keys are refused, and nothing is taken for what it is not."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class NormKind(Table):
-    """A normalisation: RMSNorm or LayerNorm, over the last axis.
-
-    ``weight``: whether it has one (nanochat and OLMo 1 have none); ``unit_offset``: it multiplies by 1 + weight
-    (Gemma); ``bias``: LayerNorm only.
-    """
-
-    kind: Literal["rms", "layer"] = "rms"
-    eps: Annotated[float, Field(gt=0)]
-    weight: bool = True
-    bias: bool = False
-    unit_offset: bool = False
-
-    @model_validator(mode="after")
-    def _can_be(self) -> NormKind:
-        if self.bias and self.kind == "rms":
-            raise ValueError("bias: RMSNorm has none (kind: layer has)")
-        if not self.weight and (self.bias or self.unit_offset):
-            raise ValueError("weight is false: then there is no bias and no unit_offset")
-        if self.unit_offset and self.kind == "layer":
-            raise ValueError("unit_offset: LayerNorm is served without it; add 1 to the weights in the mapping instead")
-        return self
+from .recurrence import Recurrence
+from .tables import Activation, NormKind, Positive, Table
 
 
 class Norm(NormKind):
@@ -222,7 +189,8 @@ class Decoder(Table):
     """One decoder. Sizes as in Hugging Face's configs; see the tables for the rest.
 
     ``vocab_size`` is how many logits there are; ``embedding_rows`` how many rows the tables have, where training padded
-    them. ``logit_softcap`` limits the logits by tanh, ``logit_multiplier`` is applied after it.
+    them. ``logit_softcap`` limits the logits by tanh, ``logit_multiplier`` is applied after it. ``recurrence`` says
+    which layers have one in the place of attention; where all have, the sizes of attention's heads stand for nothing.
     """
 
     vocab_size: Positive
@@ -241,6 +209,7 @@ class Decoder(Table):
     mlp: Mlp
     moe: Moe | None = None
     residual: Residual = Residual()
+    recurrence: Recurrence | None = None
     embedding_multiplier: float = 1.0
     logit_multiplier: float = 1.0
     logit_softcap: Annotated[float, Field(gt=0)] | None = None
@@ -261,6 +230,15 @@ class Decoder(Table):
         chosen = self.attention.sliding_layers
         return self.attention.window if chosen is None or layer in chosen else None
 
+    def recurrent(self, layer: int) -> bool:
+        """Whether this layer has a recurrence in place of attention."""
+        return self.recurrence is not None and (self.recurrence.layers is None or layer in self.recurrence.layers)
+
+    @property
+    def attends(self) -> list[int]:
+        """The layers with attention."""
+        return [i for i in range(self.num_hidden_layers) if not self.recurrent(i)]
+
     def routed(self, layer: int) -> bool:
         """Whether this layer has experts in place of an MLP."""
         return self.moe is not None and (self.moe.layers is None or layer in self.moe.layers)
@@ -271,7 +249,7 @@ class Decoder(Table):
 
     @model_validator(mode="after")
     def _fits(self) -> Decoder:
-        faults = [*_sizes(self), *_layers(self), *_combinations(self)]
+        faults = [*_sizes(self), *_layers(self), *_combinations(self), *_beside_recurrence(self)]
         if faults:
             raise ValueError("; ".join(faults))
         return self
@@ -296,6 +274,7 @@ def _sizes(d: Decoder) -> list[str]:
 def _layers(d: Decoder) -> list[str]:
     lists = {"positions.layers": d.positions.layers, "attention.sliding_layers": d.attention.sliding_layers}
     lists["moe.layers"] = d.moe.layers if d.moe else None
+    lists["recurrence.layers"] = d.recurrence.layers if d.recurrence else None
     embedded = d.attention.value_embedding
     lists["attention.value_embedding.layers"] = embedded.layers if embedded else None
     lists["residual.take_back"] = [d.residual.take_back] if d.residual.take_back is not None else None
@@ -324,6 +303,30 @@ def _combinations(d: Decoder) -> list[str]:
         faults.append("positions.sliding_theta without attention.window: no layer has a window")
     if d.residual.look_back and d.hidden_size % d.head_dim:
         faults.append(f"residual.look_back: hidden_size {d.hidden_size} is no multiple of head_dim {d.head_dim}")
+    return faults
+
+
+def _beside_recurrence(d: Decoder) -> list[str]:
+    """What only attention has, said of layers that have none."""
+    if d.recurrence is None:
+        return []
+    lists = {"positions.layers": d.positions.layers, "attention.sliding_layers": d.attention.sliding_layers}
+    embedded = d.attention.value_embedding
+    lists["attention.value_embedding.layers"] = embedded.layers if embedded else None
+    faults = [
+        f"{name} names layer {i}, which has a recurrence and no attention"
+        for name, layers in lists.items()
+        for i in layers or ()
+        if d.recurrent(i)
+    ]
+    if d.recurrence.layers == []:
+        faults.append("recurrence.layers is []: leave the table out where all layers have attention")
+    if d.attention.value_residual:
+        faults.append("attention.value_residual with recurrence: only layers with attention have values")
+    if not d.attends and d.positions.kind in ("rope", "alibi"):
+        faults.append(f"positions.kind {d.positions.kind}: no layer has attention to turn or slope; say none")
+    if not d.attends and d.attention != Attention():
+        faults.append("attention: no layer has any (recurrence.layers is null or names all); leave that table out")
     return faults
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ...mappings.tensors import Shape, Target
-from .schema import Decoder, Moe, NormKind
+from .recurrence import Gated, LinearAttention, Mamba2
+from .schema import Decoder, Moe
+from .tables import NormKind
 
 TIES = {"lm_head.weight": "model.embed_tokens.weight"}
 
@@ -71,7 +73,7 @@ def _layer(d: Decoder, i: int) -> Iterator[tuple[str, Shape]]:
     at = f"model.layers.{i}"
     for name in norms_of(d):
         yield from norm_of(f"{at}.{name}", d.norm, d.hidden_size)
-    yield from _attention(d, i, f"{at}.self_attn")
+    yield from _mixer(d, f"{at}.mixer") if d.recurrent(i) else _attention(d, i, f"{at}.self_attn")
     yield from _experts(d, d.moe, f"{at}.mlp") if d.moe and d.routed(i) else _mlp(d, f"{at}.mlp")
 
 
@@ -96,6 +98,70 @@ def _attention(d: Decoder, i: int, at: str) -> Iterator[tuple[str, Shape]]:
         yield f"{at}.value_lambdas", (2,)
     if a.value_embedding and d.value_embedded(i):
         yield f"{at}.value_gate.weight", (d.num_key_value_heads, a.value_embedding.channels)
+
+
+def _mixer(d: Decoder, at: str) -> Iterator[tuple[str, Shape]]:
+    """A recurrence's."""
+    match d.recurrence:
+        case Gated() as r:
+            yield from _gated(r, d.hidden_size, at)
+        case LinearAttention() as r:
+            yield from _linear_attention(r, d.hidden_size, at)
+        case Mamba2() as r:
+            yield from _mamba2(r, d.hidden_size, at)
+        case None:
+            pass
+
+
+def _linear(name: str, rows: int, columns: int, bias: bool) -> Iterator[tuple[str, Shape]]:
+    yield f"{name}.weight", (rows, columns)
+    if bias:
+        yield f"{name}.bias", (rows,)
+
+
+def _gated(r: Gated, hidden: int, at: str) -> Iterator[tuple[str, Shape]]:
+    seen = hidden if r.gates_from == "stream" else r.width
+    yield from _linear(f"{at}.value_proj", r.width, hidden, r.bias)
+    if r.conv:
+        yield f"{at}.conv.weight", (r.width, 1, r.conv)
+    if r.conv_bias:
+        yield f"{at}.conv.bias", (r.width,)
+    yield from _linear(f"{at}.decay_proj", r.width, seen, r.gate_bias)
+    if r.decay == "power":
+        yield f"{at}.decay_rate", (r.width,)
+    if r.decay_floor:
+        yield f"{at}.decay_floor", (r.width,)
+    if r.input_gate:
+        yield from _linear(f"{at}.input_proj", r.width, seen, r.gate_bias)
+    if r.norm:
+        yield from norm_of(f"{at}.norm", r.norm, r.width)
+    if r.output_gate:
+        yield from _linear(f"{at}.gate_proj", r.width, hidden, r.bias)
+    yield from _linear(f"{at}.o_proj", hidden, r.width, r.out_bias)
+
+
+def _linear_attention(r: LinearAttention, hidden: int, at: str) -> Iterator[tuple[str, Shape]]:
+    keys, values = r.heads * r.key_size, r.heads * r.value_size
+    for name, rows in (("q", keys), ("k", keys), ("v", values)):
+        yield from _linear(f"{at}.{name}_proj", rows, hidden, r.bias)
+    if r.decay != "fixed":
+        yield from _linear(f"{at}.decay_proj", r.heads if r.decay == "head" else keys, hidden, r.decay_bias)
+    if r.norm:
+        yield from norm_of(f"{at}.norm", r.norm, r.value_size if r.norm_over == "head" else values)
+    if r.output_gate:
+        yield from _linear(f"{at}.gate_proj", values, hidden, r.bias)
+    yield from _linear(f"{at}.o_proj", hidden, values, r.out_bias)
+
+
+def _mamba2(r: Mamba2, hidden: int, at: str) -> Iterator[tuple[str, Shape]]:
+    yield from _linear(f"{at}.in_proj", r.inner + r.convolved + r.heads, hidden, r.bias)
+    yield f"{at}.conv1d.weight", (r.convolved, 1, r.conv)
+    if r.conv_bias:
+        yield f"{at}.conv1d.bias", (r.convolved,)
+    for name in ("dt_bias", "A_log", "D"):
+        yield f"{at}.{name}", (r.heads,)
+    yield f"{at}.norm.weight", (r.inner,)
+    yield from _linear(f"{at}.out_proj", hidden, r.inner, r.bias)
 
 
 def _mlp(d: Decoder, at: str) -> Iterator[tuple[str, Shape]]:

@@ -5,6 +5,8 @@ Built from the same record of config.json (archs/decoder/schema.py, where every 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -12,6 +14,7 @@ from ..decoder.schema import Decoder
 from ..decoder.tensors import norms_of
 from .bloom import slopes
 from .decoder_parts import Attention, Experts, Mlp, Norm, Table
+from .decoder_recurrent import mixer_of
 from .parts import Embedding, Linear, length_of, softcap
 from .rotary import Rotary, Scaling, Yarn, rotary_table
 
@@ -145,14 +148,17 @@ class Model(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention and MLP, joined to the stream as the config says."""
+    """Attention, or a recurrence in its place, and MLP, joined to the stream as the config says."""
 
     def __init__(self, d: Decoder, layer: int) -> None:
         super().__init__()
         self.d = d
         for name in norms_of(d):
             self.add_module(name, Norm(d.norm, d.hidden_size))
-        self.self_attn = Attention(d, layer)
+        if d.recurrent(layer):
+            self.mixer = mixer_of(d)
+        else:
+            self.self_attn = Attention(d, layer)
         m = d.mlp
         dense = {"gated": m.gated, "bias": m.bias, "out_bias": m.out_bias}
         self.mlp = (
@@ -169,16 +175,20 @@ class Layer(nn.Module):
         by = self.d.residual.multiplier
         place = self.d.norm.place
         if self.d.residual.parallel:
-            attended, v = self.self_attn(self._norm("attn_norm", x), *more)
+            attended, v = self._attended(self._norm("attn_norm", x), *more)
             beside = self._norm("attn_norm" if self.d.residual.one_norm else "mlp_norm", x)
             return x + by * (attended + self.mlp(beside)), v
         if place == "post":
-            attended, v = self.self_attn(x, *more)
+            attended, v = self._attended(x, *more)
             x = self._norm("attn_norm", x + attended)
             return self._norm("mlp_norm", x + self.mlp(x)), v
-        attended, v = self.self_attn(self._norm("attn_norm", x), *more)
+        attended, v = self._attended(self._norm("attn_norm", x), *more)
         x = x + by * self._norm("attn_out_norm", attended)
         return x + by * self._norm("mlp_out_norm", self.mlp(self._norm("mlp_norm", x))), v
+
+    def _attended(self, x: Tensor, *more: Any) -> tuple[Tensor, Tensor]:
+        """What attention puts out, or the recurrence in its place, which has no values to hand on."""
+        return (self.mixer(x), x) if "mixer" in self._modules else self.self_attn(x, *more)
 
     def _norm(self, name: str, x: Tensor) -> Tensor:
         """The norm of that name, or x itself where this layer has none."""

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..decoder.schema import Decoder, Moe, NormKind
+from ..decoder.schema import Decoder, Moe
+from ..decoder.tables import NormKind
 from .llama_meta import attend
 from .parts import Linear
 from .rotary import rotate, rotate_halves

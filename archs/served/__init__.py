@@ -6,6 +6,7 @@ SERVED: dict[str, str] = {
     "MdlBloomForCausalLM": "mdl.archs.served.bloom:MdlBloomForCausalLM",
     "MdlDbrxForCausalLM": "mdl.archs.served.dbrx:MdlDbrxForCausalLM",
     "MdlDecoderForCausalLM": "mdl.archs.served.decoder:MdlDecoderForCausalLM",
+    "MdlHybridForCausalLM": "mdl.archs.served.hybrid:MdlHybridForCausalLM",
 }
 """Architecture as written in ``config.json`` → ``"module:Class"`` of the model that serves it.
 

@@ -33,6 +33,7 @@ from ...errors import input_error
 from ..decoder.schema import Decoder, decoder_of
 from ..decoder.tensors import norms_of
 from .decoder_layers import DecoderAttention, DecoderExperts, DecoderMlp, norm_layer
+from .decoder_recurrent import mixer_layer
 
 if TYPE_CHECKING:
     from vllm.config import CacheConfig, VllmConfig
@@ -68,7 +69,7 @@ class LookBack(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Attention and MLP, joined to the stream as the config says."""
+    """Attention, or a recurrence in its place, and MLP, joined to the stream as the config says."""
 
     def __init__(self, d: Decoder, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
@@ -78,7 +79,11 @@ class DecoderLayer(nn.Module):
         self.norms = norms_of(d)
         for name in self.norms:
             self.add_module(name, norm_layer(d.norm, d.hidden_size))
-        self.self_attn = DecoderAttention(d, layer, vllm_config.cache_config, quant, f"{prefix}.self_attn")
+        self.recurrent = d.recurrent(layer)
+        if self.recurrent:
+            self.mixer = mixer_layer(d, vllm_config, f"{prefix}.mixer")
+        else:
+            self.self_attn = DecoderAttention(d, layer, vllm_config.cache_config, quant, f"{prefix}.self_attn")
         self.mlp = (
             DecoderExperts(d, d.moe, quant, f"{prefix}.mlp")
             if d.moe and d.routed(layer)
@@ -90,16 +95,24 @@ class DecoderLayer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Hidden states [T, C] to the same shape, and this layer's values; see :class:`DecoderAttention`."""
         if self.parallel:
-            attended, v = self.self_attn(positions, self._norm("attn_norm", x), embedded, first)
+            attended, v = self._attended(positions, self._norm("attn_norm", x), embedded, first)
             beside = self._norm("attn_norm" if self.one_norm else "mlp_norm", x)
             return x + self._times(attended + self.mlp(beside)), v
         if self.post:
-            attended, v = self.self_attn(positions, x, embedded, first)
+            attended, v = self._attended(positions, x, embedded, first)
             x = self._norm("attn_norm", x + attended)
             return self._norm("mlp_norm", x + self.mlp(x)), v
-        attended, v = self.self_attn(positions, self._norm("attn_norm", x), embedded, first)
+        attended, v = self._attended(positions, self._norm("attn_norm", x), embedded, first)
         x = x + self._times(self._norm("attn_out_norm", attended))
         return x + self._times(self._norm("mlp_out_norm", self.mlp(self._norm("mlp_norm", x)))), v
+
+    def _attended(
+        self, positions: Tensor, x: Tensor, embedded: Tensor | None, first: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """What attention puts out, or the recurrence in its place, which has no values to hand on."""
+        if self.recurrent:
+            return self.mixer(positions, x), x
+        return self.self_attn(positions, x, embedded, first)
 
     def _norm(self, name: str, x: Tensor) -> Tensor:
         return self.get_submodule(name)(x) if name in self.norms else x
@@ -277,5 +290,8 @@ class MdlDecoderForCausalLM(nn.Module, SupportsPP):
         shared = {
             f".shared_expert.{name}_proj.": (".shared_expert.gate_up_proj.", i) for i, name in enumerate(("gate", "up"))
         }
+        # vLLM's Mamba 2 makes A = -exp(A_log) of what it loads
+        renamed = {".mixer.A_log": ".mixer.A"} if self.d.recurrence else {}
         fused = {f".self_attn.{name}_proj.": (".self_attn.qkv_proj.", name) for name in "qkv"}
-        return WeightsMapper(orig_to_new_stacked={**fused, **(gated if self.d.mlp.gated else {}), **shared})
+        stacked = {**fused, **(gated if self.d.mlp.gated else {}), **shared}
+        return WeightsMapper(orig_to_new_substr=renamed, orig_to_new_stacked=stacked)

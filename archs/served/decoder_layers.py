@@ -24,7 +24,8 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.layers.rotary_embedding import get_rope
 
 from ...errors import input_error
-from ..decoder.schema import Decoder, Mlp, Moe, NormKind
+from ..decoder.schema import Decoder, Mlp, Moe
+from ..decoder.tables import NormKind
 from ..eager.bloom import slopes
 
 if TYPE_CHECKING:
