@@ -38,18 +38,30 @@ PLUGIN = """
 {name} = "{name}.plugin:register"
 """
 
-REGISTER = '''"""What every process of vLLM runs at its start: it names the class, and imports nothing of it."""
+REGISTER = '''"""What every process of vLLM runs at its start: it names the class and does not import it."""
 
 
 def register() -> None:
     """Tell vLLM of the class, and transformers of its model type. May be called twice in one process."""
-    from transformers import AutoConfig, PretrainedConfig
+    from transformers import AutoConfig
     from vllm import ModelRegistry
 
-    config = type("Config", (PretrainedConfig,), {{"model_type": "{name}"}})
-    AutoConfig.register("{name}", config, exist_ok=True)
+    from .configuration import Config
+
+    AutoConfig.register("{name}", Config, exist_ok=True)
     if "{own_class}" not in ModelRegistry.get_supported_archs():
         ModelRegistry.register_model("{own_class}", "{name}.model:{own_class}")
+'''
+
+CONFIG = '''"""What transformers makes of config.json. A module holds it, since vLLM sends it from process to process by name."""
+
+from transformers import PretrainedConfig
+
+
+class Config(PretrainedConfig):
+    """Every field of config.json is an attribute."""
+
+    model_type = "{name}"
 '''
 
 MODEL = '''"""The model under vLLM, in vLLM's own layers. Weights keep the checkpoint's names, as arch.py lists them."""
@@ -190,7 +202,8 @@ def files(s: Subject, checkpoint: str, reference: str, decide: str) -> dict[str,
     if not reference:
         made[f"{s.name}/eager.py"] = EAGER
     if own:
-        made |= {f"{s.name}/plugin.py": REGISTER.format(**names), f"{s.name}/model.py": MODEL.format(**names)}
+        texts = {"plugin": REGISTER, "configuration": CONFIG, "model": MODEL}
+        made |= {f"{s.name}/{file}.py": text.format(**names) for file, text in texts.items()}
     return made
 
 

@@ -182,6 +182,20 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return install
 
 
+def test_the_config_of_an_own_model_type_goes_from_process_to_process(family: Path) -> None:
+    own = own_of(load_arch(str(family / "loom.py")), {"architectures": ["LoomForCausalLM"], "model_type": "loom_own"})
+    assert own is not None
+    program = "import pickle, sys; from mdl.archs.served.own_config import OwnConfig\n"
+    send = program + "sys.stdout.buffer.write(pickle.dumps(OwnConfig(logit_factor=3.0)))"
+    take = "import pickle, sys; c = pickle.load(sys.stdin.buffer); print(c.model_type, c.logit_factor)"
+    env = {**os.environ, **own.environment()}
+    sent = subprocess.run([sys.executable, "-c", send], env=env, capture_output=True, check=True, timeout=120)
+    taken = subprocess.run(
+        [sys.executable, "-c", take], env=env, input=sent.stdout, capture_output=True, check=True, timeout=120
+    )
+    assert taken.stdout.split() == [b"loom_own", b"3.0"]
+
+
 def test_a_new_process_finds_no_package_that_is_not_installed() -> None:
     finding = examined("warp")[0]
 

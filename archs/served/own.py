@@ -55,7 +55,7 @@ def register_own() -> None:
     told = os.environ.get(VARIABLE)
     if not told:
         return
-    from transformers import AutoConfig, PretrainedConfig
+    from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from vllm import ModelRegistry
 
@@ -63,6 +63,7 @@ def register_own() -> None:
     if own.folder not in sys.path:
         sys.path.insert(0, own.folder)
     if own.model_type and own.model_type not in CONFIG_MAPPING:
-        plain = type("OwnConfig", (PretrainedConfig,), {"model_type": own.model_type})
-        AutoConfig.register(own.model_type, plain, exist_ok=True)
+        from .own_config import OwnConfig
+
+        AutoConfig.register(own.model_type, OwnConfig, exist_ok=True)
     ModelRegistry.register_model(own.architecture, own.model)
