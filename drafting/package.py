@@ -53,7 +53,7 @@ def register() -> None:
         ModelRegistry.register_model("{own_class}", "{name}.model:{own_class}")
 '''
 
-CONFIG = '''"""What transformers makes of config.json; in a module, since vLLM's processes send it to each other by name."""
+CONFIG = '''"""What transformers makes of config.json; in a module, since vLLM's processes send it by name."""
 
 from transformers import PretrainedConfig
 
