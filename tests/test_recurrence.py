@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional
 
 from mdl.archs.decoder.reading import checked, config_of
-from mdl.archs.decoder.recurrence import Gated, LinearAttention
+from mdl.archs.decoder.recurrence import Gated, LinearAttention, Mamba2
 from mdl.archs.decoder.schema import decoder_of
 from mdl.archs.decoder.tensors import target_of
 from mdl.archs.eager.decoder import assemble
@@ -31,6 +31,7 @@ from .converted import nmse
 from .decoders import recurrent, saved
 
 ROOT = Path(__file__).parent.parent
+TABLES = (Gated, LinearAttention, Mamba2)
 KINDS = ("gated", "linear_attention", "mamba2")
 
 
@@ -68,6 +69,13 @@ def test_the_class_says_whether_there_are_states() -> None:
 
 def test_the_size_of_chunks_stands_where_vllm_looks_for_it() -> None:
     assert recurrent(0, "mamba2")["mamba_chunk_size"] == 256
+
+
+def test_the_page_names_every_field() -> None:
+    page = (ROOT / "docs" / "recurrence.md").read_text(encoding="utf-8")
+    missing = [f"{cls.__name__}.{name}" for cls in TABLES for name in cls.model_fields if f"`{name}`" not in page]
+
+    assert missing == []
 
 
 GATED: dict[str, Any] = {"kind": "gated", "layers": [0], "width": 32, "decay": "forget"}
