@@ -124,6 +124,8 @@ def theta(_: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
     config["rope_parameters"]["rope_theta"] = 11_000.0
 
 
+UNLOCATED = Settings(locate=False)
+"""Where a fault begins is what test_locate asks."""
 SABOTAGE = [unpermute, swap_gate_up, swap_heads, zero_row, final_norm_at_one, eps, theta]
 
 
@@ -131,7 +133,7 @@ SABOTAGE = [unpermute, swap_gate_up, swap_heads, zero_row, final_norm_at_one, ep
 def test_each_sabotage_fails_both_the_hashes_and_the_logits(
     change: Callable[..., None], good: Path, tmp_path: Path, engine: Engine
 ) -> None:
-    report = verify(edited(good, tmp_path / "out", change), engine=engine)
+    report = verify(edited(good, tmp_path / "out", change), UNLOCATED, engine=engine)
 
     assert not report.ok
     assert not check(report, "layout").ok
@@ -145,7 +147,7 @@ def test_a_missing_projection_that_vllm_would_load_is_found(good: Path, tmp_path
     def drop(t: dict[str, torch.Tensor], _: dict[str, Any]) -> None:
         del t["model.layers.1.self_attn.o_proj.weight"]
 
-    report = verify(edited(good, tmp_path / "out", drop), engine=engine)
+    report = verify(edited(good, tmp_path / "out", drop), UNLOCATED, engine=engine)
 
     assert [check(report, name).ok for name in ALL[:4]] == [False] * 4
     assert any("model.layers.1.self_attn.o_proj" in line for line in check(report, "coverage").detail)
@@ -155,7 +157,7 @@ def test_a_bias_that_vllm_would_ignore_is_found(good: Path, tmp_path: Path, engi
     def add(t: dict[str, torch.Tensor], _: dict[str, Any]) -> None:
         t["model.layers.0.self_attn.o_proj.bias"] = torch.full((128,), 3.0)
 
-    report = verify(edited(good, tmp_path / "out", add), engine=engine)
+    report = verify(edited(good, tmp_path / "out", add), UNLOCATED, engine=engine)
 
     coverage = check(report, "coverage")
     assert coverage.ok is False
@@ -168,7 +170,7 @@ def test_a_layout_that_vllm_cannot_load_fails_without_ending_the_engine(
     def narrow(t: dict[str, torch.Tensor], _: dict[str, Any]) -> None:
         t[UP] = t[UP][:-16]
 
-    report = verify(edited(good, tmp_path / "out", narrow), engine=engine)
+    report = verify(edited(good, tmp_path / "out", narrow), UNLOCATED, engine=engine)
 
     assert not report.ok
     assert check(report, "coverage").ok is False
@@ -185,7 +187,7 @@ def test_a_wrong_mapping_is_caught_by_the_logits_alone(tmp_path: Path, engine: E
     arch = str(tmp_path / "forgetful.py")
     out = make.layout(checkpoint, tmp_path / "out", arch=arch)
 
-    report = verify(out, Settings(arch=arch), engine=engine)
+    report = verify(out, Settings(arch=arch, locate=False), engine=engine)
 
     assert [check(report, name).ok for name in ALL[:4]] == [True, True, False, False]
 
