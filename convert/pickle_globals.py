@@ -96,9 +96,15 @@ def _rebuild_from_type(function: object, kind: object, args: object, *_: object)
 
 
 def _get_attribute(owner: object, name: object) -> Any:
-    """A class nested in an unknown class, which old protocols pickle as ``getattr(Outer, 'Inner')``."""
-    if not (isinstance(owner, StubType) and owner.may_call and isinstance(name, str) and name[:1].isupper()):
+    """A class nested in an unknown class, which old protocols pickle as ``getattr(Outer, 'Inner')``; or a member of an
+    unknown enum, which Python 3.11.0 to 3.11.3 pickles as ``getattr(Kind, 'member')``: an instance that holds its name,
+    and that nothing can call."""
+    if not (isinstance(owner, StubType) and owner.may_call and isinstance(name, str) and name.isidentifier()):
         refuse("builtins.getattr")
+    if not name[:1].isupper():
+        if name.startswith("_") or owner.qualname.partition(".")[0] in sys.stdlib_module_names:
+            refuse("builtins.getattr")
+        return owner(name)
     if len(owner.qualname) + len(name) > MAX_QUALNAME:
         refuse("builtins.getattr with a very long name")
     made = stub_class(f"{owner.qualname}.{name}", call=True, make=True)

@@ -23,6 +23,7 @@ import pytest
 from mdl.convert.inert import Stub, Unreadable
 from mdl.convert.legacy import read_legacy
 from mdl.convert.open import open_checkpoint
+from mdl.convert.plain import plain
 from mdl.convert.safetensors_file import read_index, read_safetensors
 from mdl.convert.torch_zip import read_torch_zip
 from mdl.convert.unpickle import unpickle
@@ -223,6 +224,17 @@ def test_a_pickle_cannot_alter_the_reader() -> None:
     refusal(load, attack)
     refusal(load, b"cfoo\nBar\nN}X\x08\x00\x00\x00may_callX\x01\x00\x00\x00zs\x86b.")
     assert type(load(b"ccollections\nOrderedDict\n)R.")).__name__ == "Ordered"
+
+
+def test_an_enum_member_by_its_name_is_read_and_can_not_be_called() -> None:
+    """So Python 3.11.0 to 3.11.3, Debian 12's among them, pickle enum members: Megatron's arguments hold some."""
+    member = b"cbuiltins\ngetattr\n(cmegatron.enums\nAttnBackend\nX\x04\x00\x00\x00autotR"
+
+    assert plain(load(member + b".")) == "auto"
+    assert "AttnBackend" in refusal(load, member + b"(X\x01\x00\x00\x00xtR.")
+    for owner, name in ((b"os\nPathLike", b"register"), (b"megatron.enums\nAttnBackend", b"__subclasses__")):
+        size = len(name).to_bytes(4, "little")
+        refusal(load, b"cbuiltins\ngetattr\n(c" + owner + b"\nX" + size + name + b"tR.")
 
 
 def test_a_codec_is_not_looked_up() -> None:

@@ -97,7 +97,7 @@ def test_what_is_given_may_be_the_run_a_save_a_rank_or_a_file(tmp_path: Path) ->
     assert "iter_0000005 is the last save of this folder" in plans[0].inventory.notes
     assert "is a part of mp_rank_*: all of its 4 files were read" in plans[3].inventory.notes[0]
     assert plans[0].match.because[1] == "2 tensor-parallel ranks of 2 runs of layers each"
-    assert plans[0].inventory.extras["args"]["attention_backend"] == 5
+    assert plans[0].inventory.extras["args"]["attention_backend"] in (5, "auto")  # by the Python that pickled it
 
 
 def _without(root: Path, folder: str) -> None:
