@@ -34,9 +34,9 @@ def new(
 
 
 def _show(made: Draft, checkpoint: str, reference: str | None) -> None:
-    from .drafting.draft import decide_options
+    from .drafting.draft import decide_options, questions_of
 
-    questions = [what.removeprefix("left to decide: ") for what in _once([problem.what for problem in made.open])]
+    questions = [what.removeprefix("left to decide: ") for what in questions_of(made)]
     lines: list[tuple[str, str | Iterable[str]]] = [
         ("wrote", f"{made.folder}: {len(made.files)} files"),
         ("files", ", ".join(sorted(made.files))),
@@ -53,12 +53,3 @@ def _show(made: Draft, checkpoint: str, reference: str | None) -> None:
         steps.append(f"mdl verify {options} --reference {reference} {decide_options(made.decide)}")
     lines.append(("next", steps))
     render.out().print(render.facts(lines))
-
-
-def _once(open_: list[str]) -> list[str]:
-    """The questions without those tensors, one by one, that a question about all of their kind has named already; `mdl
-    plan` lists them."""
-    from .convert.plan import UNCLAIMED
-
-    asked = [what for what in open_ if what.startswith("left to decide: ")]
-    return [what for what in open_ if not (asked and what.endswith(UNCLAIMED))]
