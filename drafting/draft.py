@@ -107,8 +107,8 @@ def left_to_decide(checkpoint: Path, options: Options) -> tuple[Problem, ...]:
 
 
 def questions_of(made: Draft) -> list[str]:
-    """What is left to decide, without those tensors, one by one, that a question about all of their kind has named; `mdl
-    plan` lists them too."""
+    """What is left to decide, without the single tensors of a kind that a question has named already; `mdl plan` lists
+    them too."""
     whats = [problem.what for problem in made.open]
     asked = any(what.startswith("left to decide: ") for what in whats)
     return [what for what in whats if not (asked and what.endswith(UNCLAIMED))]
