@@ -34,9 +34,9 @@ def new(
 
 
 def _show(made: Draft, checkpoint: str, reference: str | None) -> None:
-    from .drafting.draft import decide_options
+    from .drafting.draft import decide_options, questions_of
 
-    questions = [problem.what.removeprefix("left to decide: ") for problem in made.open]
+    questions = [what.removeprefix("left to decide: ") for what in questions_of(made)]
     lines: list[tuple[str, str | Iterable[str]]] = [
         ("wrote", f"{made.folder}: {len(made.files)} files"),
         ("files", ", ".join(sorted(made.files))),

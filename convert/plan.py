@@ -17,6 +17,7 @@ from ..mappings.ops import Op, OpError, one_type, trace
 from ..mappings.tensors import FLOATING, ITEMSIZE, Shape, TensorInfo
 from .composed import made_by
 
+UNCLAIMED = "is in the checkpoint, but no rule claims it"
 _LEFT = (
     "if it is no weight of the model (a counter, a buffer), save without it; if it is one, the model computes more "
     "than this family does: describe it as a family of your own (docs/architectures.md)"
@@ -204,7 +205,7 @@ class _Planner:
         for name in left:
             shape = list(self.inventory.tensors[name][0].shape)
             do = _LEFT if name == left[-1] else ""
-            self._problem(f"{name} {shape} is in the checkpoint, but no rule claims it", self.inventory.path, do)
+            self._problem(f"{name} {shape} {UNCLAIMED}", self.inventory.path, do)
         for name, shape in self.expected.items():
             if name not in self.made:
                 self._problem(f"nothing makes {name} {list(shape)}, which the target class needs", self.inventory.path)

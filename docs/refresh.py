@@ -1,6 +1,7 @@
 """Puts what the program really prints into README.md and docs/*.md.
 
     python docs/refresh.py            run every command again (minutes: some start vLLM)
+    python docs/refresh.py PAGE.md    only those of the pages named, which must not need what another page makes
     python docs/refresh.py --check    only the quick ones, and fail if a page differs (tests call this)
 
 Commands run one after another in a scratch folder that holds a copy of examples/. A block between
@@ -70,10 +71,13 @@ def refreshed(text: str, folder: Path, *, quick: bool) -> str:
 
 def main() -> int:
     check = "--check" in sys.argv
+    named = [one for one in sys.argv[1:] if one != "--check"]
     stale: list[str] = []
     with tempfile.TemporaryDirectory() as scratch:
         shutil.copytree(ROOT / "examples", Path(scratch) / "examples")
         for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+            if named and page.name not in named:
+                continue
             old = page.read_text(encoding="utf-8")
             new = refreshed(old, Path(scratch), quick=check)
             if new != old:

@@ -184,7 +184,7 @@ def settings_of(s: Subject) -> list[Setting]:
 
 
 def _renamed(names: Sequence[str]) -> list[tuple[str, str]]:
-    return [(name, name.removesuffix("_gpt2")) for name in names]
+    return [(name, name.removesuffix("_gpt2").removesuffix("_among")) for name in names]
 
 
 def _after_shapes(settings: Sequence[Setting]) -> int:

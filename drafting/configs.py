@@ -50,9 +50,10 @@ def questions(s: Subject, found: Mapping[str, Role]) -> list[str]:
         return context
     asked = [*context, "norm_eps", "activation"]
     asked += [] if _biased_norm(found) else ["norm_kind"]
-    asked += [] if _place(found) else ["norm_place"]
+    asked += [] if _place(found) else ["norm_place_among" if _norms_in_doubt(s) else "norm_place"]
     asked += [] if "positions.weight" in found else ["positions", "rope_theta", "rotary_style"]
     asked += ["parallel"] if _place(found) is None else []
+    asked += ["qk_norm_kind"] if _bare_qk_norm(found) else []
     asked += ["qk_norm_after_rotary"] if "q_norm.weight" in found else []
     return asked + (["top_k", "scoring", "normalised", "routed_scaling"] if "router.weight" in found else [])
 
@@ -60,6 +61,16 @@ def questions(s: Subject, found: Mapping[str, Role]) -> list[str]:
 def _biased_norm(found: Mapping[str, Role]) -> bool:
     """LayerNorm alone has biases."""
     return any(key.endswith("norm.bias") for key in found)
+
+
+def _bare_qk_norm(found: Mapping[str, Role]) -> bool:
+    """Whether q and k have a norm without a bias beside LayerNorms with one: then it may be of another kind."""
+    return "q_norm.weight" in found and "q_norm.bias" not in found and _biased_norm(found)
+
+
+def _norms_in_doubt(s: Subject) -> bool:
+    """Whether there is a tensor that may be a norm behind a half."""
+    return any("attn_out_norm" in role.doubts or "mlp_out_norm" in role.doubts for role in s.roles)
 
 
 def _place(found: Mapping[str, Role]) -> str | None:
@@ -118,7 +129,8 @@ def _decoder(s: Subject, settled: set[str]) -> str:
     if "q_norm.weight" in found:
         per_head = found["q_norm.weight"].group.shape[0] <= max(found["o.weight"].group.shape) // 2
         over, bias = ("head" if per_head else "all"), "q_norm.bias" in found
-        attention += f', "qk_norm": {{"kind": {kind}, "eps": d["norm_eps"], "bias": {bias}, "over": "{over}", '
+        its = 'd["qk_norm_kind"]' if _bare_qk_norm(found) else kind
+        attention += f', "qk_norm": {{"kind": {its}, "eps": d["norm_eps"], "bias": {bias}, "over": "{over}", '
         attention += '"after_rotary": d["qk_norm_after_rotary"]}'
     gated = "gate.weight" in have or "expert.gate.weight" in have
     mlp = f'"gated": {gated}, "activation": d["activation"]'

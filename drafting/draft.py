@@ -13,6 +13,7 @@ from pathlib import Path
 from ..archs.registry import all_archs, detect
 from ..convert.inventory import take_inventory
 from ..convert.open import open_checkpoint
+from ..convert.plan import UNCLAIMED
 from ..convert.prepare import Options, prepare
 from ..errors import MdlError, Problem, input_error, usage_error
 from . import package
@@ -103,6 +104,14 @@ def left_to_decide(checkpoint: Path, options: Options) -> tuple[Problem, ...]:
         return (*plan.open, *plan.problems)
     except MdlError as error:
         return error.problems
+
+
+def questions_of(made: Draft) -> list[str]:
+    """What is left to decide, without the single tensors of a kind that a question has named already; `mdl plan` lists
+    them too."""
+    whats = [problem.what for problem in made.open]
+    asked = any(what.startswith("left to decide: ") for what in whats)
+    return [what for what in whats if not (asked and what.endswith(UNCLAIMED))]
 
 
 def _known(inventory: object) -> str:

@@ -74,7 +74,7 @@ def roles_of(names: Names) -> list[Role]:
     """A role for every group, in the checkpoint's order."""
     sizes = sizes_of(names)
     found = [_buffer(group) or _role(group, sizes) for group in names.groups]
-    return _oriented(_plain_mlp(_doubled(found)), sizes)
+    return _beside(_oriented(_plain_mlp(_doubled(found)), sizes))
 
 
 def _words_of(group: Group, place: str, role: str) -> bool:
@@ -222,6 +222,17 @@ def _oriented(roles: list[Role], sizes: Sizes) -> list[Role]:
             elif turned:
                 role = replace(role, turned=True, because=f"{role.because}, stored [in, out]")
         found.append(role)
+    return found
+
+
+def _beside(roles: list[Role]) -> list[Role]:
+    """A bias in doubt could be no more than the weight beside it could."""
+    weights = {(*r.group.parts, r.group.layers): r.doubts for r in roles if r.kind != BIAS and r.doubts}
+    found: list[Role] = []
+    for role in roles:
+        allowed = weights.get((*role.group.parts, role.group.layers), ()) if role.kind == BIAS else ()
+        kept = tuple(doubt for doubt in role.doubts if doubt in allowed)
+        found.append(replace(role, doubts=kept) if kept else role)
     return found
 
 
