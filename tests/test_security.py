@@ -49,9 +49,10 @@ ALLOWED = {
     ("convert/tok_char.py", "pickle.Unpickler"): CLOSED,
     ("archs/registry.py", "importlib.import_module"): f"{OURS}; {INSTALLED}",
     ("archs/registry.py", "importlib.metadata.entry_points"): INSTALLED,
-    ("archs/registry.py", "importlib.util.spec_from_file_location"): f"--arch FILE.py: {NAMED}",
-    ("archs/registry.py", "importlib.util.module_from_spec"): f"--arch FILE.py: {NAMED}",
-    ("archs/registry.py", "exec_module"): f"--arch FILE.py: {NAMED}",
+    ("archs/own_file.py", "importlib.import_module"): f"--arch PACKAGE/FILE.py: {NAMED}",
+    ("archs/own_file.py", "importlib.util.spec_from_file_location"): f"--arch FILE.py: {NAMED}",
+    ("archs/own_file.py", "importlib.util.module_from_spec"): f"--arch FILE.py: {NAMED}",
+    ("archs/own_file.py", "exec_module"): f"--arch FILE.py: {NAMED}",
     ("archs/guard.py", "importlib.import_module"): OURS,
     ("watched.py", "os.fork*"): "this program goes on in a child of its own",
     ("watched.py", "ctypes."): "asks Linux to end that child with its parent",
@@ -63,6 +64,7 @@ ALLOWED = {
     ("validate/child.py", "subprocess."): CHILD,
     ("validate/doctor.py", "subprocess."): CHILD,
     ("validate/doctor.py", "importlib.metadata.entry_points"): "lists names only",
+    ("validate/doctor_own.py", "subprocess."): CHILD,
     ("serve.py", "subprocess."): CHILD,
 }
 
