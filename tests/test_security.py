@@ -24,7 +24,7 @@ from mdl.convert import (
 from mdl.mappings.tensors import MAX_DIMS
 
 ROOT = Path(__file__).parent.parent
-ROOMS = ("archs", "convert", "mappings", "validate")
+ROOMS = ("archs", "convert", "drafting", "mappings", "validate")
 
 # What can run code that comes from outside; a name that ends in a dot or a star stands for all that begin so.
 DANGEROUS = (
