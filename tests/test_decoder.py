@@ -244,7 +244,7 @@ def test_vllm_computes_what_the_twin_does(seed: int, tmp_path: Path, engine: Eng
 
 
 def _theta(config: dict[str, Any]) -> None:
-    config["positions"]["theta"] *= 1.1
+    config["positions"]["sliding_theta"] *= 1.1  # all layers of this one have a window
 
 
 CHANGES: dict[str, Callable[[dict[str, Any]], None]] = {"another base": _theta}
