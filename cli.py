@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -111,7 +110,7 @@ def plan(
     from .convert.prepare import prepare
 
     prepared = prepare(checkpoint, said(arch, set_, weights, dtype, config, merge_lora))
-    _show(json, lambda: views.planned(prepared), lambda: views.show_plan(prepared, reverse=reverse))
+    render.answer(json, lambda: views.planned(prepared), lambda: views.show_plan(prepared, reverse=reverse))
     if json:
         _exit(3 if prepared.plan.problems or prepared.plan.open else 0)  # the document lists them
     prepared.plan.refuse()
@@ -165,7 +164,7 @@ def convert(
             progress=progress,
             say=render.say,
         )
-    _show(json, lambda: done, lambda: views.show_converted(done))
+    render.answer(json, lambda: done, lambda: views.show_converted(done))
 
 
 @app.command()
@@ -256,7 +255,7 @@ def record(
         done = record_checkpoint(
             checkpoint, reference, out, options, python=reference_python, seed=seed, force=force, timeout=seconds
         )
-    _show(json, lambda: done, lambda: views.show_recorded(out, done))
+    render.answer(json, lambda: done, lambda: views.show_recorded(out, done))
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": False})
@@ -320,7 +319,7 @@ def export(
     with render.steps(quiet=state.quiet or json) as say:
         say("exporting")
         done = run(layout, out, force=force)
-    _show(json, lambda: done, lambda: views.show_exported(done))
+    render.answer(json, lambda: done, lambda: views.show_exported(done))
 
 
 @app.command()
@@ -358,7 +357,7 @@ def archs(json: Json = False) -> None:
 
     known = list(all_archs().values())
     facts = [{"name": a.name, "title": a.title, "source": a.source, "target": a.target} for a in known]
-    _show(json, lambda: facts, lambda: views.show_archs(known))
+    render.answer(json, lambda: facts, lambda: views.show_archs(known))
 
 
 @app.command()
@@ -369,15 +368,8 @@ def doctor(name: DoctorName = None, json: Json = False) -> None:
     from .validate.doctor_own import examined
 
     findings = examined(name)
-    _show(json, lambda: findings, lambda: views.show_findings(findings))
+    render.answer(json, lambda: findings, lambda: views.show_findings(findings))
     _exit(4 if any(finding.state == "fail" for finding in findings) else 0)
-
-
-def _show(as_json: bool, document: Callable[[], Any], table: Callable[[], None]) -> None:
-    if as_json:
-        render.print_json(document())
-    else:
-        table()
 
 
 def _exit(code: int) -> None:

@@ -33,10 +33,7 @@ def inspect(path: Path, options: Options, *, json: bool) -> None:
         if not json and error.kind is Kind.INPUT:
             show_files(path, options)
         raise
-    if json:
-        render.print_json(inspection(recognised))
-    else:
-        show_inspection(recognised)
+    render.answer(json, lambda: inspection(recognised), lambda: show_inspection(recognised))
 
 
 def show_files(path: Path, options: Options) -> None:

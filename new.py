@@ -27,10 +27,7 @@ def new(
     from .drafting.draft import draft
 
     made = draft(folder, checkpoint, reference=reference, target=target, weights=weights, force=force)
-    if json:
-        render.print_json(made)
-    else:
-        _show(made, os.fspath(checkpoint), reference)
+    render.answer(json, lambda: made, lambda: _show(made, os.fspath(checkpoint), reference))
 
 
 def _show(made: Draft, checkpoint: str, reference: str | None) -> None:

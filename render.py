@@ -42,6 +42,14 @@ def print_json(document: Any) -> None:
         sys.stdout.write(piece)
 
 
+def answer(as_json: bool, document: Callable[[], Any], table: Callable[[], None]) -> None:
+    """A command's answer on stdout: one JSON document for programs, or what a person reads."""
+    if as_json:
+        print_json(document())
+    else:
+        table()
+
+
 def print_error(error: MdlError, *, as_json: bool) -> None:
     """The problems: on stderr for people, as a document on stdout for programs. Long lists are cut for people."""
     if as_json:

@@ -28,10 +28,7 @@ def verified(layout: Path, settings: Settings, state: State, junit: Path | None,
     report = keep_report(report, layout)
     unwritten = views.write_reports(report, junit, html)
     report = replace(report, notes=(*report.notes, *(f"{p.where}: {p.what}" for p in unwritten)))
-    if state.json:
-        render.print_json(report)
-    else:
-        views.show_report(report)
+    render.answer(state.json, lambda: report, lambda: views.show_report(report))
     return 1 if not report.ok else 4 if unwritten else 0
 
 
@@ -46,10 +43,9 @@ def checked(layout: Path, state: State) -> int:
         manifest = read_manifest(layout)
         problems = check_layout(layout, manifest, progress)
     good = f"{layout}: {len(manifest.tensors)} tensors and {len(manifest.files)} files are as mdl convert wrote them"
-    if state.json:
-        render.print_json({"ok": not problems, "problems": problems})
-    else:
-        views.show_problems(problems, good)
+    render.answer(
+        state.json, lambda: {"ok": not problems, "problems": problems}, lambda: views.show_problems(problems, good)
+    )
     return 3 if problems else 0
 
 
@@ -73,10 +69,7 @@ def mutated(layout: Path, settings: Settings, state: State) -> int:
         raise usage_error("--mutate tests the verifier, --decide the layout", do="give one of them")
     with render.steps(quiet=state.quiet or state.json) as say, Engine() as engine:
         table = run_mutations(layout, settings, engine=engine, say=say)
-    if state.json:
-        render.print_json(table)
-    else:
-        views.show_mutations(table)
+    render.answer(state.json, lambda: table, lambda: views.show_mutations(table))
     return 0 if table.ok else 1
 
 
@@ -123,10 +116,7 @@ def decided(checkpoint: Path, settings: Settings, options: Options, state: State
             settings,
             lambda values: convert_command(checkpoint, "OUT", options, values),
         )
-    if state.json:
-        render.print_json(found)
-    else:
-        _show(found)
+    render.answer(state.json, lambda: found, lambda: _show(found))
     return 0 if found.ok else 1
 
 

@@ -97,6 +97,11 @@ class Subject:
     weights: str = ""
 
     @property
+    def found(self) -> Mapping[str, Role]:
+        """The certain roles, by key."""
+        return by_key(self.roles)
+
+    @property
     def title(self) -> str:
         """For people."""
         return self.name.replace("_", " ").capitalize()
@@ -173,7 +178,7 @@ def _telling(s: Subject) -> list[str]:
 
 def settings_of(s: Subject) -> list[Setting]:
     """Everything that the arch file settles, shapes first."""
-    found = by_key(list(s.roles))
+    found = s.found
     have: list[Setting] = [_layers(s)]
     have += _tables(s, found)
     have += _inner(s, found)
@@ -247,7 +252,7 @@ def _rows(found: Mapping[str, Role]) -> tuple[str, str]:
 
 
 def _heads_call(s: Subject) -> str:
-    queries, keys = _rows(by_key(list(s.roles)))
+    queries, keys = _rows(s.found)
     return f"_heads(m, queries={queries}, keys={keys})"
 
 
@@ -259,7 +264,7 @@ def _heads_function(s: Subject) -> str:
 def heads_of(s: Subject) -> Setting:
     """The number of heads: from a norm of one head, or from a file; else it is asked for, with those numbers that leave
     each head a usual number of channels."""
-    found = by_key(list(s.roles))
+    found = s.found
     heads = _heads_setting(s)
     norm = found.get("q_norm.weight")
     limit = max(found["o.weight"].group.shape) // 2 if "o.weight" in found else 0
@@ -272,7 +277,7 @@ def heads_of(s: Subject) -> Setting:
 
 def _heads_setting(s: Subject) -> Setting:
     """The number of heads, with those that leave each a usual number of channels."""
-    found = by_key(list(s.roles))
+    found = s.found
     out = found.get("o.weight")
     rows = out.group.shape[0 if out.turned else 1] if out else 0
     usual = [n for n in range(1, rows + 1) if rows % n == 0 and rows // n in HEAD_SIZES]

@@ -55,7 +55,7 @@ def choose(roles: Sequence[Role], wanted: str | None) -> Choice:
     known = facts()["native"]
     if wanted is not None and wanted not in names_of_targets():
         raise usage_error(f"--target {wanted}: no such target", do=f"one of: {', '.join(names_of_targets())}")
-    found = by_key(list(roles))
+    found = by_key(roles)
     misfits = {name: _misfit(spec, found) for name, spec in known.items()}
     if wanted is not None and wanted in known:
         return Choice(wanted, (misfits[wanted] or "all that was recognised fits", "--target says so"), known[wanted])

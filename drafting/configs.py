@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from .choose import DECODER, OWN, parts_of
-from .roles import Role, by_key
+from .roles import Role
 
 if TYPE_CHECKING:
     from .arch_file import Subject
@@ -99,21 +99,21 @@ def _native(s: Subject) -> str:
     head = f'        "architectures": ["{s.target}"],\n        "model_type": "{spec["model_type"]}",\n'
     if s.choice.name == "gpt2":
         return head + GPT2
-    have = parts_of(by_key(list(s.roles)), fused=False)
+    have = parts_of(s.found, fused=False)
     flags = [(field, any(key in have for key in keys)) for field, keys in spec.get("all_or_none", {}).items()]
     flags += [("attention_bias", False)] if s.choice.name == "qwen3" else []
     return head + COMMON + ROPE + "".join(f'        "{field}": {value},\n' for field, value in flags)
 
 
 def _own(s: Subject) -> str:
-    found = by_key(list(s.roles))
+    found = s.found
     common = COMMON if "down.weight" in found else COMMON.replace('        "intermediate_size": d["ffn"],\n', "")
     head = f'        "architectures": ["{s.target}"],\n        "model_type": "{s.name}",\n'
     return head + common + "        # TODO: every other value that the class in model.py reads\n"
 
 
 def _decoder(s: Subject, settled: set[str]) -> str:
-    found = by_key(list(s.roles))
+    found = s.found
     have = parts_of(found, fused=False)
     kind = '"layer"' if _biased_norm(found) else 'd["norm_kind"]'
     place = f'"{_place(found)}"' if _place(found) else 'd["norm_place"]'

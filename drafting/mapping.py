@@ -65,7 +65,7 @@ def draft_rules(roles: Sequence[Role], choice: Choice, layers: int) -> Drafted:
 
 def _fill(made: Drafted, roles: Sequence[Role], choice: Choice) -> None:
     """Biases that the class has and the checkpoint lacks are zero: where one field switches several, all of them."""
-    have = parts_of(by_key(list(roles)), fused=bool(choice.spec.get("turned")))
+    have = parts_of(by_key(roles), fused=bool(choice.spec.get("turned")))
     if choice.spec.get("turned"):
         due = [key for key in choice.spec["may"] if key not in have]
     else:

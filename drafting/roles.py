@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from ..mappings.tensors import Shape
 from .names import BIAS, Group, Names, words
 
 INTO = ("q", "k", "v", "qkv", "gate", "up", "gate_up", "router", "shared_gate")
@@ -244,11 +243,6 @@ def _sense(role: Role, width: int) -> bool | None:
     return (shape[1] != width) if role.name in INTO else (shape[0] != width)
 
 
-def by_key(roles: list[Role]) -> Mapping[str, Role]:
+def by_key(roles: Iterable[Role]) -> Mapping[str, Role]:
     """The certain ones, by key."""
     return {role.key: role for role in roles if role.certain and role.name}
-
-
-def first_shape(roles: Mapping[str, Role], *keys: str) -> Shape | None:
-    """The shape of the first of these that is there."""
-    return next((roles[key].group.shape for key in keys if key in roles), None)

@@ -14,12 +14,10 @@ from mdl.archs.decoder.reading import checked, config_of
 from mdl.archs.decoder.schema import decoder_of
 from mdl.archs.decoder.tensors import target_of
 from mdl.archs.eager.decoder import assemble
-from mdl.convert.prepare import Options, prepare
-from mdl.convert.run import convert
 from mdl.errors import MdlError
 from mdl.validate.verify import Settings, verify
 
-from .converted import nmse
+from .converted import layout, nmse
 from .decoders import drawn, saved
 
 if TYPE_CHECKING:
@@ -229,8 +227,7 @@ def _renamed(name: str, renamed: dict[str, str]) -> str:
 
 
 def converted(tmp_path: Path, seed: int) -> Path:
-    source = saved(tmp_path / "source", seed)
-    convert(prepare(source, Options()), tmp_path / "out", options=Options(), tokenizer="none")
+    layout(saved(tmp_path / "source", seed), tmp_path / "out")
     return tmp_path / "out"
 
 
@@ -254,12 +251,12 @@ CHANGES: dict[str, Callable[[dict[str, Any]], None]] = {"another base": _theta}
 @pytest.mark.parametrize("case", list(CHANGES))
 def test_a_config_that_says_something_else_fails(case: str, tmp_path: Path, engine: Engine) -> None:
     """The layout's config.json is changed behind mdl's back: hashes and logits tell."""
-    layout = converted(tmp_path, 34)
-    config = json.loads((layout / "config.json").read_text(encoding="utf-8"))
+    out = converted(tmp_path, 34)
+    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
     CHANGES[case](config)
-    (layout / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (out / "config.json").write_text(json.dumps(config), encoding="utf-8")
 
-    report = verify(layout, Settings(locate=False), engine=engine)
+    report = verify(out, Settings(locate=False), engine=engine)
 
     failed = {check.name for check in report.checks if check.ok is False}
     assert {"layout", "prefill"} <= failed

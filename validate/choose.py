@@ -112,11 +112,6 @@ def linked_reference(arch: Arch) -> str:
     return f"{os.path.normpath(Path(arch.file).parent / file)}:{function}"
 
 
-def has_eager(arch: Arch) -> bool:
-    """Whether the family has a forward on the checkpoint's own names: a draft's is still to be written."""
-    return bool(arch.eager)
-
-
 def choose_reference(prepared: Prepared, settings: Settings, prompts: Sequence[Sequence[int]] = ()) -> Reference:
     """The golden file, the user's code (here or in another Python), or the family's own eager module, in that order."""
     checkpoint = Path(prepared.inventory.path)

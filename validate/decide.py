@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from ..convert.prepare import Options, Prepared, prepare
 from . import facts
 from .candidates import Combination, combinations
-from .choose import choose_reference, has_eager
+from .choose import choose_reference
 from .compare import Distance, distance, judge
 from .decision import Answer, Candidate, Decision
 from .inputs import Input, Inputs, make_inputs
@@ -149,7 +149,7 @@ def _some(inputs: Inputs) -> Inputs:
 
 def _eager(one: Combination) -> Reference:
     prepared = one.prepared
-    if not has_eager(prepared.arch):
+    if not prepared.arch.eager:  # a draft's is still to be written
         return mapped_reference(prepared)
     return builtin_reference(prepared.arch, prepared.dims, prepared.plan)
 

@@ -8,9 +8,8 @@ reference of a verification it would be worth nothing, since a mistake in the ma
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ..archs.decoder.reading import checked, is_composed
 from ..convert.prepare import Prepared
 from ..convert.stored import Files
 from ..convert.write import lazy_targets
@@ -25,21 +24,13 @@ def mapped_reference(prepared: Prepared) -> Reference:
     """transformers' class, or the composable decoder's twin, with the layout's weights. Raises MdlError (INPUT) for a
     plan with problems, or a class of which there is no forward here."""
     replace(prepared.plan, open=()).refuse()
-    module = _module(prepared.config)
+    from ..archs.eager.huggingface import of_config
+
+    module = of_config(prepared.config)
     module.load_state_dict(_weights(prepared), strict=True, assign=True)
     forward = Forward(module, f"{prepared.target} on what {prepared.arch.name} maps")
     forward.vocab = prepared.dims.integer("vocab")
     return Reference(forward.name, logits_of(forward), module=module)
-
-
-def _module(config: Any) -> torch.nn.Module:
-    if is_composed(config):
-        from ..archs.eager.decoder import assemble
-
-        return assemble(checked(config))
-    from ..archs.eager.huggingface import HuggingFace
-
-    return HuggingFace(config)
 
 
 def _weights(prepared: Prepared) -> dict[str, torch.Tensor]:

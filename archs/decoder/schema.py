@@ -225,6 +225,15 @@ class Decoder(Table):
         chosen = self.positions.layers
         return self.positions.kind == "rope" and (chosen is None or layer in chosen)
 
+    @property
+    def rotated(self) -> int:
+        """How many channels of a head turn, in layers that rotate."""
+        return self.positions.rotary_dim or self.head_dim
+
+    def turns_apart(self, layer: int) -> bool:
+        """Whether this layer turns by ``sliding_theta``, unscaled."""
+        return self.positions.sliding_theta is not None and self.window(layer) is not None
+
     def window(self, layer: int) -> int | None:
         """How many keys one sees in this layer, its own included; None for all before it."""
         chosen = self.attention.sliding_layers
@@ -261,10 +270,8 @@ def _sizes(d: Decoder) -> list[str]:
         faults.append(f"{d.num_attention_heads} heads can't share {d.num_key_value_heads} key heads evenly")
     if d.rows < d.vocab_size:
         faults.append(f"embedding_rows is {d.rows}, fewer than vocab_size {d.vocab_size}")
-    if d.positions.kind == "rope":
-        turned = d.positions.rotary_dim or d.head_dim
-        if turned > d.head_dim or turned % 2:
-            faults.append(f"{turned} channels of a head of {d.head_dim} can't be turned in pairs")
+    if d.positions.kind == "rope" and (d.rotated > d.head_dim or d.rotated % 2):
+        faults.append(f"{d.rotated} channels of a head of {d.head_dim} can't be turned in pairs")
     wide = {"residual.look_back": d.residual.look_back}
     if d.attention.value_embedding:
         wide["attention.value_embedding.channels"] = d.attention.value_embedding.channels

@@ -33,8 +33,8 @@ def rotary_of(d: Decoder, layer: int) -> Rotary | None:
     p = d.positions
     if not d.rotates(layer) or p.theta is None:
         return None
-    size = p.rotary_dim or d.head_dim
-    if p.sliding_theta is not None and d.window(layer) is not None:
+    size = d.rotated
+    if p.sliding_theta is not None and d.turns_apart(layer):
         return Rotary(size, p.sliding_theta)
     s = p.scaling
     if s is None:

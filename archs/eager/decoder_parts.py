@@ -9,6 +9,7 @@ from torch.nn import functional
 from ..decoder.schema import Decoder, Moe
 from ..decoder.tables import NormKind
 from .llama_meta import attend
+from .mixture import mixed
 from .parts import Linear
 from .rotary import rotate, rotate_halves
 
@@ -156,16 +157,12 @@ class Experts(nn.Module):
         """Hidden states [B, T, C] to the same shape."""
         tokens = x.flatten(0, -2)
         weights, chosen = self._routed(tokens)
-        mixed = torch.zeros_like(tokens)
-        for index, expert in enumerate(self.experts):
-            rows, place = torch.where(chosen == index)
-            mixed[rows] += weights[rows, place, None] * expert(tokens[rows])
+        made = mixed(tokens, weights, chosen, self.moe.experts, lambda index, x: self.experts[index](x))
         if self.shared_expert is not None:
             shared = self.shared_expert(tokens)
-            mixed = mixed + (
-                shared * torch.sigmoid(self.shared_expert_gate(tokens)) if self.shared_expert_gate else shared
-            )
-        return mixed.view_as(x)
+            gate = torch.sigmoid(self.shared_expert_gate(tokens)) if self.shared_expert_gate else None
+            made = made + (shared if gate is None else shared * gate)
+        return made.view_as(x)
 
     def _routed(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens [N, C] to weights [N, k] and the numbers of experts [N, k]."""

@@ -23,7 +23,11 @@ from ..targets import transformers_class
 
 def build(dims: Dims) -> nn.Module:
     """The module for one checkpoint, without weights until ``load_state_dict``; our own class's twin for that one."""
-    config = hf_config(dims)
+    return of_config(hf_config(dims))
+
+
+def of_config(config: Mapping[str, Any]) -> nn.Module:
+    """What computes what the class of a config.json does, on that class's own names: transformers', or our twin."""
     if is_composed(config):
         from .decoder import assemble
 

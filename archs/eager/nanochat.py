@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from ..base import Value
 from .parts import Embedding, Linear, check_heads, length_of, softcap, taken
-from .rotary import Rotary, rotary_table
+from .rotary import Rotary, rotary_table, rotate_halves
 
 _KINDS: dict[type, tuple[str, ...]] = {
     int: (
@@ -167,7 +167,5 @@ def _has_values(s: SimpleNamespace, layer: int) -> bool:
 
 def _turned_back(x: Tensor, table: _Table) -> Tensor:
     """Turn channels (j, j + D/2) of x [B, T, heads, D] by minus the table's angles [T, D/2]."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    cos, sin = (part.to(x.device, wide)[:, None, :] for part in table)
-    low, high = x.to(wide).chunk(2, dim=-1)
-    return torch.cat((low * cos + high * sin, high * cos - low * sin), dim=-1).to(x.dtype)
+    cos, sin = table
+    return rotate_halves(x, cos, -sin)

@@ -170,10 +170,10 @@ def _rope(d: Decoder, layer: int) -> nn.Module | None:
     p = d.positions
     if not d.rotates(layer):
         return None
-    local = p.sliding_theta is not None and d.window(layer) is not None
+    local = d.turns_apart(layer)
     scaling = p.scaling.model_dump(exclude_none=True) if p.scaling and not local else {"rope_type": "default"}
     parameters = {**scaling, "rope_theta": p.sliding_theta if local else p.theta}
-    parameters["rope_dim"] = p.rotary_dim or d.head_dim
+    parameters["rope_dim"] = d.rotated
     half = p.style == "half"
     return get_rope(d.head_dim, max_position=d.max_position_embeddings, rope_parameters=parameters, is_neox_style=half)
 
@@ -183,7 +183,7 @@ class DecoderMlp(nn.Module):
 
     def __init__(self, hidden: int, inner: int, mlp: Mlp, quant: QuantizationConfig | None, prefix: str) -> None:
         super().__init__()
-        self.gated, self.inner = mlp.gated, inner // get_tensor_model_parallel_world_size()
+        self.gated = mlp.gated
         if mlp.gated:
             self.gate_up_proj = MergedColumnParallelLinear(
                 hidden, [inner] * 2, bias=mlp.bias, quant_config=quant, prefix=f"{prefix}.gate_up_proj"
