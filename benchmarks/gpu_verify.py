@@ -34,7 +34,7 @@ from mdl.errors import MdlError
 from mdl.validate.client import Engine, EngineFailure, EngineResult
 from mdl.validate.report import Report
 from mdl.validate.verify import Settings, Side, judge_layout, reference_side, source_of
-from tests import decoders, mambas
+from tests import decoders, mambas, nanochats
 
 State = dict[str, torch.Tensor]
 HEAD = ("model", "run", "model runner", "attention", "CUDA graphs", "prefill", "decode", "generate")
@@ -53,6 +53,7 @@ FIRST, SECOND = {"VLLM_USE_V2_MODEL_RUNNER": "0"}, {"VLLM_USE_V2_MODEL_RUNNER": 
 GRAPHS = {"enforce_eager": False}
 COMPILED = {"TORCHDYNAMO_DISABLE": "0"}  # the verifier switches the compiler off, and graphs alone need none of it
 TWO = {"tensor_parallel_size": 2, "disable_custom_all_reduce": True}
+STAGES = {"pipeline_parallel_size": 2}
 WITHOUT_MULTICAST = {"VLLM_ALLREDUCE_USE_SYMM_MEM": "0"}
 
 WAYS: dict[str, Way] = {
@@ -63,6 +64,8 @@ WAYS: dict[str, Way] = {
     "graphs-1": Way(FIRST | COMPILED, GRAPHS),
     "two-gpus-2": Way(SECOND | WITHOUT_MULTICAST, TWO),
     "two-gpus-1": Way(FIRST | WITHOUT_MULTICAST, TWO),
+    "two-stages-2": Way(SECOND | WITHOUT_MULTICAST, STAGES),
+    "two-stages-1": Way(FIRST | WITHOUT_MULTICAST, STAGES),
     "tf32": Way({"TRITON_F32_DEFAULT": "tf32"}),
 }
 """The last one is how Triton's attention computes float32 unless told otherwise: it has to fail."""
@@ -188,13 +191,28 @@ def drawn_decoder(seed: int) -> Callable[[Path], Path]:
     return lambda folder: decoders.saved(folder / "release", seed)
 
 
+RECURRENCES = {"gated": "gated", "linear-attention": "linear_attention", "mamba2-mixer": "mamba2"}
+
+
+def recurrent_decoder(kind: str) -> Callable[[Path], Path]:
+    """A drawn decoder of which some layers have a recurrence in the place of attention."""
+    return lambda folder: decoders.saved(folder / "release", 0, decoders.recurrent(9, kind, everywhere=False))
+
+
+def tiny_nanochat(folder: Path) -> Path:
+    """The newest nanochat: windows, value embeddings, smear, back-out, lambdas."""
+    return nanochats.saved(folder / "d4", "smear and back-out")
+
+
 MODELS: dict[str, Callable[[Path], Path]] = {
     "llama": tiny_llama,
     "gpt2": tiny_gpt2,
     "mamba": tiny_mamba,
     "mamba2": tiny_mamba2,
     "large": large_llama,
+    "nanochat": tiny_nanochat,
     **{f"decoder-{seed}": drawn_decoder(seed) for seed in DRAWN},
+    **{name: recurrent_decoder(kind) for name, kind in RECURRENCES.items()},
 }
 
 

@@ -12,6 +12,7 @@ from mdl.validate.client import Engine
 from mdl.validate.report import Report
 from mdl.validate.verify import Settings, verify
 
+from . import decoders, nanochats
 from . import servable as make
 from .checkpoints import llama2c_args, trained
 
@@ -50,6 +51,29 @@ def test_two_workers_compute_what_one_does(sizes: dict[str, int], good: Path, wo
     assert coverage.measured == f"{stored} tensors in, {stored} bit-equal in vLLM, 0 faults"
     assert min(decode.figures[name] for name in ("steps", "again", "spared")) > 0
     assert any("located with one worker" in note for note in report.notes)
+
+
+def test_what_lies_before_the_layers_stays_with_the_first_stage(tmp_path: Path, workers: Engine) -> None:
+    """nanochat's last release: the stream's beginning, its middle and the token ids travel from stage to stage."""
+    row = "smear and back-out"
+    source = nanochats.saved(tmp_path / "d4", row)
+    layout = make.layout(source, tmp_path / "out")
+
+    report = verify(layout, Settings(locate=False, pipeline_parallel_size=2), engine=workers)
+
+    assert verdicts(report) == dict.fromkeys(ALL, True)
+
+
+def test_what_stopped_a_worker_is_told(tmp_path: Path, workers: Engine) -> None:
+    """vLLM itself says that a worker failed and why not."""
+    config = decoders.recurrent(9, "gated", everywhere=False)  # layers 1 and 2 of 3: the first stage has both kinds
+    layout = make.layout(decoders.saved(tmp_path / "source", 9, config), tmp_path / "out")
+
+    report = verify(layout, Settings(locate=False, pipeline_parallel_size=2), engine=workers)
+
+    assert verdicts(report)["coverage"] is False
+    coverage = next(c for c in report.checks if c.name == "coverage")
+    assert "stages of layers 0 to 1, 2 to 2 do not each have both attention and recurrences" in coverage.detail[0]
 
 
 def test_what_a_later_stage_lacks_is_found(good: Path, tmp_path: Path, workers: Engine) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from vllm.compilation.decorators import support_torch_compile
 from vllm.distributed import get_pp_group
+from vllm.distributed.utils import get_pp_indices
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
@@ -23,7 +24,6 @@ from vllm.model_executor.models.utils import (
     AutoWeightsLoader,
     PPMissingLayer,
     WeightsMapper,
-    make_empty_intermediate_tensors_factory,
     make_layers,
     maybe_prefix,
 )
@@ -136,13 +136,7 @@ class MdlDecoderModel(nn.Module):
             self.embed_tokens = VocabParallelEmbedding(
                 d.rows, d.hidden_size, prefix=maybe_prefix(prefix, "embed_tokens")
             )
-        if stage.is_first_rank:
-            if d.positions.kind == "learned":
-                self.embed_positions = nn.Embedding(d.max_position_embeddings, d.hidden_size)
-            if d.norm.embedding:
-                self.embed_norm = norm_layer(d.norm, d.hidden_size)
-            if d.residual.look_back:
-                self.look_back = LookBack(d, d.residual.look_back, cache, maybe_prefix(prefix, "look_back"))
+        self._beginning(d, cache, prefix, first=stage.is_first_rank)
         self.start_layer, self.end_layer, self.layers = make_layers(
             d.num_hidden_layers,
             lambda prefix: DecoderLayer(d, vllm_config, prefix),
@@ -150,7 +144,6 @@ class MdlDecoderModel(nn.Module):
         )
         self._numbers(prefix)
         self.norm = norm_layer(d.norm, d.hidden_size) if d.norm.final and stage.is_last_rank else PPMissingLayer()
-        self.make_empty_intermediate_tensors = make_empty_intermediate_tensors_factory(self.carried, d.hidden_size)
 
     def _plain(self, d: Decoder) -> None:
         """What the forward asks of the config, as plain values: torch.compile can't look into pydantic's records."""
@@ -160,7 +153,19 @@ class MdlDecoderModel(nn.Module):
         self.taken = -1 if d.residual.take_back is None else d.residual.take_back
         self.tables = frozenset(d.attention.value_embedding.layers if d.attention.value_embedding else ())
         begin, middle = (["begin"] if self.lambdas else []), (["middle"] if self.taken >= 0 else [])
-        self.carried = ["hidden_states", *begin, *middle]  # what one pipeline stage hands to the next
+        ids = ["ids"] if self.tables else []  # vLLM's second model runner gives them to the first stage alone
+        self.carried = ["hidden_states", *begin, *middle, *ids]  # what one pipeline stage hands to the next
+
+    def _beginning(self, d: Decoder, cache: CacheConfig | None, prefix: str, *, first: bool) -> None:
+        """What stands between the embedding and the first layer: the other stages skip its weights."""
+        if d.positions.kind == "learned":
+            table = nn.Embedding(d.max_position_embeddings, d.hidden_size) if first else PPMissingLayer()
+            self.embed_positions: nn.Module = table
+        if d.norm.embedding:
+            self.embed_norm: nn.Module = norm_layer(d.norm, d.hidden_size) if first else PPMissingLayer()
+        if d.residual.look_back:
+            at, channels = maybe_prefix(prefix, "look_back"), d.residual.look_back
+            self.look_back: nn.Module = LookBack(d, channels, cache, at) if first else PPMissingLayer()
 
     def _numbers(self, prefix: str) -> None:
         """What is learned besides matrices and norms, and the value tables of this stage's layers."""
@@ -177,6 +182,19 @@ class MdlDecoderModel(nn.Module):
             mine = self.start_layer <= i < self.end_layer
             self.value_embeds[str(i)] = VocabParallelEmbedding(d.rows, size, prefix=at) if mine else PPMissingLayer()
 
+    def make_empty_intermediate_tensors(
+        self, batch_size: int, dtype: torch.dtype, device: torch.device
+    ) -> IntermediateTensors:
+        """Room for what the stage before hands over: hidden states [T, C] of ``dtype``, and token ids [T]."""
+        return IntermediateTensors(
+            {
+                name: torch.zeros(batch_size, dtype=torch.int32, device=device)
+                if name == "ids"
+                else torch.zeros(batch_size, self.d.hidden_size, dtype=dtype, device=device)
+                for name in self.carried
+            }
+        )
+
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         """Token ids [T] to their rows of the table [T, C], before anything is added or multiplied."""
         return self.embed_tokens(input_ids)
@@ -191,28 +209,31 @@ class MdlDecoderModel(nn.Module):
         """Token ids [T] at positions [T] to hidden states [T, C], or to what the next stage needs."""
         if get_pp_group().is_first_rank:
             x = begin = middle = self._begun(input_ids, positions, inputs_embeds)
+            ids = input_ids
         else:
-            x, begin, middle = self._received(intermediate_tensors)
+            x, begin, middle, ids = self._received(intermediate_tensors)
         first: Tensor | None = None
         for i, layer in enumerate(islice(self.layers, self.start_layer, self.end_layer), self.start_layer):
             if self.lambdas:
                 x = self.residual_lambdas[i] * x + self.embed_lambdas[i] * begin
-            embedded = self.value_embeds[str(i)](input_ids) if i in self.tables else None
+            embedded = self.value_embeds[str(i)](ids) if i in self.tables else None
             x, v = layer(positions, x, embedded, first)
             first = v if first is None else first
             middle = x if i == self.taken else middle
         if not get_pp_group().is_last_rank:
             carried = {"hidden_states": x, "begin": begin, "middle": middle}
+            if ids is not None and self.tables:
+                carried["ids"] = ids.to(torch.int32)
             return IntermediateTensors({name: carried[name] for name in self.carried})
         if self.taken >= 0:
             x = x - self.take_back_lambda * middle
         return self.norm(x) if self.norms_end else x
 
-    def _received(self, carried: IntermediateTensors | None) -> tuple[Tensor, Tensor, Tensor]:
-        """The stream, its beginning and its middle from the stage before."""
+    def _received(self, carried: IntermediateTensors | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """The stream, its beginning, its middle, and the token ids from the stage before."""
         held: dict[str, Tensor] = carried.tensors if carried is not None else {}
         x = held["hidden_states"]
-        return x, held.get("begin", x), held.get("middle", x)
+        return x, held.get("begin", x), held.get("middle", x), held.get("ids")
 
     def _begun(self, ids: Tensor | None, positions: Tensor, embedded: Tensor | None) -> Tensor:
         """The stream as the first layer finds it."""
@@ -230,6 +251,13 @@ def _check_stages(d: Decoder, stages: int) -> None:
     if stages > 1 and d.attention.value_residual:
         what = "attention.value_residual: the first layer's values do not reach other pipeline stages"
         raise input_error(what, do="serve it with --pipeline-parallel-size 1")
+    spans = [get_pp_indices(d.num_hidden_layers, stage, stages) for stage in range(stages)]
+    kinds = [{d.recurrent(layer) for layer in range(*span)} for span in spans]
+    if any(kind != kinds[0] for kind in kinds):  # vLLM's assertion would be "Workers disagree on … cache layouts"
+        layers = ", ".join(f"{first} to {end - 1}" for first, end in spans)
+        what = f"recurrence.layers: stages of layers {layers} do not each have both attention and recurrences"
+        do = "serve it with --pipeline-parallel-size 1, or move the cuts by VLLM_PP_LAYER_PARTITION"
+        raise input_error(what, do=do)
 
 
 class MdlDecoderForCausalLM(nn.Module, SupportsPP):
