@@ -132,6 +132,8 @@ def _decoder(s: Subject, settled: set[str]) -> str:
         its = 'd["qk_norm_kind"]' if _bare_qk_norm(found) else kind
         attention += f', "qk_norm": {{"kind": {its}, "eps": d["norm_eps"], "bias": {bias}, "over": "{over}", '
         attention += '"after_rotary": d["qk_norm_after_rotary"]}'
+    if "attn_gate.weight" in found:
+        attention += f', "gate": "{_gate(found)}"'
     gated = "gate.weight" in have or "expert.gate.weight" in have
     mlp = f'"gated": {gated}, "activation": d["activation"]'
     mlp += f', "bias": {"up.bias" in have}, "out_bias": {"down.bias" in have}'
@@ -151,6 +153,13 @@ def hf_config(d: Dims) -> dict[str, Any]:
         "head_bias": {"head.bias" in found},
     }})
 '''
+
+
+def _gate(found: Mapping[str, Role]) -> str:
+    """Whether attention's gate has a row for each head or for each channel of what it multiplies, which o reads."""
+    return (
+        "channel" if sorted(found["attn_gate.weight"].group.shape) == sorted(found["o.weight"].group.shape) else "head"
+    )
 
 
 def _one_norm(found: Mapping[str, Role]) -> bool:

@@ -8,11 +8,15 @@ from dataclasses import dataclass, replace
 
 from .names import BIAS, Group, Names, words
 
-INTO = ("q", "k", "v", "qkv", "gate", "up", "gate_up", "router", "shared_gate")
+INTO = ("q", "k", "v", "qkv", "attn_gate", "gate", "up", "gate_up", "router", "shared_gate")
 """Matrices [out, width] as nn.Linear stores them; stored as [width, out] they are turned."""
 OUT_OF = ("o", "down")
 """Matrices [width, in]."""
 MATRICES = (*INTO, *OUT_OF)
+ATTENTION = ("q", "k", "v", "qkv", "o", "attn_gate", "q_norm", "k_norm")
+"""Of attention alone."""
+MLP = ("gate", "up", "gate_up", "down", "router", "selection_bias", "shared_gate")
+"""Of the MLP alone, experts or not."""
 NORMS = ("attn_norm", "mlp_norm", "attn_out_norm", "mlp_out_norm", "final_norm", "embed_norm")
 """Norms over the width."""
 
@@ -103,7 +107,13 @@ def _role(group: Group, sizes: Sizes) -> Role:
     if len(chosen) == 1:
         said = f"name {group.parts[-1]}" + (f" in {group.parts[-2]}" if len(group.parts) > 1 else "")
         return Role(group, chosen[0], where, f"{said}, shape {list(group.shape)}")
-    return Role(group, "", where, f"shape {list(group.shape)}", doubts=tuple(chosen or fits) or ("nothing known",))
+    return Role(
+        group,
+        "",
+        where,
+        f"shape {list(group.shape)}",
+        doubts=tuple(chosen or _other_half_out(group, fits)) or ("nothing known",),
+    )
 
 
 def _where(group: Group) -> str:
@@ -124,9 +134,14 @@ def _by_half(group: Group, named: list[str]) -> list[str]:
     """Of several roles of one name (``proj``, ``gate``), those of the half of the block that it stands in."""
     if len(named) < 2:
         return named
-    attention = {"q", "k", "v", "qkv", "o", "q_norm", "k_norm"}
     half = _half(group)
-    return [r for r in named if not half or (r in attention) is (half == "attention")]
+    return [r for r in named if not half or (r in ATTENTION) is (half == "attention")]
+
+
+def _other_half_out(group: Group, fits: list[str]) -> list[str]:
+    """What a tensor without a known name could be: nothing of the half of the block that it does not stand in."""
+    other = {"attention": MLP, "mlp": ATTENTION}.get(_half(group), ())
+    return [role for role in fits if role not in other]
 
 
 def _by_context(group: Group, fits: list[str]) -> list[str]:
@@ -155,6 +170,8 @@ def _fits(role: str, group: Group, s: Sizes, where: str) -> bool:
         )
     if role == "shared_gate":
         return shape in ((1, width), (1,))
+    if role == "attn_gate" and (_half(group) != "attention" or group.kind == BIAS):
+        return False
     if where and role not in ("gate", "up", "gate_up", "down"):
         return False
     return _is_matrix(role, group, s)
@@ -184,14 +201,16 @@ def _doubled(roles: list[Role]) -> list[Role]:
 
 def _plain_mlp(roles: list[Role]) -> list[Role]:
     """``w1`` and ``w2`` without ``w3`` are the two of an MLP without a gate; ``up`` with twice the columns of ``down``
-    is gate and up in one."""
+    is gate and up in one; ``w3`` beside ``w12`` is the way back."""
     have = {role.key for role in roles}
     found: list[Role] = []
     for role in roles:
         base = f"{role.where}." if role.where else ""
         if role.name == "gate" and f"{base}up.weight" not in have:
             role = replace(role, name="up", because=f"{role.because}; there is no third matrix, so no gate")
-        if role.name in ("up", "gate_up") and f"{base}gate.weight" not in have:
+        if role.name == "up" and f"{base}gate_up.weight" in have and f"{base}down.weight" not in have:
+            role = replace(role, name="down", because=f"{role.because}; gate and up are one matrix, so the way back")
+        elif role.name in ("up", "gate_up") and f"{base}gate.weight" not in have:
             role = _fused(role, next((r for r in roles if r.key == f"{base}down.weight"), None))
         found.append(role)
     return found

@@ -152,6 +152,37 @@ def test_names_and_shapes_that_contradict_each_other_are_doubts() -> None:
     assert roles["layers.{i}.attn.qkv.weight"].name == "qkv"
 
 
+@pytest.mark.parametrize(("rows", "kind"), [(4, "head"), (64, "channel")])
+def test_a_gate_in_the_half_of_attention_is_attentions(rows: int, kind: str, tmp_path: Path) -> None:
+    state = home.lantern()
+    state |= {f"layers.{i}.attn.gate.weight": torch.ones(rows, 64) for i in range(2)}
+    _, made = drafted(tmp_path, state, f"by_{kind}", {})
+
+    assert made.target == "MdlDecoderForCausalLM"
+    assert f'"gate": "{kind}"' in Path(made.arch).read_text()
+    mapping = (tmp_path / f"by_{kind}" / f"by_{kind}" / f"by_{kind}.yaml").read_text()
+    assert "layers.{i}.attn.gate.weight: model.layers.{i}.self_attn.gate_proj.weight" in mapping
+
+
+def test_the_third_matrix_beside_two_in_one_is_the_way_back() -> None:
+    shapes = {"embed.weight": (96, 64), "norm.weight": (64,)}
+    shapes |= {"layers.0.mlp.w12.weight": (320, 64), "layers.0.mlp.w3.weight": (64, 160)}
+    roles = {role.group.pattern: role for role in roles_of(grouped(shapes))}
+
+    assert roles["layers.{i}.mlp.w12.weight"].key == "gate_up.weight"
+    assert roles["layers.{i}.mlp.w3.weight"].key == "down.weight"
+    assert roles["layers.{i}.mlp.w3.weight"].certain
+
+
+def test_what_has_no_known_name_is_not_of_the_other_half() -> None:
+    shapes = {"embed.weight": (96, 64), "layers.0.attn.valve.weight": (4, 64), "layers.0.mlp.valve.weight": (4, 64)}
+    roles = {role.group.pattern: role for role in roles_of(grouped(shapes))}
+
+    assert "attn_gate" in roles["layers.{i}.attn.valve.weight"].doubts
+    assert not {"up", "gate"} & set(roles["layers.{i}.attn.valve.weight"].doubts)
+    assert not {"q", "attn_gate"} & set(roles["layers.{i}.mlp.valve.weight"].doubts)
+
+
 def test_two_of_one_name_are_doubts_and_masks_are_none(tmp_path: Path) -> None:
     state = home.lantern()
     state |= {f"layers.{i}.attn.out_proj.weight": torch.ones(64, 64) for i in range(2)}
