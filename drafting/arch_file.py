@@ -10,8 +10,9 @@ from . import configs
 from .choose import DECODER, OWN, Choice
 from .mapping import Drafted
 from .names import Names
-from .roles import Role, by_key
+from .roles import Role
 from .settings import Setting, asked, found_in, listed, quoted
+from .together import by_key
 
 HEAD = '''"""{title}: how mdl recognises its checkpoints, measures them, and describes them to vLLM.
 

@@ -11,7 +11,8 @@ from typing import Any
 import yaml
 
 from ..errors import usage_error
-from .roles import Role, by_key
+from .roles import Role
+from .together import by_key
 
 DECODER, OWN = "decoder", "own"
 PARTS = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}

@@ -21,8 +21,8 @@ from .arch_file import Subject, arch_text, heads_of, settings_of
 from .choose import choose
 from .mapping import draft_rules, mapping_text, tail
 from .names import Names, grouped
-from .roles import roles_of
 from .settings import Setting
+from .together import roles_of
 
 MOST = 64
 """Combinations that `mdl verify --decide` tries at once (validate/candidates.py)."""

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 
 from .choose import DECODER, OWN, PARTS, Choice, parts_of
 from .names import Group
-from .roles import Role, by_key
+from .roles import Role
+from .together import by_key
 
 SPLIT = {"qkv": "[heads*head_dim, kv_heads*head_dim, kv_heads*head_dim]"}
 BY_HEAD = "deinterleave_qkv: {heads: heads, kv_heads: kv_heads}"

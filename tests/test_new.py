@@ -15,7 +15,7 @@ from mdl.convert.run import convert
 from mdl.drafting.choose import names_of_targets
 from mdl.drafting.draft import Draft, draft
 from mdl.drafting.names import grouped
-from mdl.drafting.roles import roles_of
+from mdl.drafting.together import roles_of
 from mdl.errors import Kind, MdlError
 from mdl.validate.client import Engine
 from mdl.validate.decide import decide_checkpoint
