@@ -156,7 +156,6 @@ def convert(
             mode,
             prepared,
             out,
-            options=options,
             tokenizer=tokenizer,
             max_shard_size=limit,
             force=force,

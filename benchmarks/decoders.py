@@ -68,7 +68,7 @@ def run(seed: int, folder: Path, engine: Engine) -> Row:
     try:
         source, layout = saved(folder / "source", seed), folder / "layout"
         options = Options()
-        convert(prepare(source, options), layout, options=options, tokenizer="none")
+        convert(prepare(source, options), layout, tokenizer="none")
         report = verify(layout, Settings(locate=False), engine=engine)
     except MdlError as error:
         return Row(**blank, failed="; ".join(problem.what for problem in error.problems))

@@ -89,7 +89,7 @@ def run(case_name: str, container: str, folder: Path, engine: Engine) -> Row:
     try:
         path, options = placed(case, container, folder)
         prepared = prepare(path, options)
-        convert(prepared, folder / "out", options=options, tokenizer="none")
+        convert(prepared, folder / "out", tokenizer="none")
         report = verify(folder / "out", engine=engine)
         return Row(**blank, target=report.target, **figures(report), back=comes_back(path, folder / "out"))
     except MdlError as error:

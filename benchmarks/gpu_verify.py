@@ -232,7 +232,7 @@ def prepared_layout(folder: Path, name: str, make: Callable[[Path], Path]) -> Pa
     begin = time.perf_counter()
     raw = make(folder / name / "raw")
     made = time.perf_counter()
-    convert(prepare(raw, Options()), folder / name / "out", options=Options(), tokenizer="none")
+    convert(prepare(raw, Options()), folder / name / "out", tokenizer="none")
     say(f"{name}: made in {made - begin:.1f} s, converted in {time.perf_counter() - made:.1f} s")
     return folder / name / "out"
 

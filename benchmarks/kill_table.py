@@ -130,7 +130,7 @@ WHOLE = ("llama", "gpt2")
 def layout(folder: Path, make: Callable[[Path], Path]) -> Path:
     folder.mkdir()
     options = Options()
-    convert(prepare(make(folder), options), folder / "out", options=options, tokenizer="none")
+    convert(prepare(make(folder), options), folder / "out", tokenizer="none")
     return folder / "out"
 
 

@@ -20,7 +20,9 @@ def read_config_file(path: Path) -> ConfigFile:
         raise usage_error(f"--config {path}: not a kind of file that is read", do=_DO)
     try:
         return ConfigFile(str(path.absolute()), parse_settings(path))
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        raise usage_error(f"--config {path}: {(error.strerror or str(error)).lower()}", do=_DO) from error
+    except ValueError as error:
         raise usage_error(f"--config {path}: {error}", do=_DO) from error
 
 

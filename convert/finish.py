@@ -20,7 +20,7 @@ from .commit import Workplace, flush
 from .config import write_configs
 from .manifest import NAME, Manifest, digest_of, make_manifest
 from .open import Checkpoint
-from .prepare import Options, Prepared
+from .prepare import Prepared
 from .receipts import Written
 from .shards import Entry, Shard, index_json
 from .tokenizer import READY, TokenizerInfo, is_pair, write_tokenizer
@@ -29,10 +29,9 @@ from .values_judged import Allow, judge
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be made: of which checkpoint, as which options say, with which tokenizer."""
+    """What is to be made: of which checkpoint and options, with which tokenizer."""
 
     prepared: Prepared
-    options: Options
     tokenizer: str
     notes: tuple[str, ...]
     allow: Allow
@@ -80,7 +79,7 @@ def finish(
         prepared,
         tensors={entry.name: _facts(shard, entry, one) for shard, entry, one in pairs},
         files={name: _sha256(folder / name) for name in names},
-        options=dataclasses.asdict(request.options),
+        options=dataclasses.asdict(request.prepared.options),
         tokenizer=dataclasses.asdict(info),
         values=values,
         notes=(*request.notes, *place.notes),

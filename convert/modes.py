@@ -9,7 +9,7 @@ from ..errors import usage_error
 from .commit import Say, os_problem
 from .disk_speed import copy_rate
 from .parts import Contributed, Part, convert_part
-from .prepare import Options, Prepared
+from .prepare import Prepared
 from .ray_tasks import ray_writer
 from .run import WORKERS, Converted, convert
 from .values_judged import STRICT, Allow
@@ -33,7 +33,6 @@ def convert_in(
     prepared: Prepared,
     out: Path,
     *,
-    options: Options,
     tokenizer: str | None = None,
     max_shard_size: int,
     force: bool = False,
@@ -52,7 +51,6 @@ def convert_in(
             prepared,
             out,
             mode.part,
-            options=options,
             tokenizer=tokenizer,
             max_shard_size=max_shard_size,
             force=force,
@@ -61,12 +59,11 @@ def convert_in(
             sync=mode.sync,
             progress=progress,
         )
-    writer = ray_writer(prepared, options, max_shard_size, mode.workers, sync=mode.sync) if mode.ray else None
+    writer = ray_writer(prepared, max_shard_size, mode.workers, sync=mode.sync) if mode.ray else None
     rate = _disk_rate(prepared, out, sync=mode.sync) if mode.benchmark else None
     done = convert(
         prepared,
         out,
-        options=options,
         tokenizer=tokenizer,
         max_shard_size=max_shard_size,
         force=force,

@@ -33,7 +33,7 @@ from .commit import (
 )
 from .finish import Request, pair_up, tokenizer_made
 from .locks import claimed, shared
-from .prepare import Options, Prepared
+from .prepare import Prepared
 from .receipts import holds
 from .run import SLACK, WORKERS, Converted, Writer, carry_out, requested, threads
 from .shards import Shard, assign
@@ -90,7 +90,6 @@ def convert_part(
     out: Path,
     part: Part,
     *,
-    options: Options,
     tokenizer: str | None = None,
     max_shard_size: int = 5 * 10**9,
     force: bool = False,
@@ -105,7 +104,7 @@ def convert_part(
     """
     begin, named = time.perf_counter(), str(out)
     out = real_place(out)
-    request = requested(prepared, out, options=options, tokenizer=tokenizer, allow=allow, sync=sync)
+    request = requested(prepared, out, tokenizer=tokenizer, allow=allow, sync=sync)
     writer = threads(prepared, workers, sync=sync)
     with tokenizer_made(request) as beside:
         agreement = agree(prepared, assign(prepared.plan, max_shard_size), beside.digest)

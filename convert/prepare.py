@@ -52,6 +52,7 @@ class Recognised:
     dims: Dims
     mapping: Mapping
     expanded: Expanded
+    options: Options
 
     @property
     def arch(self) -> Arch:
@@ -106,7 +107,7 @@ def recognise(path: Path, options: Options | None = None) -> Recognised:
     said = dims.entries.get("tied") or told  # a family that has its own has read --config already
     dims = dims.having("tied", tied_of(expanded, inventory, said, match.arch, dims))
     refuse_tied(inventory, expanded, tied=bool(dims["tied"]))
-    return Recognised(checkpoint, inventory, match, dims, mapping, expanded)
+    return Recognised(checkpoint, inventory, match, dims, mapping, expanded, options)
 
 
 @collector_paused()
@@ -122,7 +123,7 @@ def prepare(path: Path, options: Options | None = None) -> Prepared:
     plan = make_plan(r.expanded, r.inventory, expected, tied=tied, dtype=options.dtype)
     plan = replace(plan, open=tuple(left_open(r.arch)))
     config["dtype"] = plan.dtype
-    return Prepared(r.checkpoint, r.inventory, r.match, r.dims, r.mapping, r.expanded, config, plan)
+    return Prepared(r.checkpoint, r.inventory, r.match, r.dims, r.mapping, r.expanded, options, config, plan)
 
 
 def _target(arch: Arch, dims: Dims) -> Target:

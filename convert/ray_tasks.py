@@ -52,7 +52,7 @@ class Answer:
     problems: tuple[Problem, ...] = ()
 
 
-def ray_writer(prepared: Prepared, options: Options, max_shard_size: int, workers: int, *, sync: bool) -> Writer:
+def ray_writer(prepared: Prepared, max_shard_size: int, workers: int, *, sync: bool) -> Writer:
     """A writer whose tasks run on the cluster that RAY_ADDRESS names, or on one that is started here.
 
     Raises MdlError (MACHINE) if Ray is not installed or the cluster can't be reached.
@@ -62,7 +62,7 @@ def ray_writer(prepared: Prepared, options: Options, max_shard_size: int, worker
     digest = agree(prepared, assign(prepared.plan, max_shard_size)).digest
 
     def write(shards: Sequence[Shard], work: Path, progress: Progress) -> dict[str, list[Written]]:
-        job = Job(path, options, max_shard_size, digest, str(work.absolute()), workers, sync)
+        job = Job(path, prepared.options, max_shard_size, digest, str(work.absolute()), workers, sync)
         with_cluster = _Cluster(ray)
         try:
             return _run(ray, job, shards, progress)

@@ -13,7 +13,7 @@ from .commit import Say, Terms, Workplace, committed, finished, flush
 from .file_cache import too_large
 from .finish import Beside, Request, choose_tokenizer, finish, tokenizer_made
 from .manifest import Manifest
-from .prepare import Options, Prepared
+from .prepare import Prepared
 from .receipts import Written, holds
 from .shards import Shard, assign
 from .stored import Files
@@ -52,7 +52,6 @@ def convert(
     prepared: Prepared,
     out: Path,
     *,
-    options: Options,
     tokenizer: str | None = None,
     max_shard_size: int = 5 * 10**9,
     force: bool = False,
@@ -71,7 +70,7 @@ def convert(
     written since the last call, from any thread; ``say`` with what a run that fails leaves for the next one.
     """
     begin = time.perf_counter()
-    request = requested(prepared, out, options=options, tokenizer=tokenizer, allow=allow, sync=sync)
+    request = requested(prepared, out, tokenizer=tokenizer, allow=allow, sync=sync)
     writer = writer or threads(prepared, workers, sync=sync)
     with tokenizer_made(request) as beside:
         agreement = agree(prepared, assign(prepared.plan, max_shard_size), beside.digest)
@@ -118,14 +117,12 @@ def threads(prepared: Prepared, workers: int, *, sync: bool) -> Writer:
     return write
 
 
-def requested(
-    prepared: Prepared, out: Path, *, options: Options, tokenizer: str | None, allow: Allow, sync: bool
-) -> Request:
+def requested(prepared: Prepared, out: Path, *, tokenizer: str | None, allow: Allow, sync: bool) -> Request:
     """What is to be made, after everything that can be refused before a byte is written."""
     prepared.plan.refuse()
     _keep_source(prepared.inventory.files, out)
     source, notes = choose_tokenizer(prepared.checkpoint, tokenizer)
-    return Request(prepared, options, source, (*notes, *prepared.inventory.remarks), allow, sync)
+    return Request(prepared, source, (*notes, *prepared.inventory.remarks), allow, sync)
 
 
 def _keep_source(files: tuple[str, ...], out: Path) -> None:

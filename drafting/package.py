@@ -143,7 +143,7 @@ def test_nothing_is_left_to_decide() -> None:
 
 @needs_checkpoint
 def test_vllm_computes_what_the_original_computes(tmp_path: Path) -> None:
-    convert(prepare(CHECKPOINT, OPTIONS), tmp_path / "out", options=OPTIONS, tokenizer="none")
+    convert(prepare(CHECKPOINT, OPTIONS), tmp_path / "out", tokenizer="none")
     assert_parity(tmp_path / "out", arch=OPTIONS.arch, reference=REFERENCE)
 '''
 

@@ -21,7 +21,7 @@ def layout(source: Path, out: Path, **given: str) -> Prepared:
     """Convert, without a tokenizer."""
     options = Options(given=given)
     prepared = prepare(source, options)
-    convert(prepared, out, options=options, tokenizer="none")
+    convert(prepared, out, tokenizer="none")
     return prepared
 
 

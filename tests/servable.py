@@ -64,5 +64,5 @@ def meta(folder: Path, *, ranks: int = 1, by_columns: bool = True, dtype: torch.
 def layout(checkpoint: Path, out: Path, **options: Any) -> Path:
     """Convert, without a tokenizer."""
     chosen = Options(**options)
-    convert(prepare(checkpoint, chosen), out, options=chosen, tokenizer="none")
+    convert(prepare(checkpoint, chosen), out, tokenizer="none")
     return out

@@ -74,7 +74,7 @@ def test_norms_in_float64_are_written_as_they_are_and_cast_if_asked(tmp_path: Pa
     for dtype, wanted in ((None, {"F32", "F64"}), ("float32", {"F32"})):
         out = tmp_path / f"out {dtype}"
         options = Options(dtype=dtype)
-        convert(prepare(path, options), out, options=options, tokenizer="none")
+        convert(prepare(path, options), out, tokenizer="none")
         with (out / "model.safetensors").open("rb") as stream:
             header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
         assert {entry["dtype"] for name, entry in header.items() if name != "__metadata__"} == wanted

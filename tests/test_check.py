@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from mdl.convert.check import check_layout, quick_check, unreadable
 from mdl.convert.manifest import digest_of, read_manifest
-from mdl.convert.prepare import Options, prepare
+from mdl.convert.prepare import prepare
 from mdl.convert.run import convert
 from mdl.errors import MdlError
 
@@ -27,7 +27,7 @@ INDEX = "model.safetensors.index.json"
 @pytest.fixture
 def layout(tied: Path, tmp_path: Path) -> Path:
     """A layout of several files, with a tokenizer's place left empty."""
-    convert(prepare(tied), tmp_path / "out", options=Options(), tokenizer="none", max_shard_size=6000)
+    convert(prepare(tied), tmp_path / "out", tokenizer="none", max_shard_size=6000)
     assert (tmp_path / "out" / FIRST).is_file()
     return tmp_path / "out"
 

@@ -26,7 +26,7 @@ from mdl.convert import commit, locks, write
 from mdl.convert.check import check_layout
 from mdl.convert.locks import lock_path, reading
 from mdl.convert.manifest import read_manifest
-from mdl.convert.prepare import Options, prepare
+from mdl.convert.prepare import prepare
 from mdl.convert.run import convert
 from mdl.errors import Kind, MdlError
 from mdl.validate.ready import ready_layout
@@ -104,7 +104,7 @@ def run(*arguments: object, **more: Any) -> tuple[int, str]:
 
 
 def here(source: Path, out: Path, **more: Any) -> Any:
-    return convert(prepare(source), out, options=Options(), tokenizer="none", **more)
+    return convert(prepare(source), out, tokenizer="none", **more)
 
 
 def refusal(kind: Kind, source: Path, out: Path, **more: Any) -> str:

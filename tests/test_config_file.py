@@ -244,7 +244,7 @@ def test_verify_measures_with_what_was_recorded_or_with_another_file(bare: Path,
     file = written(tmp_path / "a.json", {"n_head": 4, "activation": "gelu", "dropout": 0.0})
     options = Options(arch="nanogpt", config=read_config_file(file))
     out = tmp_path / "out"
-    convert(prepare(bare, options), out, options=options)
+    convert(prepare(bare, options), out)
     file.unlink()  # the manifest holds what it said
     manifest = read_manifest(out)
     assert any("does not read: dropout" in note for note in manifest.notes)

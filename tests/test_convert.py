@@ -28,7 +28,7 @@ from .family import stub_target, write_family
 
 def converted(path: Path, out: Path, *, options: Options | None = None, **more: Any) -> Converted:
     options = options or Options()
-    return convert(prepare(path, options), out, options=options, tokenizer="none", **more)
+    return convert(prepare(path, options), out, tokenizer="none", **more)
 
 
 def refusal(kind: Kind, path: Path, out: Path, **more: Any) -> str:
@@ -231,7 +231,7 @@ def test_a_file_that_shrinks_after_the_plan(tied: Path, tmp_path: Path) -> None:
     tied.write_bytes(tied.read_bytes()[:5000])
 
     with pytest.raises(MdlError, match="the file at 5000"):
-        convert(prepared, tmp_path / "out", options=Options(), tokenizer="none")
+        convert(prepared, tmp_path / "out", tokenizer="none")
     assert names(tmp_path) == ["tied.pt"]
 
 
@@ -376,7 +376,7 @@ def test_the_disk_is_measured_with_the_largest_file(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(modes, "copy_rate", lambda file, beside, sync: measured.append(file) or 5e8)
 
     way = modes.Mode(benchmark=True)
-    done = modes.convert_in(way, prepared, tmp_path / "out", options=Options(), tokenizer="none", max_shard_size=10**9)
+    done = modes.convert_in(way, prepared, tmp_path / "out", tokenizer="none", max_shard_size=10**9)
 
     assert [file.stat().st_size for file in measured] == [largest]
     assert isinstance(done, Converted)

@@ -75,7 +75,7 @@ def same_values(found: Inventory, wanted: dict[str, torch.Tensor]) -> None:
 
 
 def layout(path: Path, out: Path) -> dict[str, torch.Tensor]:
-    convert(prepare(path, Options()), out, options=Options(), tokenizer="none")
+    convert(prepare(path, Options()), out, tokenizer="none")
     return make.saved(out)
 
 

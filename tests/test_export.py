@@ -26,7 +26,7 @@ TRAITS = ("tied", "untied", "no_bias", "half", "compiled_prefix", "llama2c")
 
 def there_and_back(path: Path, tmp_path: Path, options: Options | None = None) -> tuple[Exported, Path]:
     options = options or Options()
-    convert(prepare(path, options), tmp_path / "out", options=options, tokenizer="none")
+    convert(prepare(path, options), tmp_path / "out", tokenizer="none")
     back = tmp_path / ("back" if path.is_dir() else "back.pt")
     return export(tmp_path / "out", back), back
 
@@ -69,7 +69,7 @@ def test_rank_files(trait: str, request: pytest.FixtureRequest, tmp_path: Path) 
 
 def test_a_layout_of_the_export_is_the_same_layout(compiled_prefix: Path, tmp_path: Path) -> None:
     _, back = there_and_back(compiled_prefix, tmp_path)
-    convert(prepare(back), tmp_path / "again", options=Options(), tokenizer="none")
+    convert(prepare(back), tmp_path / "again", tokenizer="none")
 
     make.same(make.saved(tmp_path / "again"), make.saved(tmp_path / "out"))
 
@@ -162,7 +162,7 @@ def test_a_changed_layout_is_refused(tied: Path, tmp_path: Path) -> None:
 
 
 def test_a_disk_that_takes_no_more(tied: Path, tmp_path: Path) -> None:
-    convert(prepare(tied), tmp_path / "out", options=Options(), tokenizer="none")
+    convert(prepare(tied), tmp_path / "out", tokenizer="none")
     (tmp_path / "place").mkdir()
     command = [Path(sys.executable).with_name("mdl"), "export", tmp_path / "out", tmp_path / "place" / "back.pt"]
     limit = (20_000, 20_000)
@@ -181,7 +181,7 @@ def test_a_disk_that_takes_no_more(tied: Path, tmp_path: Path) -> None:
 
 
 def test_two_exports_into_one_file(tied: Path, tmp_path: Path) -> None:
-    convert(prepare(tied), tmp_path / "out", options=Options(), tokenizer="none")
+    convert(prepare(tied), tmp_path / "out", tokenizer="none")
     with claimed(tmp_path / "back.pt"), pytest.raises(MdlError, match="is writing it at this moment") as busy:
         export(tmp_path / "out", tmp_path / "back.pt")
     assert busy.value.kind is Kind.MACHINE
@@ -223,7 +223,7 @@ def test_force_replaces_only_rank_files_that_an_export_wrote(two_ranks: Path, tm
     [("no/such/back.pt", "does not exist"), ("out", "this is a folder"), ("back.safetensors", "torch's own format")],
 )
 def test_a_place_that_is_none_is_told_before_any_work(name: str, says: str, tied: Path, tmp_path: Path) -> None:
-    convert(prepare(tied), tmp_path / "out", options=Options(), tokenizer="none")
+    convert(prepare(tied), tmp_path / "out", tokenizer="none")
     before = sorted(tmp_path.rglob("*"))
 
     assert says in refused(tmp_path / "out", tmp_path / name, force=True)
@@ -238,7 +238,7 @@ def test_shards_come_back_as_one_file_with_all_tensors(tmp_path: Path) -> None:
         file = tmp_path / "sharded" / f"pytorch_model-{k:05d}-of-00002.bin"
         torch.save({name: state[name] for name in part}, file)
     options = Options(given={"n_head": "2", "activation": "gelu"})
-    convert(prepare(tmp_path / "sharded", options), tmp_path / "out", options=options, tokenizer="none")
+    convert(prepare(tmp_path / "sharded", options), tmp_path / "out", tokenizer="none")
 
     done = export(tmp_path / "out", tmp_path / "back.pt")
 

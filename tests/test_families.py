@@ -38,14 +38,14 @@ def test_there_and_back_in_every_container(container: str, tmp_path: Path) -> No
     for how in (WRITTEN, container):
         path, options = placed(CASES["nanogpt, biases, tied"], how, tmp_path / how)
         made[how] = tmp_path / how / "out"
-        convert(prepare(path, options), made[how], options=options, tokenizer="none")
+        convert(prepare(path, options), made[how], tokenizer="none")
         assert comes_back(path, made[how]) == WHOLE
     make.same(make.saved(made[container]), make.saved(made[WRITTEN]))
 
 
 def test_a_round_trip_that_loses_a_bit_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, options = placed(CASES["mingpt, new"], WRITTEN, tmp_path)
-    convert(prepare(path, options), tmp_path / "out", options=options, tokenizer="none")
+    convert(prepare(path, options), tmp_path / "out", tokenizer="none")
     assert comes_back(path, tmp_path / "out") == WHOLE
 
     document = bytearray(path.read_bytes())

@@ -54,7 +54,7 @@ TRAINED: dict[str, tuple[str, dict[str, Any]]] = {
 def merged(source: Path, lora: Path, out: Path, **given: Any) -> Prepared:
     options = Options(merge_lora=str(lora), **given)
     prepared = prepare(source, options)
-    convert(prepared, out, options=options, tokenizer="none")
+    convert(prepared, out, tokenizer="none")
     return prepared
 
 
@@ -316,7 +316,7 @@ def test_the_command_line_says_it_and_refuses(gpt: Path, lora: Path, tmp_path: P
 def test_it_is_bit_for_bit_the_same_in_any_blocks(gpt: Path, lora: Path, tmp_path: Path) -> None:
     merged(gpt, lora, tmp_path / "one")
     options = Options(merge_lora=str(lora))
-    convert(prepare(gpt, options), tmp_path / "two", options=options, tokenizer="none", workers=3, max_shard_size=60000)
+    convert(prepare(gpt, options), tmp_path / "two", tokenizer="none", workers=3, max_shard_size=60000)
 
     make.same(make.saved(tmp_path / "two"), make.saved(tmp_path / "one"))
 

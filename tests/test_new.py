@@ -51,7 +51,7 @@ def planned(checkpoint: Path, made: Draft) -> Any:
 
 
 def layout(checkpoint: Path, made: Draft, out: Path) -> Path:
-    convert(prepare(checkpoint, options_of(made)), out, options=options_of(made), tokenizer="none")
+    convert(prepare(checkpoint, options_of(made)), out, tokenizer="none")
     return out
 
 

@@ -35,7 +35,7 @@ mdl = mdl_fixture
 
 @pytest.fixture
 def layout(tied: Path, tmp_path: Path) -> Path:
-    convert(prepare(tied), tmp_path / "out", options=Options(), tokenizer="none")
+    convert(prepare(tied), tmp_path / "out", tokenizer="none")
     return tmp_path / "out"
 
 

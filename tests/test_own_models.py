@@ -105,11 +105,10 @@ def example(own: Own, tmp_path: Path) -> Path:
     return folder
 
 
-def prepared(folder: Path, arch: Path) -> tuple[Prepared, Options]:
-    options = Options(arch=str(arch))
-    ready = prepare(folder / "ckpt.pt", options)
+def prepared(folder: Path, arch: Path) -> Prepared:
+    ready = prepare(folder / "ckpt.pt", Options(arch=str(arch)))
     ready.plan.refuse()
-    return ready, options
+    return ready
 
 
 @EVERY
@@ -122,11 +121,11 @@ def test_the_draft_answered_is_the_example_s_own_family(own: Own, tmp_path: Path
 
     answered(tmp_path / own.name, own)
 
-    drafted, options = prepared(folder, Path(made.arch))
-    finished, ours = prepared(folder, folder / f"{own.name}.py")
+    drafted = prepared(folder, Path(made.arch))
+    finished = prepared(folder, folder / f"{own.name}.py")
     assert decoder_of(dict(drafted.config)) == decoder_of(dict(finished.config))
-    convert(drafted, tmp_path / "drafted", options=options, tokenizer="none")
-    convert(finished, tmp_path / "finished", options=ours, tokenizer="none")
+    convert(drafted, tmp_path / "drafted", tokenizer="none")
+    convert(finished, tmp_path / "finished", tokenizer="none")
     make.same(make.saved(tmp_path / "drafted"), make.saved(tmp_path / "finished"))
 
 
@@ -147,8 +146,7 @@ def edited(file: Path, changes: dict[str, str]) -> None:
 
 
 def layout(folder: Path, arch: Path, out: Path) -> Path:
-    ready, options = prepared(folder, arch)
-    convert(ready, out, options=options, tokenizer="none")
+    convert(prepared(folder, arch), out, tokenizer="none")
     return out
 
 

@@ -37,7 +37,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What one run makes of it."""
     out = tmp_path_factory.mktemp("whole") / "out"
-    convert(prepare(source), out, options=Options(), tokenizer="none", max_shard_size=SMALL)
+    convert(prepare(source), out, tokenizer="none", max_shard_size=SMALL)
     return out
 
 
@@ -115,7 +115,7 @@ def test_a_layout_that_another_part_makes_at_any_moment_is_no_obstacle(
 def test_a_run_without_parts_ends_what_parts_began(source: Path, whole: Path, place: Path) -> None:
     part(source, place / "out", "2/3")
 
-    done = convert(prepare(source), place / "out", options=Options(), tokenizer="none", max_shard_size=SMALL)
+    done = convert(prepare(source), place / "out", tokenizer="none", max_shard_size=SMALL)
 
     assert len(done.resumed) > 1
     assert names(place) == ["out"]
@@ -145,7 +145,7 @@ def test_where_the_checkpoint_lies_is_no_matter(source: Path, place: Path, monke
 
 
 def test_what_is_there_is_not_replaced_unasked(source: Path, place: Path) -> None:
-    convert(prepare(source), place / "out", options=Options(), tokenizer="none")  # another size of files
+    convert(prepare(source), place / "out", tokenizer="none")  # another size of files
 
     with pytest.raises(MdlError, match="exists already"):
         part(source, place / "out", "1/1")
@@ -156,7 +156,7 @@ def test_a_run_for_all_and_a_part_exclude_each_other(
     source: Path, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with shared(place / "out"), pytest.raises(MdlError, match="is writing it at this moment"):
-        convert(prepare(source), place / "out", options=Options(), tokenizer="none")
+        convert(prepare(source), place / "out", tokenizer="none")
     with locks.claimed(place / "out"), pytest.raises(MdlError, match="has it"), shared(place / "out", 0.2):
         pass
     assert names(place) == []
@@ -302,6 +302,6 @@ def test_without_ray(source: Path, place: Path, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(MdlError, match="not installed") as caught:
-        convert_in(Mode(ray=True), prepare(source), place / "out", options=Options(), max_shard_size=SMALL)
+        convert_in(Mode(ray=True), prepare(source), place / "out", max_shard_size=SMALL)
     assert caught.value.kind is Kind.MACHINE
     assert names(place) == []

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mdl.convert.prepare import Options, prepare
+from mdl.convert.prepare import prepare
 from mdl.convert.run import convert
 from mdl.errors import Kind, MdlError
 from mdl.validate import ready
@@ -18,7 +18,7 @@ from mdl.validate.verify import verify
 
 @pytest.fixture
 def layout(tied: Path, tmp_path: Path) -> Path:
-    convert(prepare(tied), tmp_path / "out", options=Options(), tokenizer="none", max_shard_size=6000)
+    convert(prepare(tied), tmp_path / "out", tokenizer="none", max_shard_size=6000)
     return tmp_path / "out"
 
 

@@ -31,7 +31,7 @@ Facts = dict[str, tuple[int, int]]
 
 
 def here(source: Path, out: Path, **more: Any) -> Converted:
-    return convert(prepare(source), out, options=Options(), tokenizer="none", max_shard_size=SMALL, **more)
+    return convert(prepare(source), out, tokenizer="none", max_shard_size=SMALL, **more)
 
 
 def names(folder: Path) -> list[str]:
@@ -140,9 +140,7 @@ def test_another_conversion_starts_clean(source: Path, place: Path, tmp_path: Pa
         data = bytearray(source.read_bytes())
         data[len(data) // 2 - 100] ^= 1  # beyond the ends that are always hashed, if the file were larger
         other.write_bytes(data)
-    resumed = convert(
-        prepare(other, options), place / "out", options=options, tokenizer="none", max_shard_size=size
-    ).resumed
+    resumed = convert(prepare(other, options), place / "out", tokenizer="none", max_shard_size=size).resumed
 
     assert bool(resumed) is (what == "nothing")
     assert names(place) == ["out"]
@@ -194,7 +192,6 @@ def test_a_source_that_is_cut_while_it_is_read(source: Path, place: Path, tmp_pa
         convert(
             prepared,
             place / "out",
-            options=Options(),
             tokenizer="none",
             progress=lambda _: os.truncate(victim, 20_000),
         )

@@ -163,7 +163,7 @@ WPE = "transformer.wpe.weight"
 
 def converted(path: Path, out: Path, dtype: str | None = None, **more: Any) -> Any:
     options = Options(dtype=dtype)
-    return convert(prepare(path, options), out, options=options, tokenizer="none", **more)
+    return convert(prepare(path, options), out, tokenizer="none", **more)
 
 
 def refused(path: Path, out: Path, dtype: str | None = None, **more: Any) -> tuple[str, ...]:
@@ -248,7 +248,7 @@ def test_a_cast_of_the_mapping_is_watched_too(tmp_path: Path, monkeypatch: pytes
     options = Options(arch=str(write_family(tmp_path / "family", rule)))
 
     with pytest.raises(MdlError) as caught:
-        convert(prepare(tmp_path / "x.pt", options), tmp_path / "out", options=options, tokenizer="none")
+        convert(prepare(tmp_path / "x.pt", options), tmp_path / "out", tokenizer="none")
 
     assert [p.what for p in caught.value.problems] == [
         "w: 1 of 3 values are too large for float32", "w: 1 of 3 values become 0 in float32"

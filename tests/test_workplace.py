@@ -203,7 +203,7 @@ def test_two_last_parts_with_force_make_it_once(source: Path, place: Path, monke
     """Both saw that nothing is missing; while one waits for the lock the other makes the layout."""
     import mdl.convert.parts as parts
 
-    convert(prepare(source), place / "out", options=Options(), tokenizer="none")
+    convert(prepare(source), place / "out", tokenizer="none")
     part(source, place / "out", "1/2", force=True)
     real = parts.carry_out
 

@@ -151,7 +151,7 @@ def check_round_trip(case: Case, folder: Path) -> None:
     made = prepared(case, folder / "torchtune_model_0.pt")
 
     assert (made.arch.name, made.config["tie_word_embeddings"]) == (case.arch, case.tied)
-    convert(made, folder / "out", options=options(case), tokenizer="none")
+    convert(made, folder / "out", tokenizer="none")
     written = make.saved(folder / "out")
     for x, heads in {"q": 4, "k": 2, "v": 0}.items():
         raw = tensors[f"layers.1.attn.{x}_proj.weight"]
@@ -195,7 +195,7 @@ def check_vllm(case: Case, folder: Path, engine: Engine) -> None:
     """vLLM against our forward, by mdl verify."""
     torch.save(state(case), folder / "torchtune_model_0.pt")
     made = prepared(case, folder / "torchtune_model_0.pt")
-    convert(made, folder / "out", options=options(case), tokenizer="none")
+    convert(made, folder / "out", tokenizer="none")
 
     report = verify(folder / "out", engine=engine)
 

@@ -220,7 +220,7 @@ def _rounded(run: _Run) -> ControlRow:
         out = run.scratch / "bfloat16"
         path = run.settings.against or Path(run.manifest.source["path"])
         allow = Allow(nonfinite=True, flush=True)  # whatever it holds, rounding alone must not be found
-        convert(prepare(path, options), out, options=options, tokenizer=source, allow=allow)
+        convert(prepare(path, options), out, tokenizer=source, allow=allow)
         return verify(out, run.settings, engine=run.engine)
 
     return _control(name, description, act)

@@ -69,11 +69,11 @@ def _from_checkpoint(
     say("reading the checkpoint")
     prepared = prepare(path, options)
     prepared.plan.refuse()
-    out = _cache() / f"{path.resolve().name}-{_key(prepared, options, tokenizer)}"
+    out = _cache() / f"{path.resolve().name}-{_key(prepared, tokenizer)}"
     if not (out / NAME).is_file():
         say(f"converting into {out}")
         out.parent.mkdir(parents=True, exist_ok=True)
-        convert(prepared, out, options=options, tokenizer=tokenizer)
+        convert(prepared, out, tokenizer=tokenizer)
     else:
         _check(out, say)
     if not unverified and not green_report(out)[0]:
@@ -89,8 +89,9 @@ def _cache() -> Path:
     return (Path(root) if root else Path.home() / ".cache") / "mdl"
 
 
-def _key(prepared: Prepared, options: Options, tokenizer: str | None) -> str:
+def _key(prepared: Prepared, tokenizer: str | None) -> str:
     """Names the checkpoint's content, what was said of it, and mdl's version, so that none can change unnoticed."""
+    options = prepared.options
     facts = [own_version(), [fingerprint(Path(file)) for file in prepared.inventory.files]]
     values = dict(options.config.values) if options.config else None
     said = [options.arch, dict(options.given), options.weights, options.dtype, tokenizer, *([values] if values else [])]

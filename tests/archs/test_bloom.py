@@ -162,7 +162,7 @@ def test_vllm_s_own_class_is_found_out(tmp_path: Path, engine: Engine) -> None:
     """The reason for a class of ours: under vLLM's own, nothing else changed, the same layout fails."""
     source = blooms.layers(tmp_path / "in", "bloom")
     options = Options(given={"activation": "gelu"})
-    convert(prepare(source, options), tmp_path / "out", options=options, tokenizer="none")
+    convert(prepare(source, options), tmp_path / "out", tokenizer="none")
     checks.is_green(tmp_path / "out", engine)  # as it says of itself
 
     config = json.loads((tmp_path / "out/config.json").read_text())

@@ -51,7 +51,7 @@ def test_composer_s_own_file_has_the_config_in_it(tmp_path: Path) -> None:
 
     options = Options(weights="state/model")
     prepared = prepare(path, options)
-    convert(prepared, tmp_path / "out", options=options, tokenizer="none")
+    convert(prepared, tmp_path / "out", tokenizer="none")
 
     content = "integrations.huggingface.model.config.content."
     assert prepared.dims.entries["clip_qkv"].because == content + "attn_config.clip_qkv"

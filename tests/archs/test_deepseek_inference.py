@@ -109,7 +109,7 @@ def test_float8_in_ranks_is_the_same_as_in_one(tmp_path: Path) -> None:
     said = Options(given={"block": "64"})
     one, two = (deepseeks.saved(tmp_path / f"raw{n}", state, n, inter_dim=128, moe_inter_dim=64) for n in (1, 2))
     for raw, out in ((one, "one"), (two, "two")):
-        convert(prepare(raw, said), tmp_path / out, options=said, tokenizer="none")
+        convert(prepare(raw, said), tmp_path / out, tokenizer="none")
     make.same(make.saved(tmp_path / "two"), make.saved(tmp_path / "one"))
     lost = export(tmp_path / "two", tmp_path / "back").lost
     assert {problem.what.rpartition(": ")[2] for problem in lost if "config" not in problem.what} == {

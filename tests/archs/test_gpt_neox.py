@@ -193,7 +193,7 @@ def test_a_mistake_in_config_json_is_noticed(tmp_path: Path, engine: Engine) -> 
     (tmp_path / "wrong.py").write_text(_WRONG.format(more={"hidden_act": "gelu"}))
     options = Options(arch=str(tmp_path / "wrong.py"))
     source = neox.layers(tmp_path / "in", "fused", 2)
-    convert(prepare(source, options), tmp_path / "out", options=options, tokenizer="none")
+    convert(prepare(source, options), tmp_path / "out", tokenizer="none")
 
     report = verify(tmp_path / "out", Settings(arch=str(tmp_path / "wrong.py"), locate=False), engine=engine)
 

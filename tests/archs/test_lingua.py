@@ -43,7 +43,7 @@ def test_from_the_checkpoint_to_the_layout_and_back(write: Any, tmp_path: Path) 
 
     assert (made.arch.name, made.config["max_position_embeddings"]) == ("lingua", 256)
     assert made.config["rope_parameters"] == {"rope_type": "default", "rope_theta": 10000.0}
-    convert(made, tmp_path / "out", options=Options(), tokenizer="none")
+    convert(made, tmp_path / "out", tokenizer="none")
     make.same(make.saved(tmp_path / "out"), make.llama_of(state, 4, 2))
 
     export(tmp_path / "out", tmp_path / "back.pt")
@@ -54,7 +54,7 @@ def test_a_tied_head_is_the_embeddings_module(tmp_path: Path) -> None:
     made = prepared(lingua(tmp_path / "raw", lingua_tied(), weight_tying=True))
 
     assert made.config["tie_word_embeddings"] is True
-    convert(made, tmp_path / "out", options=Options(), tokenizer="none")
+    convert(made, tmp_path / "out", tokenizer="none")
     make.same(make.saved(tmp_path / "out"), make.llama_of(servable.llama_state(tied=True), 4, 2))
     export(tmp_path / "out", tmp_path / "back.pt")
     make.same(torch.load(tmp_path / "back.pt")["model"], lingua_tied())
@@ -103,7 +103,7 @@ def test_our_forward_is_that_of_llama_on_the_layout(case: str, tmp_path: Path) -
     more = {"rope_theta": 500000.0, "norm_eps": 1e-6} if case == "other constants" else {}
     state = lingua_tied() if case == "tied" else servable.llama_state()
     made = prepared(lingua_consolidated(tmp_path / "raw", state, weight_tying=case == "tied", **more))
-    convert(made, tmp_path / "out", options=Options(), tokenizer="none")
+    convert(made, tmp_path / "out", tokenizer="none")
     llama = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float64).eval()
 
     with torch.no_grad():
@@ -117,7 +117,7 @@ def test_our_forward_is_that_of_llama_on_the_layout(case: str, tmp_path: Path) -
 @pytest.mark.engine
 def test_vllm_computes_the_same(tmp_path: Path, engine: Engine) -> None:
     raw = lingua(tmp_path / "raw", servable.llama_state())
-    convert(prepared(raw), tmp_path / "out", options=Options(), tokenizer="none")
+    convert(prepared(raw), tmp_path / "out", tokenizer="none")
 
     report = verify(tmp_path / "out", engine=engine)
 

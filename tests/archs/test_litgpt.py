@@ -340,7 +340,7 @@ def _wrong(mistake: str, folder: Path) -> Prepared:
     (folder / "wrong.py").write_text(_WRONG.format(more=more))
     options = Options(arch=str(folder / "wrong.py"))
     prepared = prepare(lit.checkpoint(folder / "in", row, old=old), options)
-    convert(prepared, folder / "out", options=options, tokenizer="none")
+    convert(prepared, folder / "out", tokenizer="none")
     return prepared
 
 

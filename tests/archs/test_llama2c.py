@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mdl.convert.prepare import Options, prepare
+from mdl.convert.prepare import prepare
 from mdl.convert.run import convert
 from mdl.mappings.moves import PermuteRope
 
@@ -39,7 +39,7 @@ def test_from_the_file_to_the_layout(llama2c: Path, tmp_path: Path) -> None:
 
     assert prepared.arch.name == "llama2c"
     assert prepared.plan.problems == ()
-    convert(prepared, tmp_path / "out", options=Options(), tokenizer="none")
+    convert(prepared, tmp_path / "out", tokenizer="none")
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert {key: config[key] for key in CONFIG} == CONFIG
     make.same(make.saved(tmp_path / "out"), make.llama_of(make.llama_state(tied=True), 4, 2))
@@ -55,7 +55,7 @@ def test_plain_attention_and_a_head_of_its_own(prefix: str, tied: bool, tmp_path
 
     prepared.plan.refuse()
     assert (prepared.dims["kv_heads"], prepared.config["tie_word_embeddings"]) == (4, tied)
-    convert(prepared, tmp_path / "out", options=Options(), tokenizer="none")
+    convert(prepared, tmp_path / "out", tokenizer="none")
     make.same(make.saved(tmp_path / "out"), make.llama_of(state, 4, 4))
 
 

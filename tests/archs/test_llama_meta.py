@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mdl.convert.prepare import Options, prepare
+from mdl.convert.prepare import prepare
 from mdl.convert.run import convert
 
 from .. import checkpoints as make
@@ -23,7 +23,7 @@ def test_from_the_rank_files_to_the_layout(two_ranks: Path, tmp_path: Path) -> N
     assert prepared.plan.problems == ()
     assert prepared.dims["embedding_by_columns"] is True
     assert [step.reason for step in prepared.plan.steps if step.kind == "drop"] == ["recomputed from rope_theta"]
-    convert(prepared, tmp_path / "out", options=Options(), tokenizer="none")
+    convert(prepared, tmp_path / "out", tokenizer="none")
     config = json.loads((tmp_path / "out/config.json").read_text())
     sizes = {key: config[key] for key in ("vocab_size", "hidden_size", "intermediate_size", "num_key_value_heads")}
     assert sizes == {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_key_value_heads": 2}

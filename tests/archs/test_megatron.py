@@ -252,7 +252,7 @@ def test_pairs_that_are_taken_for_halves_are_noticed(tmp_path: Path, engine: Eng
     shutil.copy(mapping_path(load_arch("megatron")), tmp_path / "wrong.yaml")
     options = Options(arch=str(tmp_path / "wrong.py"), given={"rotary_interleaved": "false"})
     source = megatron.grid(tmp_path / "in", "llama_pairs", ranks=2)
-    convert(prepare(source, options), tmp_path / "out", options=options, tokenizer="none")
+    convert(prepare(source, options), tmp_path / "out", tokenizer="none")
 
     report = verify(tmp_path / "out", Settings(arch=str(tmp_path / "wrong.py"), locate=False), engine=engine)
 

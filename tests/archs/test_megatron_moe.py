@@ -279,7 +279,7 @@ def test_a_wrong_mixture_fails(tmp_path: Path, engine: Engine) -> None:
     (tmp_path / "wrong.yaml").write_text(mapping_path(load_arch("megatron_moe")).read_text())
     options = Options(arch=str(tmp_path / "wrong.py"))
     source = megatron_moe.grid(tmp_path / "in", "qwen3_moe", cut=(1, 1, 2))
-    convert(prepare(source, options), tmp_path / "out", options=options, tokenizer="none")
+    convert(prepare(source, options), tmp_path / "out", tokenizer="none")
 
     report = verify(tmp_path / "out", Settings(arch=str(tmp_path / "wrong.py"), locate=False), engine=engine)
 

@@ -44,7 +44,7 @@ def test_from_the_release_to_the_layout_and_back(safetensors: bool, tmp_path: Pa
 
     prepared.plan.refuse()
     assert prepared.arch.name == "mistral_inference"
-    convert(prepared, tmp_path / "out", options=Options(), tokenizer="none")
+    convert(prepared, tmp_path / "out", tokenizer="none")
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert (config["architectures"], config["head_dim"], config["sliding_window"]) == (["MistralForCausalLM"], 32, 16)
     assert config["rope_parameters"] == {"rope_type": "default", "rope_theta": 10000.0}
@@ -142,7 +142,7 @@ def test_a_window_that_is_left_out_shows(tmp_path: Path) -> None:
 def test_vllm_computes_the_same(tmp_path: Path, engine: Engine) -> None:
     """A window of 48 in a context of 256: the long sequences of verify go beyond it."""
     raw = mistral.release(tmp_path / "raw", sliding_window=48)
-    convert(prepare(raw), tmp_path / "out", options=Options(), tokenizer="none")
+    convert(prepare(raw), tmp_path / "out", tokenizer="none")
 
     report = verify(tmp_path / "out", engine=engine)
 

@@ -41,7 +41,7 @@ def test_experts_one_by_one(tmp_path: Path) -> None:
 
     prepared.plan.refuse()
     assert (prepared.arch.name, prepared.dims["stacked"]) == ("mixtral", False)
-    convert(prepared, tmp_path / "out", options=Options(), tokenizer="none")
+    convert(prepared, tmp_path / "out", tokenizer="none")
     config = json.loads((tmp_path / "out/config.json").read_text())
     sizes = {key: config[key] for key in ("num_local_experts", "num_experts_per_tok", "head_dim", "sliding_window")}
     assert sizes == {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 32, "sliding_window": None}
@@ -59,7 +59,7 @@ def test_experts_below_one_another(files: int, tmp_path: Path) -> None:
 
     prepared.plan.refuse()
     assert (prepared.arch.name, prepared.dims["stacked"], prepared.inventory.ranks) == ("mixtral", True, files)
-    convert(prepared, tmp_path / "out", options=Options(), tokenizer="none")
+    convert(prepared, tmp_path / "out", tokenizer="none")
     make.same(make.saved(tmp_path / "out"), mistral.target_of(mistral.state(moe=mistral.MOE)))
 
     back = export(tmp_path / "out", tmp_path / ("back.pt" if files == 1 else "back"))
@@ -121,7 +121,7 @@ def test_our_forward_is_that_of_mistral_inference(tmp_path: Path) -> None:
 def test_vllm_computes_the_same(tmp_path: Path, engine: Engine) -> None:
     raw = mistral.stacked(tmp_path / "raw")
     options = Options(given=STACKED)
-    convert(prepare(raw, options), tmp_path / "out", options=options, tokenizer="none")
+    convert(prepare(raw, options), tmp_path / "out", tokenizer="none")
 
     report = verify(tmp_path / "out", engine=engine)
 

@@ -283,7 +283,7 @@ def test_the_tokenizer_of_the_base_folder_is_found(tmp_path: Path) -> None:
 
     prepared = prepare(folder)
     assert prepared.checkpoint.tokenizers == (str(tmp_path / "cache" / "tokenizer" / "tokenizer.pkl"),)
-    convert(prepared, tmp_path / "out", options=Options())
+    convert(prepared, tmp_path / "out")
     said = (tmp_path / "out" / "mdl.json").read_text()
     assert "tokenizer: tokenizer.pkl, found in ../../tokenizer" in said
     generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mdl.convert.prepare import Options, prepare
+from mdl.convert.prepare import prepare
 from mdl.convert.run import convert
 from mdl.errors import MdlError
 from mdl.validate.client import Engine
@@ -44,7 +44,7 @@ def test_from_the_file_to_the_layout(compiled_prefix: Path, tmp_path: Path) -> N
     assert prepared.inventory.prefixes == ("_orig_mod.",)
     assert (prepared.dims["layers"], prepared.dims["heads"], prepared.dims["tied"]) == (2, 2, True)
     assert prepared.plan.problems == ()
-    convert(prepared, tmp_path / "out", options=Options(), tokenizer="none")
+    convert(prepared, tmp_path / "out", tokenizer="none")
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert {key: config[key] for key in CONFIG} == CONFIG
     make.same(make.saved(tmp_path / "out"), make.gpt2_of(make.nanogpt_state()))

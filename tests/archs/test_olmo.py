@@ -132,7 +132,7 @@ def test_value_and_gate_in_the_wrong_order_show(tmp_path: Path) -> None:
     )
     source = olmo.old(tmp_path / "x", "olmo2") / "model.pt"
     options = Options(arch=str(tmp_path / "wrong.py"))
-    convert(prepare(source, options), tmp_path / "out", options=options, tokenizer="none")
+    convert(prepare(source, options), tmp_path / "out", tokenizer="none")
 
     assert nmse(by_transformers(tmp_path / "out"), exact(prepare(source))) > 1e-2
 

@@ -80,7 +80,7 @@ def test_from_the_folder_to_the_layout_and_back(name: str, tmp_path: Path) -> No
     assert made.arch.name == "torchtitan"
     assert (made.dims["heads"], made.dims["kv_heads"], made.dims["context"]) == (4, 2, CONTEXT)
     assert made.config["rope_parameters"]["rope_type"] == ("llama3" if case(name).scaled else "default")
-    convert(made, tmp_path / "out", options=options(name), tokenizer="none")
+    convert(made, tmp_path / "out", tokenizer="none")
     make.same(make.saved(tmp_path / "out"), make.llama_of(servable.llama_state(tied="tied" in name), 4, 2))
 
     export(tmp_path / "out", tmp_path / "back.pt")
@@ -160,7 +160,7 @@ def test_our_forward_is_that_of_torchtitan(name: str, tmp_path: Path) -> None:
 @pytest.mark.engine
 def test_vllm_computes_the_same(tmp_path: Path, engine: Engine) -> None:
     made = prepared("fused", titan(tmp_path / "step-10", case("fused").state))
-    convert(made, tmp_path / "out", options=options("fused"), tokenizer="none")
+    convert(made, tmp_path / "out", tokenizer="none")
 
     report = verify(tmp_path / "out", engine=engine)
 

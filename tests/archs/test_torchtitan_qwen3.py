@@ -59,7 +59,7 @@ def test_from_the_folder_to_the_layout_and_back(name: str, tmp_path: Path) -> No
     assert (made.arch.name, made.config["tie_word_embeddings"]) == ("torchtitan_qwen3", name == "v0.3, tied")
     assert (made.dims["heads"], made.dims["kv_heads"], made.dims["head_dim"]) == (4, 2, 64)
     assert made.dims.entries["heads"].because == "256 columns of wo / 64 channels of q_norm"
-    convert(made, tmp_path / "out", options=GIVEN, tokenizer="none")
+    convert(made, tmp_path / "out", tokenizer="none")
     written = make.saved(tmp_path / "out")
     for x in "qkv":
         raw = plain[f"layers.1.attention.qkv_linear.w{x}.weight"]
@@ -94,7 +94,7 @@ def test_our_forward_is_that_of_qwen3_on_the_layout(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     torch.save(case("fused"), tmp_path / "x.pt")
     made = prepared(tmp_path / "x.pt")
-    convert(made, tmp_path / "out", options=GIVEN, tokenizer="none")
+    convert(made, tmp_path / "out", tokenizer="none")
     model = transformers.Qwen3ForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
 
     with torch.no_grad():
@@ -106,7 +106,7 @@ def test_our_forward_is_that_of_qwen3_on_the_layout(tmp_path: Path) -> None:
 @pytest.mark.engine
 def test_vllm_computes_the_same(tmp_path: Path, engine: Engine) -> None:
     made = prepared(titan(tmp_path / "step-10", case("fused")))
-    convert(made, tmp_path / "out", options=GIVEN, tokenizer="none")
+    convert(made, tmp_path / "out", tokenizer="none")
 
     report = verify(tmp_path / "out", engine=engine)
 

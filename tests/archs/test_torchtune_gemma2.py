@@ -14,7 +14,7 @@ from mdl.errors import MdlError
 from mdl.views import show_plan
 
 from ..converted import nmse
-from ..torchtune_cases import CASES, IDS, eager_logits, options, prepared, state
+from ..torchtune_cases import CASES, IDS, eager_logits, prepared, state
 
 CASE = CASES["gemma2"]
 
@@ -55,7 +55,7 @@ def test_our_forward_is_that_of_gemma_2_on_the_layout(tmp_path: Path) -> None:
     torch.save(tensors, tmp_path / "x.pt")
     caps = {"attention_softcap": "3", "logit_softcap": "2"}  # low enough to show
     made = prepared(CASE, tmp_path / "x.pt", **caps)
-    convert(made, tmp_path / "out", options=options(CASE, **caps), tokenizer="none")
+    convert(made, tmp_path / "out", tokenizer="none")
     load = transformers.Gemma2ForCausalLM.from_pretrained
     model = load(tmp_path / "out", dtype=torch.float32, attn_implementation="eager").eval()
 

@@ -13,7 +13,7 @@ from mdl.convert.run import convert
 from mdl.errors import MdlError
 
 from ..converted import nmse
-from ..torchtune_cases import CASES, IDS, eager_logits, options, prepared, state
+from ..torchtune_cases import CASES, IDS, eager_logits, prepared, state
 
 
 def test_what_no_tensor_tells_is_asked_for(tmp_path: Path) -> None:
@@ -31,7 +31,7 @@ def test_our_forward_is_that_of_qwen3_on_the_layout(name: str, tmp_path: Path) -
     tensors = state(CASES[name])
     torch.save(tensors, tmp_path / "x.pt")
     made = prepared(CASES[name], tmp_path / "x.pt")
-    convert(made, tmp_path / "out", options=options(CASES[name]), tokenizer="none")
+    convert(made, tmp_path / "out", tokenizer="none")
     model = transformers.Qwen3ForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
 
     with torch.no_grad():
