@@ -288,4 +288,4 @@ CONTAINERS: dict[str, Callable[[Content, Path], Path]] = {
 
 
 if __name__ == "__main__":
-    torch.multiprocessing.spawn(_rank, tuple(sys.argv[1:]), 2)  # type: ignore[no-untyped-call]
+    torch.multiprocessing.start_processes(_rank, tuple(sys.argv[1:]), 2, start_method="fork")  # type: ignore[no-untyped-call]

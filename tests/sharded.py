@@ -86,4 +86,5 @@ def write_family(folder: str, processes: int, family: str) -> None:
 
 
 if __name__ == "__main__":
-    torch.multiprocessing.spawn(write, (sys.argv[1], int(sys.argv[2])), int(sys.argv[2]))  # type: ignore[no-untyped-call]
+    folder, processes = sys.argv[1], int(sys.argv[2])
+    torch.multiprocessing.start_processes(write, (folder, processes), processes, start_method="fork")  # type: ignore[no-untyped-call]

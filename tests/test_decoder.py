@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -240,26 +239,23 @@ def test_vllm_computes_what_the_twin_does(seed: int, tmp_path: Path, engine: Eng
     assert report.ok, [f"{check.name}: {check.measured} {check.detail}" for check in report.checks]
 
 
-def _theta(config: dict[str, Any]) -> None:
-    config["positions"]["sliding_theta"] *= 1.1  # all layers of this one have a window
-
-
-CHANGES: dict[str, Callable[[dict[str, Any]], None]] = {"another base": _theta}
-
-
 @pytest.mark.engine
-@pytest.mark.parametrize("case", list(CHANGES))
-def test_a_config_that_says_something_else_fails(case: str, tmp_path: Path, engine: Engine) -> None:
-    """The layout's config.json is changed behind mdl's back: hashes and logits tell."""
-    out = converted(tmp_path, 34)
+def test_a_config_that_says_something_else_fails(tmp_path: Path, engine: Engine) -> None:
+    """The layout's config.json is changed behind mdl's back: hashes and logits tell, and where it begins is found,
+    with values beside hidden states that look like a residual."""
+    out = converted(tmp_path, 60)
     config = json.loads((out / "config.json").read_text(encoding="utf-8"))
-    CHANGES[case](config)
+    assert config["num_key_value_heads"] * config["head_dim"] == config["hidden_size"]
+    config["positions"]["theta"] *= 1.1
     (out / "config.json").write_text(json.dumps(config), encoding="utf-8")
 
-    report = verify(out, Settings(locate=False), engine=engine)
+    report = verify(out, Settings(), engine=engine)
 
     failed = {check.name for check in report.checks if check.ok is False}
     assert {"layout", "prefill"} <= failed
+    assert report.located is not None
+    assert report.located.module == "model.layers.0.self_attn"
+    assert 1e-4 < report.located.local_error < 1
 
 
 def test_config_of_writes_what_was_said_and_no_more() -> None:

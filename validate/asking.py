@@ -94,7 +94,7 @@ def moved(unit: Unit, outs: list[torch.Tensor]) -> torch.Tensor:
     whole = torch.cat(outs, -1)
     if unit.moves is None:
         return whole
-    parts = [whole[:, torch.from_numpy(m.rows)] * torch.from_numpy(m.factors) for m in unit.moves]
+    parts = [whole[:, torch.tensor(m.rows)] * torch.tensor(m.factors) for m in unit.moves]
     return torch.cat(parts, -1)
 
 

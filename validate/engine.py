@@ -12,7 +12,6 @@ import gc
 import json
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
@@ -46,12 +45,11 @@ from .adapt import (
     version,
 )
 from .capture import Capture
+from .causes import causes, left
 from .coverage import Audit
 from .probe import Probe, interrogate
 
 LOADER = "mdl_audited"
-CAUSE = "MDL_CAUSE"
-"""The environment variable that names the file where a worker leaves what stopped it."""
 ROWS = 64
 """Rows of logits in memory at once: 64 × 128k × 4 bytes = 33 MB."""
 
@@ -69,13 +67,9 @@ class AuditedLoader(DefaultModelLoader):
         self._audit: Audit | None = None
 
     def load_model(self, *args: Any, **kwargs: Any) -> Any:
-        """The model. What stops a worker is left for :func:`causes`: vLLM itself only says that one has failed."""
-        try:
+        """The model; what stops it, in a worker, reaches :func:`~.causes.causes`."""
+        with left():
             return super().load_model(*args, **kwargs)
-        except Exception as error:
-            if CAUSE in os.environ:
-                Path(os.environ[CAUSE]).write_text(f"{type(error).__name__}: {error}", encoding="utf-8")
-            raise
 
     def get_all_weights(self, model_config: Any, model: Any) -> Generator[tuple[str, torch.Tensor]]:
         """The stored tensors, each one followed."""
@@ -127,26 +121,6 @@ def timed(seconds: dict[str, float], name: str) -> Generator[None]:
         yield
     finally:
         seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
-
-
-class WorkerError(Exception):
-    """What ended a worker, with the type that it had there."""
-
-
-@contextmanager
-def causes() -> Generator[None]:
-    """What a worker left as the reason of its end is raised in place of vLLM's remark that there was one."""
-    with tempfile.NamedTemporaryFile(prefix="mdl-cause-") as left:
-        os.environ[CAUSE] = left.name
-        try:
-            yield
-        except Exception as error:
-            cause = Path(left.name).read_text(encoding="utf-8")
-            if "root cause" not in str(error) or not cause:
-                raise
-            raise WorkerError(cause) from error
-        finally:
-            del os.environ[CAUSE]
 
 
 def engine_arguments(request: dict[str, Any]) -> dict[str, Any]:

@@ -151,13 +151,18 @@ class Probe:
             return
         place = self._mdl_places[key]
         answer = outs[0][:rows].float()
-        if not place.slices and len(outs) == 2 and outs[1].shape == outs[0].shape:
+        if not place.slices and len(outs) == 2 and outs[1].shape == outs[0].shape and not alone(module):
             answer = answer + outs[1][:rows].float()
         if place.slices and len(outs) == 2 and outs[1].shape == outs[0].shape[-1:]:
             answer = answer + outs[1].float()
         if any(place.slices.values()):
             answer = torch.cat([answer[:, slice(*s)] for s in filter(None, place.slices.values())], -1)
         self._mdl_answers[key] = answer.cpu().clone()
+
+
+def alone(module: torch.nn.Module) -> bool:
+    """Whether what a module takes and gives beside hidden states is no residual: mdl's own classes say so."""
+    return bool(getattr(module, "mdl_alone", False))
 
 
 def _read(path: str) -> dict[str, torch.Tensor]:
@@ -182,7 +187,8 @@ def _feed(
             fed = value.clone()
             fed[: len(given)] = given.to(value.device, value.dtype)
             return fed
-        return torch.zeros_like(value) if first is not None and value.shape == first.shape else value
+        residual = first is not None and value.shape == first.shape and not alone(module)
+        return torch.zeros_like(value) if residual else value
 
     swapped = tuple(swap(value) for value in args)
     return swapped, {name: swap(value) for name, value in kwargs.items()}

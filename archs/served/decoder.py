@@ -29,8 +29,8 @@ from vllm.model_executor.models.utils import (
 )
 from vllm.sequence import IntermediateTensors
 
-from ...errors import input_error
 from ..decoder.schema import Decoder, decoder_of
+from ..decoder.split import refuse_stages
 from ..decoder.tensors import norms_of
 from .decoder_layers import DecoderAttention, DecoderExperts, DecoderMlp, norm_layer
 from .decoder_recurrent import mixer_layer
@@ -70,6 +70,8 @@ class LookBack(nn.Module):
 
 class DecoderLayer(nn.Module):
     """Attention, or a recurrence in its place, and MLP, joined to the stream as the config says."""
+
+    mdl_alone = True  # the values beside hidden states are no residual, and validate/probe.py is not to add them up
 
     def __init__(self, d: Decoder, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
@@ -129,7 +131,7 @@ class MdlDecoderModel(nn.Module):
         super().__init__()
         d = self.d = decoder_of(vllm_config.model_config.hf_config.to_dict())
         cache, stage = vllm_config.cache_config, get_pp_group()
-        _check_stages(d, stage.world_size)
+        refuse_stages(d, [get_pp_indices(d.num_hidden_layers, i, stage.world_size) for i in range(stage.world_size)])
         self._plain(d)
         self.embed_tokens: nn.Module = PPMissingLayer()
         if stage.is_first_rank or (d.tie_word_embeddings and stage.is_last_rank):
@@ -245,19 +247,6 @@ class MdlDecoderModel(nn.Module):
         if self.norms_embedding:
             x = self.embed_norm(x)
         return self.look_back(positions, x) if self.looks_back else x
-
-
-def _check_stages(d: Decoder, stages: int) -> None:
-    if stages > 1 and d.attention.value_residual:
-        what = "attention.value_residual: the first layer's values do not reach other pipeline stages"
-        raise input_error(what, do="serve it with --pipeline-parallel-size 1")
-    spans = [get_pp_indices(d.num_hidden_layers, stage, stages) for stage in range(stages)]
-    kinds = [{d.recurrent(layer) for layer in range(*span)} for span in spans]
-    if any(kind != kinds[0] for kind in kinds):  # vLLM's assertion would be "Workers disagree on … cache layouts"
-        layers = ", ".join(f"{first} to {end - 1}" for first, end in spans)
-        what = f"recurrence.layers: stages of layers {layers} do not each have both attention and recurrences"
-        do = "serve it with --pipeline-parallel-size 1, or move the cuts by VLLM_PP_LAYER_PARTITION"
-        raise input_error(what, do=do)
 
 
 class MdlDecoderForCausalLM(nn.Module, SupportsPP):

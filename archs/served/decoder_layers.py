@@ -23,8 +23,8 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.layers.rotary_embedding import get_rope
 
-from ...errors import input_error
 from ..decoder.schema import Decoder, Mlp, Moe
+from ..decoder.split import refuse_ranks
 from ..decoder.tables import NormKind
 from ..eager.bloom import slopes
 
@@ -49,6 +49,8 @@ def norm_layer(norm: NormKind, size: int) -> nn.Module:
 class DecoderAttention(nn.Module):
     """Causal attention of one layer; this rank's heads of it."""
 
+    mdl_alone = True  # as in DecoderLayer
+
     def __init__(
         self, d: Decoder, layer: int, cache: CacheConfig | None, quant: QuantizationConfig | None, prefix: str
     ) -> None:
@@ -57,7 +59,7 @@ class DecoderAttention(nn.Module):
         self._plain(d, layer)
         tp, rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
         heads, keys = d.num_attention_heads, d.num_key_value_heads
-        _check_split(d, tp)
+        refuse_ranks(d, tp)
         self.heads, self.keys = heads // tp, max(1, keys // tp)
         self.first_key = rank * keys // tp
         self.qkv_proj = QKVParallelLinear(
@@ -155,14 +157,6 @@ class DecoderAttention(nn.Module):
         return layer(tensor_model_parallel_all_gather(x.contiguous())).chunk(tp, dim=-1)[
             get_tensor_model_parallel_rank()
         ]
-
-
-def _check_split(d: Decoder, tp: int) -> None:
-    heads, keys = d.num_attention_heads, d.num_key_value_heads
-    whole = bool(d.attention.qk_norm and d.attention.qk_norm.over == "all")
-    if heads % tp or (keys % tp and (tp % keys or whole)):
-        what = f"{heads} heads and {keys} key heads can't be split over {tp} ranks"
-        raise input_error(what, do="use a --tensor-parallel-size that divides both")
 
 
 def _rope(d: Decoder, layer: int) -> nn.Module | None:
