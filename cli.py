@@ -41,6 +41,7 @@ from .options import (
     TokenizerOption,
     WeightsOption,
     WorkersOption,
+    part_of,
     said,
 )
 from .watched import watched
@@ -142,13 +143,12 @@ def convert(
     state.json = json
     from . import views
     from .convert.modes import Mode, convert_in
-    from .convert.parts import parse_part
     from .convert.prepare import prepare
     from .convert.shards import parse_size
     from .convert.values_judged import Allow
 
     limit = parse_size(max_shard_size)
-    mode = Mode(workers, fsync, parse_part(part) if part else None, ray, benchmark)
+    mode = Mode(workers, fsync, part_of(part), ray, benchmark)
     options = said(arch, set_, weights, dtype, config, merge_lora)
     prepared = prepare(checkpoint, options)
     with render.byte_progress("converting", prepared.plan.nbytes, quiet=state.quiet or json) as progress:

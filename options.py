@@ -10,6 +10,7 @@ import typer
 from .errors import usage_error
 
 if TYPE_CHECKING:
+    from .convert.parts import Part
     from .convert.prepare import Options
 
 Checkpoint = Annotated[Path, typer.Argument(help="Checkpoint: a .pt/.pth/.bin/.safetensors file or a folder.")]
@@ -96,3 +97,12 @@ def said(
     read = read_config_file(config) if config else None
     merged = str(merge_lora.absolute()) if merge_lora else None
     return Options(arch, {name: value for name, _, value in pairs}, weights, dtype, read, merged)
+
+
+def part_of(text: str | None) -> Part | None:
+    """What --part said. Raises MdlError (USAGE) for what is no part."""
+    if text is None:
+        return None
+    from .convert.parts import parse_part
+
+    return parse_part(text)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import sys
+import threading
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from pathlib import Path
@@ -165,10 +167,17 @@ def say(sentence: str) -> None:
     (_live or err()).print(Text(sentence))
 
 
+def _load_rich() -> None:
+    for name in ("rich.console", "rich.table", "rich._emoji_codes"):
+        importlib.import_module(name)
+
+
 @contextmanager
 def byte_progress(title: str, total: int, *, quiet: bool) -> Generator[Callable[[int], None]]:
     """A progress bar with bytes, rate and time left, on a terminal's stderr only."""
     if quiet or not sys.stderr.isatty():
+        if not quiet:  # the answer is printed by what takes a tenth of a second to import: meanwhile
+            threading.Thread(target=_load_rich, daemon=True).start()
         yield lambda _: None
         return
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn

@@ -158,9 +158,9 @@ def _named_again(c: Converted) -> str:
 
 def show_converted(c: Converted | Contributed) -> None:
     """The summary of `mdl convert`."""
-    from .convert.parts import Contributed
+    from .convert.run import Converted
 
-    if isinstance(c, Contributed):
+    if not isinstance(c, Converted):
         _show_contributed(c)
         return
     rate = render.size(c.copied / max(c.seconds, 1e-9))

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import usage_error
 from .commit import Say, os_problem
 from .disk_speed import copy_rate
-from .parts import Contributed, Part, convert_part
 from .prepare import Prepared
-from .ray_tasks import ray_writer
 from .run import WORKERS, Converted, convert
 from .values_judged import STRICT, Allow
 from .write import Progress
+
+if TYPE_CHECKING:
+    from .parts import Contributed, Part
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ def convert_in(
     if mode.part is not None:
         if mode.ray or mode.benchmark:
             raise usage_error(f"--part does not go with --{'ray' if mode.ray else 'benchmark'}", do="choose one")
+        from .parts import convert_part
+
         return convert_part(
             prepared,
             out,
@@ -59,7 +63,11 @@ def convert_in(
             sync=mode.sync,
             progress=progress,
         )
-    writer = ray_writer(prepared, max_shard_size, mode.workers, sync=mode.sync) if mode.ray else None
+    writer = None
+    if mode.ray:
+        from .ray_tasks import ray_writer
+
+        writer = ray_writer(prepared, max_shard_size, mode.workers, sync=mode.sync)
     rate = _disk_rate(prepared, out, sync=mode.sync) if mode.benchmark else None
     done = convert(
         prepared,

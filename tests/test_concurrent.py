@@ -48,7 +48,7 @@ def pause(_):
     while not (flags / "go").exists():
         time.sleep(0.01)
 
-convert(prepare(source), out, options=Options(), tokenizer="none", force=force, progress=pause)
+convert(prepare(source), out, tokenizer="none", force=force, progress=pause)
 """
 READING = """
 import sys, time

@@ -33,7 +33,7 @@ from mdl.convert.prepare import Options, prepare
 from mdl.convert.run import convert
 
 options = Options(dtype=sys.argv[3] or None)
-written = convert(prepare(Path(sys.argv[1]), options), Path(sys.argv[2]), options=options, tokenizer="none")
+written = convert(prepare(Path(sys.argv[1]), options), Path(sys.argv[2]), tokenizer="none")
 done.set()
 heavy = [name for name in ("torch", "transformers", "vllm") if name in sys.modules]
 print(json.dumps({"peak_kib": max(peak[0], anonymous()), "nbytes": written.nbytes, "heavy": heavy}))

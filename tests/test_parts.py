@@ -48,8 +48,9 @@ def place(tmp_path: Path) -> Path:
 
 
 def part(source: Path, out: Path, text: str, **more: Any) -> Converted | Contributed:
-    arguments: dict[str, Any] = {"options": Options(), "tokenizer": "none", "max_shard_size": SMALL, **more}
-    return convert_part(prepare(source, arguments["options"]), out, parse_part(text), **arguments)
+    arguments: dict[str, Any] = {"tokenizer": "none", "max_shard_size": SMALL, **more}
+    options = arguments.pop("options", Options())
+    return convert_part(prepare(source, options), out, parse_part(text), **arguments)
 
 
 def test_the_last_makes_the_layout(source: Path, whole: Path, place: Path) -> None:
@@ -225,7 +226,6 @@ cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
 cluster.add_node(num_cpus=1)
 os.environ["RAY_ADDRESS"] = cluster.address
 source, out, how = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-options = Options()
 if how == "dies":
     import mdl.convert.ray_tasks as tasks
 
@@ -241,9 +241,9 @@ if how == "dies":
     tasks.write_one = mortal
 prepared = prepare(source)
 if how == "changes":  # after the workers were told what to agree on
-    import mdl.convert.modes as modes
+    import mdl.convert.ray_tasks as tasks
 
-    real = modes.ray_writer
+    real = tasks.ray_writer
 
     def late(*given, **more):
         writer = real(*given, **more)
@@ -252,9 +252,9 @@ if how == "changes":  # after the workers were told what to agree on
         source.write_bytes(data)
         return writer
 
-    modes.ray_writer = late
+    tasks.ray_writer = late
 try:
-    done = convert_in(Mode(ray=True), prepared, out, options=options, tokenizer="none", max_shard_size=20_000)
+    done = convert_in(Mode(ray=True), prepared, out, tokenizer="none", max_shard_size=20_000)
     print(json.dumps({"files": len(done.files)}))
 except Exception as error:
     print(json.dumps({"error": str(error)}))

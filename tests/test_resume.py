@@ -268,7 +268,7 @@ prepared = prepare(source)
 
 
 def run(workers):
-    convert(prepared, out, options=Options(), tokenizer="none", max_shard_size=20_000, workers=workers)
+    convert(prepared, out, tokenizer="none", max_shard_size=20_000, workers=workers)
 
 
 def started(workers):

@@ -16,7 +16,7 @@ from mdl.convert.check import check_layout
 from mdl.convert.commit import work_path
 from mdl.convert.manifest import read_manifest
 from mdl.convert.parts import Contributed, convert_part, parse_part
-from mdl.convert.prepare import Options, prepare
+from mdl.convert.prepare import prepare
 from mdl.convert.receipts import receipt
 from mdl.convert.run import Converted, convert
 from mdl.convert.shards import assign
@@ -44,8 +44,8 @@ def interrupt(source: Path, place: Path, **more: Any) -> None:
 
 
 def part(source: Path, out: Path, text: str, **more: Any) -> Converted | Contributed:
-    arguments: dict[str, Any] = {"options": Options(), "tokenizer": "none", "max_shard_size": SMALL, **more}
-    return convert_part(prepare(source, arguments["options"]), out, parse_part(text), **arguments)
+    arguments: dict[str, Any] = {"tokenizer": "none", "max_shard_size": SMALL, **more}
+    return convert_part(prepare(source), out, parse_part(text), **arguments)
 
 
 def test_nobody_else_may_look_into_it_and_the_layout_has_its_usual_mode(source: Path, place: Path) -> None:
@@ -165,7 +165,7 @@ def test_what_nobody_foresaw_loses_nothing(
 def test_a_mistyped_tokenizer_is_told_first_and_loses_nothing(source: Path, place: Path) -> None:
     interrupt(source, place)
     before = finished(place)
-    typo: dict[str, Any] = {"options": Options(), "tokenizer": str(place / "typo"), "max_shard_size": SMALL}
+    typo: dict[str, Any] = {"tokenizer": str(place / "typo"), "max_shard_size": SMALL}
 
     with pytest.raises(MdlError, match="typo"):
         convert(prepare(source), place / "out", **typo)
@@ -188,7 +188,7 @@ def test_a_checkpoint_that_was_written_again_under_its_name(place: Path, tmp_pat
     """The next step's checkpoint may have the same size and, but for one tensor in the middle, the same bytes."""
     state = make.llama_state(hidden=256, ffn=1024, vocab=1024, layers=4)
     path = make.llama2c(tmp_path / "x.pt", state)
-    convert_it: dict[str, Any] = {"options": Options(), "tokenizer": "none", "max_shard_size": 500_000}
+    convert_it: dict[str, Any] = {"tokenizer": "none", "max_shard_size": 500_000}
     with pytest.raises(Ended):
         convert(prepare(path), place / "out", progress=ended_after(6_000_000), **convert_it)
     assert finished(place)
