@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 import sys
 import threading
@@ -168,8 +167,9 @@ def say(sentence: str) -> None:
 
 
 def _load_rich() -> None:
-    for name in ("rich.console", "rich.table", "rich._emoji_codes"):
-        importlib.import_module(name)
+    from rich import _emoji_codes, console, table
+
+    del _emoji_codes, console, table
 
 
 @contextmanager
