@@ -83,7 +83,7 @@ def _misfit(spec: Mapping[str, Any], found: Mapping[str, Role]) -> str:
     if missing := [key for key in _needs(spec) if key not in have]:
         return f"it needs {', '.join(missing[:3])}"
     if more := [key for key in have if key not in may and key not in _needs(spec)]:
-        return f"it has no {', '.join(more[:3])}"
+        return f"it has no place for {', '.join(more[:3])}"
     if half := [field for field, keys in groups.items() if 0 < sum(key in have for key in keys) < len(keys)]:
         return f"{half[0]} switches all of {', '.join(groups[half[0]])}"
     if spec["class"].startswith("Qwen3") and found["q_norm.weight"].group.shape[0] > _head_limit(found):

@@ -110,7 +110,7 @@ def test_a_mixture_goes_into_the_composable_decoder(tmp_path: Path) -> None:
     checkpoint, made = drafted(tmp_path, state, "quarry", {"n_heads": 4, "top_k": 2})
 
     assert (made.target, made.doubtful) == ("MdlDecoderForCausalLM", 0)
-    assert any(why.startswith("not llama: it has no router") for why in made.because)
+    assert any(why.startswith("not llama: it has no place for router") for why in made.because)
     home.answer(tmp_path / "quarry", home.ANSWERS)
     planned(checkpoint, made)
     moe = prepare(checkpoint, options_of(made)).config["moe"]
