@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import re
 import statistics
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -11,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from convert_ways import WAYS
+from pages import put_tables
 
 BLOCK = "<!-- speed: {} -->\n"
-END = "<!-- end -->"
 PACKAGES = ("mdl", "torch", "safetensors", "transformers", "huggingface_hub")
 Result = dict[str, Any]
 
@@ -136,11 +135,4 @@ def memory(runs: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
 
 def write_page(page: Path, blocks: Mapping[str, str]) -> None:
     """Put each table between its markers; what was not measured stays. Raises ValueError where a page has no place."""
-    text = page.read_text(encoding="utf-8")
-    for name, made in blocks.items():
-        begin = BLOCK.format(name)
-        if begin not in text:
-            raise ValueError(f"{page} has no {begin.strip()}")
-        found = re.escape(begin) + ".*?" + re.escape(END)
-        text = re.sub(found, lambda _, b=begin + made: b + END, text, flags=re.S)
-    page.write_text(text, encoding="utf-8")
+    put_tables(page, {BLOCK.format(name): made for name, made in blocks.items()})

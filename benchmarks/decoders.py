@@ -23,10 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pages import put_tables
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from mdl.convert.prepare import Options, prepare
+from mdl.convert.prepare import prepare
 from mdl.convert.run import convert
 from mdl.errors import MdlError
 from mdl.validate.client import Engine
@@ -34,7 +35,7 @@ from mdl.validate.verify import Settings, verify
 from tests.decoders import drawn, saved
 
 PAGE = Path(__file__).parents[1] / "docs" / "decoder.md"
-MARK, END = "<!-- decoders -->", "<!-- end -->"
+BEGIN = "<!-- decoders -->\n"
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,7 @@ def run(seed: int, folder: Path, engine: Engine) -> Row:
     }
     try:
         source, layout = saved(folder / "source", seed), folder / "layout"
-        options = Options()
-        convert(prepare(source, options), layout, tokenizer="none")
+        convert(prepare(source), layout, tokenizer="none")
         report = verify(layout, Settings(locate=False), engine=engine)
     except MdlError as error:
         return Row(**blank, failed="; ".join(problem.what for problem in error.problems))
@@ -118,8 +118,7 @@ def main() -> int:
                 args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1), encoding="utf-8")
     print(table(rows))
     if args.write:
-        before, _, rest = PAGE.read_text("utf-8").partition(MARK)
-        PAGE.write_text(f"{before}{MARK}\n{table(rows)}{END}{rest.partition(END)[2]}", encoding="utf-8")
+        put_tables(PAGE, {BEGIN: table(rows)})
     return 0 if not any(row.failed for row in rows) else 1
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pages import put_tables
 
 PAGE = Path(__file__).parent.parent / "docs" / "families.md"
 sys.path.insert(0, str(PAGE.parents[1]))
@@ -45,7 +45,7 @@ EVERYWHERE = (
 )
 """The cases that go through every container: settings in the file, in a file beside it, and nowhere."""
 CHECKS = ("layout", "coverage", "prefill", "decode", "generate", "dtype")
-BEGIN, END = "<!-- families -->\n", "<!-- end -->"
+BEGIN = "<!-- families -->\n"
 
 
 @dataclass(frozen=True)
@@ -145,9 +145,7 @@ def main() -> int:
                 args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1), encoding="utf-8")
     print(table(rows))
     if args.write:
-        page = PAGE.read_text(encoding="utf-8")
-        made = re.sub(f"({re.escape(BEGIN)}).*?(?={re.escape(END)})", lambda m: m[1] + table(rows), page, flags=re.S)
-        PAGE.write_text(made, encoding="utf-8")
+        put_tables(PAGE, {BEGIN: table(rows)})
     return 0 if all(row.ok for row in rows) else 1
 
 

@@ -28,7 +28,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from mdl.convert.manifest import read_manifest
-from mdl.convert.prepare import Options, prepare
+from mdl.convert.prepare import prepare
 from mdl.convert.run import convert
 from mdl.errors import MdlError
 from mdl.validate.client import Engine, EngineFailure, EngineResult
@@ -232,7 +232,7 @@ def prepared_layout(folder: Path, name: str, make: Callable[[Path], Path]) -> Pa
     begin = time.perf_counter()
     raw = make(folder / name / "raw")
     made = time.perf_counter()
-    convert(prepare(raw, Options()), folder / name / "out", tokenizer="none")
+    convert(prepare(raw), folder / name / "out", tokenizer="none")
     say(f"{name}: made in {made - begin:.1f} s, converted in {time.perf_counter() - made:.1f} s")
     return folder / name / "out"
 

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from mdl.convert.prepare import Options, prepare
+from mdl.convert.prepare import prepare
 from mdl.convert.run import convert
 from mdl.validate.client import Engine
 from mdl.validate.kills import CONTROL_HEADERS, MutationRow, MutationTable, control_rows
@@ -129,8 +129,7 @@ WHOLE = ("llama", "gpt2")
 
 def layout(folder: Path, make: Callable[[Path], Path]) -> Path:
     folder.mkdir()
-    options = Options()
-    convert(prepare(make(folder), options), folder / "out", tokenizer="none")
+    convert(prepare(make(folder)), folder / "out", tokenizer="none")
     return folder / "out"
 
 
