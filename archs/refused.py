@@ -12,9 +12,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..errors import Kind, MdlError, Problem
+from ..mappings.packaged import read_facts
 from .base import Inventory, lookup
 
 FILE = Path(__file__).with_name("refused.yaml")
@@ -50,9 +49,7 @@ class Refused:
 @cache
 def all_refused() -> tuple[Refused, ...]:
     """Everything that refused.yaml lists, in its order."""
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where PyYAML was built with it
-    listed = loader(FILE.read_text(encoding="utf-8")).get_single_data()["refused"]
-    return tuple(_parsed(name, entry) for name, entry in listed.items())
+    return tuple(_parsed(name, entry) for name, entry in read_facts(FILE)["refused"].items())
 
 
 def _parsed(name: str, entry: Mapping[str, Any]) -> Refused:

@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
-import yaml
+from ..mappings.packaged import read_facts
 
 ROPE_TABLES = ("rope_scaling", "rope_parameters")
 """Where Hugging Face keeps what is said of rotary positions: the first until transformers 5, the second since."""
@@ -19,7 +19,7 @@ ROPE_TABLES = ("rope_scaling", "rope_parameters")
 @lru_cache(maxsize=1)
 def facts() -> dict[str, Any]:
     """settings.yaml as it stands."""
-    return cast("dict[str, Any]", yaml.safe_load(Path(__file__).with_name("settings.yaml").read_text("utf-8")))
+    return read_facts(Path(__file__).with_name("settings.yaml"))
 
 
 def changes(path: str, value: Any, is_model: Any) -> bool:

@@ -41,7 +41,7 @@ def measured(command: Sequence[str], log: IO[bytes]) -> Run:
     log.truncate()
     begin = time.perf_counter()
     null = subprocess.DEVNULL
-    process = subprocess.Popen(command, stdin=null, stdout=null, stderr=log, start_new_session=True)
+    process = subprocess.Popen(command, stdin=null, stdout=null, stderr=log, env=environment(), start_new_session=True)
     die_first(process.pid)
     peak = Peak(process.pid)
     try:
@@ -55,6 +55,11 @@ def measured(command: Sequence[str], log: IO[bytes]) -> Run:
     if process.returncode:
         raise RunFailedError(last_line(log) or f"exit code {process.returncode}")
     return Run(seconds, usage.ru_utime + usage.ru_stime, peak.anon, peak.rss)
+
+
+def environment() -> dict[str, str]:
+    """What an installed program starts in: Python may keep bytecode, and every start but the first finds it."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 
 
 def last_line(log: IO[bytes]) -> str:

@@ -8,9 +8,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..errors import usage_error
+from ..mappings.packaged import read_facts
 from .roles import Role
 from .together import by_key
 
@@ -21,7 +20,7 @@ PARTS = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
 @lru_cache(maxsize=1)
 def facts() -> dict[str, Any]:
     """drafting/targets.yaml."""
-    return yaml.safe_load(Path(__file__).with_name("targets.yaml").read_text(encoding="utf-8"))
+    return read_facts(Path(__file__).with_name("targets.yaml"))
 
 
 def names_of_targets() -> tuple[str, ...]:

@@ -9,8 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from ..mappings.packaged import read_facts
 from ..mappings.tensors import Shape
 
 WEIGHT, BIAS = "weight", "bias"
@@ -19,7 +18,7 @@ WEIGHT, BIAS = "weight", "bias"
 @lru_cache(maxsize=1)
 def words() -> dict[str, Any]:
     """The table of names, with each role's lists joined."""
-    table: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("words.yaml").read_text(encoding="utf-8"))
+    table: dict[str, Any] = read_facts(Path(__file__).with_name("words.yaml"))
     for place in ("outside", "inside"):
         table[place] = {role: [word for line in lines for word in line] for role, lines in table[place].items()}
     return table

@@ -42,4 +42,4 @@ def write_family(folder: Path, mapping: str, *, name: str = "made_up", evidence:
 
 def stub_target(tensors: Mapping[str, tuple[int, ...]]) -> dict[str, object]:
     """A file of archs/targets, as parsed, for the made-up class."""
-    return {"class": "MadeUp", "ranges": {}, "tensors": {name: list(shape) for name, shape in tensors.items()}}
+    return {"ranges": {}, "tensors": {name: list(shape) for name, shape in tensors.items()}}

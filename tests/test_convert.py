@@ -149,7 +149,7 @@ def test_the_other_ways_to_join(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         "n": one["n"],
     }
     shapes = {name: tuple(tensor.shape) for name, tensor in wanted.items()}
-    monkeypatch.setattr(targets, "_known", lambda: {"MadeUp": stub_target(shapes)})
+    monkeypatch.setattr(targets, "_spec", {"MadeUp": stub_target(shapes)}.get)
     arch = write_family(tmp_path / "family", JOINS)
 
     converted(tmp_path, tmp_path / "out", options=Options(arch=str(arch)))
@@ -168,7 +168,7 @@ def test_wide_types_come_first_so_that_all_are_aligned(tmp_path: Path, monkeypat
     raw = {"odd": torch.randn(3).bfloat16(), "wide": torch.randn(3, 3).double()}
     torch.save(raw, tmp_path / "x.pt")
     shapes = {"odd": (3,), "wide.a": (1, 3), "wide.b": (2, 3)}
-    monkeypatch.setattr(targets, "_known", lambda: {"MadeUp": stub_target(shapes)})
+    monkeypatch.setattr(targets, "_spec", {"MadeUp": stub_target(shapes)}.get)
 
     options = Options(arch=str(write_family(tmp_path / "family", MIXED)))
     converted(tmp_path / "x.pt", tmp_path / "out", options=options)

@@ -125,7 +125,7 @@ def test_every_one_way_operation_is_told(tmp_path: Path, monkeypatch: pytest.Mon
     torch.save({"model": raw}, tmp_path / "x.pt")
     wanted = {k: v for k, v in shapes.items() if k not in ("mask", "q", "k", "fused")}
     wanted |= {"vocab": (8, 2), "grown": (8, 2), "one": (1,), "qk": (12, 3), "a": (3, 8), "b": (4, 3), "c": (2, 3)}
-    monkeypatch.setattr(targets, "_known", lambda: {"MadeUp": stub_target(wanted)})
+    monkeypatch.setattr(targets, "_spec", {"MadeUp": stub_target(wanted)}.get)
 
     options = Options(arch=str(write_family(tmp_path / "family", LOSSY)))
     monkeypatch.chdir(tmp_path / "family")  # from where the mapping is named by its name alone

@@ -19,7 +19,7 @@ from .family import stub_target, write_family
 
 @pytest.fixture(autouse=True)
 def target(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(targets, "_known", lambda: {"MadeUp": stub_target({"b": (2, 3)})})
+    monkeypatch.setattr(targets, "_spec", {"MadeUp": stub_target({"b": (2, 3)})}.get)
 
 
 def family(folder: Path, *changes: tuple[str, str]) -> Path:

@@ -119,7 +119,7 @@ def test_a_name_that_is_given_is_taken(tmp_path: Path) -> None:
 
 
 def test_a_file_of_ones_own_with_its_mapping_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(targets, "_known", lambda: {"MadeUp": stub_target({"b": (2, 3)})})
+    monkeypatch.setattr(targets, "_spec", {"MadeUp": stub_target({"b": (2, 3)})}.get)
     path = write_family(tmp_path / "own", "rename: {a: b}\n", name="owned")
     monkeypatch.chdir(path.parent)  # from where the mapping is named by its name alone
     torch.save({"a": torch.ones(2, 3)}, tmp_path / "x.pt")

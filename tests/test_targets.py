@@ -216,8 +216,8 @@ def test_a_config_that_leaves_out_a_size() -> None:
 
 
 def test_patterns_with_two_captures(monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = {"class": "M", "ranges": {"i": "n", "e": "m"}, "tensors": {"a.{e}.{i}": ["n", 2], "b": []}}
-    monkeypatch.setattr(targets, "_known", lambda: {"M": spec})
+    spec = {"ranges": {"i": "n", "e": "m"}, "tensors": {"a.{e}.{i}": ["n", 2], "b": []}}
+    monkeypatch.setattr(targets, "_spec", {"M": spec}.get)
 
     got = from_spec({"architectures": ["M"], "n": 2, "m": 3})
 

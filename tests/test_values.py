@@ -243,7 +243,7 @@ def test_what_becomes_zero_is_refused_unless_allowed(tmp_path: Path) -> None:
 
 def test_a_cast_of_the_mapping_is_watched_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.save({"w": torch.tensor([[1e300, 1e-300, 1.0]], dtype=torch.float64)}, tmp_path / "x.pt")
-    monkeypatch.setattr(targets, "_known", lambda: {"MadeUp": stub_target({"w": (1, 3)})})
+    monkeypatch.setattr(targets, "_spec", {"MadeUp": stub_target({"w": (1, 3)})}.get)
     rule = "\n    transform:\n      - {from: w, ops: [{cast: {dtype: float32}}]}\n"
     options = Options(arch=str(write_family(tmp_path / "family", rule)))
 

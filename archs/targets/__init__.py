@@ -1,7 +1,8 @@
 """What each target class holds: tensor names and shapes as a function of its config.json.
 
-These files stand in for building the class on the meta device, which costs seconds of imports. That they say the
-same as the class is a test (tests/test_targets.py); a class without a file here is built for real.
+These files, one for each class and named like it, stand in for building the class on the meta device, which costs
+seconds of imports. That they say the same as the class is a test (tests/test_targets.py); a class without a file here
+is built for real.
 
 ``defaults`` are the values that the class fills in where config.json leaves them out, ``nulls`` those for a null.
 ``when`` holds more tensors under a condition: fields, ``not`` before them, sizes with ``!=``, joined by ``and``.
@@ -11,14 +12,13 @@ same as the class is a test (tests/test_targets.py); a class without a file here
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ...errors import input_error, machine_error
 from ...mappings import expr
+from ...mappings.packaged import read_facts
 from ...mappings.tensors import Shape, Target
 from ..decoder.reading import checked, is_composed
 from ..served import COMPUTES
@@ -26,16 +26,17 @@ from ..served import COMPUTES
 _FOLDER = Path(__file__).parent
 
 
-@lru_cache(maxsize=1)
-def _known() -> dict[str, dict[str, Any]]:
-    specs = (yaml.safe_load(path.read_text(encoding="utf-8")) for path in sorted(_FOLDER.glob("*.yaml")))
-    known = {spec["class"]: spec for spec in specs}
-    return known | {ours: known[name] for ours, name in COMPUTES.items() if name in known}
-
-
 def known_classes() -> tuple[str, ...]:
     """The classes that have a file here, by transformers' names."""
-    return tuple(name for name in _known() if name not in COMPUTES)
+    return tuple(sorted(path.stem for path in _FOLDER.glob("*.yaml")))
+
+
+@cache
+def _spec(name: str) -> dict[str, Any] | None:
+    """The file of a class, or of the one that computes the same. Only that file is read: config.json says the name, so
+    it is looked up among the files' names, and is no path."""
+    name = COMPUTES.get(name, name)
+    return read_facts(_FOLDER / f"{name}.yaml") if name in known_classes() else None
 
 
 def resolved(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -47,7 +48,7 @@ def resolved(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     if is_composed(config):
         return {**config, **checked(config).model_dump()}
-    spec = _known().get(config["architectures"][0])
+    spec = _spec(config["architectures"][0])
     if spec is None:
         return {**_by_transformers(config), **{k: v for k, v in config.items() if v is not None}}
     filled = {**spec.get("defaults", {}), **config}
@@ -104,7 +105,7 @@ def from_spec(config: Mapping[str, Any]) -> Target | None:
         from ..decoder.tensors import target_of
 
         return target_of(checked(config))
-    spec = _known().get(config["architectures"][0])
+    spec = _spec(config["architectures"][0])
     if spec is None:
         return None
     config = resolved(config)
