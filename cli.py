@@ -151,7 +151,7 @@ def convert(
     mode = Mode(workers, fsync, part_of(part), ray, benchmark)
     options = said(arch, set_, weights, dtype, config, merge_lora)
     prepared = prepare(checkpoint, options)
-    with render.byte_progress("converting", prepared.plan.nbytes, quiet=state.quiet or json) as progress:
+    with render.byte_progress("converting", prepared.plan.nbytes, quiet=state.quiet, as_json=json) as progress:
         done = convert_in(
             mode,
             prepared,

@@ -40,6 +40,7 @@ class Interrupted(KeyboardInterrupt):
 def run(command: Callable[[], object], state: State) -> NoReturn:
     """Run a command line to its end. A traceback is shown only with --debug."""
     Interrupted.number = 0
+    gc.set_threshold(100_000, *gc.get_threshold()[1:])  # imports make objects that stay: not to be looked through often
     atexit.register(gc.freeze)  # what a process holds at its end is not worth looking through for cycles
     if state.death is not None:
         _end(state.death, state)

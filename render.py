@@ -173,10 +173,10 @@ def _load_rich() -> None:
 
 
 @contextmanager
-def byte_progress(title: str, total: int, *, quiet: bool) -> Generator[Callable[[int], None]]:
+def byte_progress(title: str, total: int, *, quiet: bool, as_json: bool) -> Generator[Callable[[int], None]]:
     """A progress bar with bytes, rate and time left, on a terminal's stderr only."""
-    if quiet or not sys.stderr.isatty():
-        if not quiet:  # the answer is printed by what takes a tenth of a second to import: meanwhile
+    if quiet or as_json or not sys.stderr.isatty():
+        if not as_json:  # the answer is printed by what takes a tenth of a second to import: meanwhile
             threading.Thread(target=_load_rich, daemon=True).start()
         yield lambda _: None
         return

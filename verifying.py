@@ -39,7 +39,7 @@ def checked(layout: Path, state: State) -> int:
     from .convert.manifest import read_manifest
 
     total = sum(p.stat().st_size for p in layout.glob("*.safetensors"))
-    with reading(layout), render.byte_progress("checking", total, quiet=state.quiet or state.json) as progress:
+    with reading(layout), render.byte_progress("checking", total, quiet=state.quiet, as_json=state.json) as progress:
         manifest = read_manifest(layout)
         problems = check_layout(layout, manifest, progress)
     good = f"{layout}: {len(manifest.tensors)} tensors and {len(manifest.files)} files are as mdl convert wrote them"
