@@ -176,9 +176,14 @@ def _load_rich() -> None:
 def byte_progress(title: str, total: int, *, quiet: bool, as_json: bool) -> Generator[Callable[[int], None]]:
     """A progress bar with bytes, rate and time left, on a terminal's stderr only."""
     if quiet or as_json or not sys.stderr.isatty():
-        if not as_json:  # the answer is printed by what takes a tenth of a second to import: meanwhile
-            threading.Thread(target=_load_rich, daemon=True).start()
-        yield lambda _: None
+        once = threading.Lock()
+
+        def copied(_: int) -> None:
+            """Import what prints the answer, a tenth of a second, while bytes are copied and not before."""
+            if not as_json and once.acquire(blocking=False):
+                threading.Thread(target=_load_rich, daemon=True).start()
+
+        yield copied
         return
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 

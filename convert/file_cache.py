@@ -51,16 +51,27 @@ class Calls:
         return act(0)
 
 
+def call_size(written: int) -> int:
+    """How many bytes to give to the kernel at a time, of ``written`` in all.
+
+    For longer writes it takes larger pieces of memory: fewer calls, a fifth less time. Where memory is full of other
+    files' pages there are few of them, and to look for them takes longer than the copy (2 MiB at a time: twice as
+    long).
+    """
+    return 1 << 20 if _memory("MemFree") >= written else 256 << 10
+
+
 def too_large(files: Iterable[str], written: int) -> bool:
     """Whether files to read, and the bytes made of them, take more than half of the memory that is free for a cache."""
     total = written + sum(Path(file).stat().st_size for file in files)
-    return total > _available() // 2
+    return total > _memory("MemAvailable") // 2
 
 
-def _available() -> int:
-    """Bytes that the kernel could use; without its word, as much as anybody asks for."""
+def _memory(name: str) -> int:
+    """Bytes that the kernel could use (MemAvailable), or that nothing holds (MemFree); without its word, as much as
+    anybody asks for."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
     except (OSError, ValueError, StopIteration):
         return 1 << 62

@@ -17,7 +17,7 @@ import xxhash
 from ..mappings.lazy import Array, Lazy
 from ..mappings.ops import OpError
 from ..mappings.scratch import Scratch
-from .file_cache import Calls
+from .file_cache import Calls, call_size
 from .plan import Step
 from .receipts import Written, give_receipt, layout_in
 from .shards import Entry, Shard
@@ -31,10 +31,6 @@ BLOCK = 1 << 20
 TURNED = 32 << 20
 """Bytes of matrices that are turned, handled at a time by all threads together: what isn't handled at once has to
 be read again."""
-
-CALL = 256 << 10
-"""Bytes given to the kernel at a time: for longer writes it looks for larger pieces of free memory, which takes longer
-than the copy itself where memory is full of other files' pages (16 MiB at a time: three times as long)."""
 
 Progress = Callable[[int], None]
 """Called with the number of bytes just written, from any thread."""
@@ -66,9 +62,9 @@ def write_shards(
 
     What can't be finished vanishes. Raises whatever stopped the first thread that was stopped.
     """
-    queue = _Queue(
-        files, [_Open(shard, work, sync, Calls(bypass=bypass)) for shard in shards], TURNED // workers, progress
-    )
+    call = call_size(sum(shard.nbytes for shard in shards))
+    outputs = [_Open(shard, work, sync, Calls(bypass=bypass), call) for shard in shards]
+    queue = _Queue(files, outputs, TURNED // workers, progress)
     try:
         if workers == 1:
             queue.run()
@@ -102,13 +98,14 @@ def _ended(pool: ThreadPoolExecutor) -> None:
 
 @dataclass
 class _Open:
-    """A weight file on its way: written under a name that no other run uses. ``busy`` threads write it, and ``todo``
-    nobody has taken yet."""
+    """A weight file on its way: written under a name that no other run uses, ``call`` bytes at a time. ``busy`` threads
+    write it, and ``todo`` nobody has taken yet."""
 
     shard: Shard
     work: Path
     sync: bool
     calls: Calls
+    call: int
 
     def __post_init__(self) -> None:
         self.path = self.work / f".{self.shard.file}.{os.getpid()}-{os.urandom(4).hex()}"
@@ -127,7 +124,7 @@ class _Open:
     def put(self, view: memoryview, at: int) -> None:
         """Write all of it: a single write may stop short (signals, nearly full disks)."""
         while view:
-            written = self.calls.write(self.descriptor, view[:CALL], at)
+            written = self.calls.write(self.descriptor, view[: self.call], at)
             view, at = view[written:], at + written
 
     def finish(self) -> None:
