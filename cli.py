@@ -86,6 +86,7 @@ def inspect(
 ) -> None:
     """Say what is in a checkpoint, which architecture it is, and why we think so. Reads metadata only."""
     state.json = json
+    program.numpy_alone()
     from .inspecting import inspect as run
 
     run(checkpoint, said(arch, set_, weights, None, config, merge_lora), json=json)
@@ -107,6 +108,7 @@ def plan(
 ) -> None:
     """Say what becomes of every tensor: from where, by which operation, to where. Writes nothing."""
     state.json = json
+    program.numpy_alone()
     from . import views
     from .convert.prepare import prepare
 
@@ -141,6 +143,7 @@ def convert(
 ) -> None:
     """Write a folder that vLLM serves: safetensors, config.json, tokenizer and manifest."""
     state.json = json
+    program.numpy_alone()
     from . import views
     from .convert.modes import Mode, convert_in
     from .convert.prepare import prepare

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import os
 import signal
 import sys
 import threading
@@ -17,6 +18,10 @@ import typer
 
 from . import render
 from .errors import Kind, MdlError, Problem, usage_error
+
+
+
+_BLAS = "OPENBLAS_NUM_THREADS"
 
 
 @dataclass
@@ -66,6 +71,19 @@ def run(command: Callable[[], object], state: State) -> NoReturn:
             raise
         do = "run again with `mdl --debug …` and report it"
         _end(MdlError(Kind.INPUT, [Problem(f"{type(error).__name__}: {error}", "inside mdl", do)]), state)
+
+
+def numpy_alone() -> None:
+    """Import numpy without the threads of its BLAS library, one for each core, which wait busily for work that mdl has
+    none of. Programs that are started from here have their own."""
+    if _BLAS in os.environ or "numpy" in sys.modules:
+        return
+    os.environ[_BLAS] = "1"
+    try:
+        import numpy as np
+    finally:
+        del os.environ[_BLAS]
+    del np
 
 
 @contextmanager

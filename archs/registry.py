@@ -86,9 +86,19 @@ def detect(inventory: Inventory, archs: Iterable[Arch] | None = None) -> Match:
         raise _nothing(inventory, candidates)
     if len(matches) > 1:
         names = ", ".join(match.arch.name for match in matches)
-        reasons = " / ".join(f"{match.arch.name}: {'; '.join(match.because)}" for match in matches)
-        raise input_error(f"could be any of {names} ({reasons})", inventory.path, "say which with --arch NAME")
+        what = f"could be any of {names} ({_reasons(matches)})"
+        raise input_error(what, inventory.path, "say which with --arch NAME")
     return matches[0]
+
+
+def _reasons(matches: Iterable[Match]) -> str:
+    """Why each of several families, families with the same reasons together."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for match in matches:
+        groups.setdefault(match.because, []).append(match.arch.name)
+    if len(groups) == 1:
+        return "; ".join(next(iter(groups)))
+    return " / ".join(f"{', '.join(names)}: {'; '.join(because)}" for because, names in groups.items())
 
 
 def evidence(arch: Arch, inventory: Inventory) -> tuple[str, ...]:

@@ -31,9 +31,10 @@ from typing import Any
 
 from convert_measure import RunFailedError, give_back, machine, measured, memory_left, settle, touch
 from convert_scenarios import SCENARIOS, Scenario
-from convert_tables import block, versions, write_page
+from convert_tables import block, write_page
 from convert_ways import WAYS, Job, Way, mdl, memory_needed, missing
 from curves import memory_curves
+from pages import versions
 
 SLACK = 10**9
 Result = dict[str, Any]

@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-import platform
 import statistics
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from convert_ways import WAYS
-from pages import put_tables
+from pages import head, put_tables, row
 
 BLOCK = "<!-- speed: {} -->\n"
-PACKAGES = ("mdl", "torch", "safetensors", "transformers", "huggingface_hub")
 Result = dict[str, Any]
-
-
-def versions() -> str:
-    """What took part, in a line."""
-    found = [f"Python {platform.python_version()}"]
-    for name in PACKAGES:
-        try:
-            found.append(f"{name} {version(name)}")
-        except PackageNotFoundError:
-            continue
-    return ", ".join(found)
 
 
 def block(results: Sequence[Result]) -> str:
@@ -79,14 +65,6 @@ def by_size_table(results: Sequence[Result]) -> list[str]:
                 per_gb = (f"{median(runs, key) / size:.2f}" for key in ("seconds", "cpu"))
                 lines.append(row(WAYS[name].title, f"{size:.3g}", middle, f"{low} to {high}", *per_gb, *memory(runs)))
     return lines
-
-
-def head(columns: Sequence[str]) -> list[str]:
-    return [row(*columns), "|---|" + "--:|" * (len(columns) - 1)]
-
-
-def row(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def notes(result: Result, *, by_size: bool) -> list[str]:

@@ -1,6 +1,6 @@
 """CPU seconds and memory of reading and planning, over the number of tensors and over the size of the file.
 
-    python benchmarks/metadata.py [--rounds 5] [--folder FOLDER]
+    python benchmarks/metadata.py [--rounds 5] [--folder FOLDER] [--write docs/speed.md]
 
 Makes Meta-Llama files and Hugging Face folders of 200 to 50,000 small tensors, and sparse Meta-Llama files of
 13 GB to 1.3 TB (their tensors are holes: a few MB are written). Then runs each way in turn, once per round, and prints
@@ -17,13 +17,19 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from convert_measure import environment, machine
+from pages import head, put_tables, row, versions
+
+MARK = "<!-- speed: metadata -->\n"
 COUNTS = (200, 2_000, 10_000, 50_000)
 SIZES = {"13 GB": (13e9, 32), "130 GB": (130e9, 80), "1.3 TB": (1.3e12, 126)}
 """Bytes and layers."""
 TORCH = "import sys, torch; torch.load(sys.argv[1], mmap=True, weights_only=True, map_location='cpu')"
+COLUMNS = ("CPU s, median", "min", "max", "peak MB")
 PARTS = {
     "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj", "attention.wv": "self_attn.v_proj",
     "attention.wo": "self_attn.o_proj", "feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj",
@@ -86,7 +92,7 @@ def make(folder: Path) -> None:
 
 def measured(command: list[str]) -> tuple[float, float] | None:
     """User + system seconds of one process, and the MB that it held at its peak; None if it fails."""
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment()) as process:
         _, status, used = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
@@ -98,13 +104,13 @@ def ways(checkpoint: Path) -> dict[str, list[str]]:
     """The command lines for one checkpoint."""
     mdl = [sys.executable, "-c", "from mdl.cli import main; main()"]
     found = {
-        f"mdl {command}{' --json' * as_json}": [*mdl, command, str(checkpoint), *["--json"] * as_json]
+        f"`mdl {command}{' --json' * as_json}`": [*mdl, command, str(checkpoint), *["--json"] * as_json]
         for command in ("plan", "inspect")
         for as_json in (False, True)
     }
     file = checkpoint / "consolidated.00.pth"
     if file.exists():
-        found["torch.load(mmap=True)"] = [sys.executable, "-c", TORCH, str(file)]
+        found["`torch.load(mmap=True)`"] = [sys.executable, "-c", TORCH, str(file)]
     return found
 
 
@@ -112,6 +118,7 @@ def main() -> None:
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cli.add_argument("--rounds", type=int, default=5)
     cli.add_argument("--folder", type=Path, help="where the checkpoints are made (a file system that knows holes)")
+    cli.add_argument("--write", type=Path, metavar="PAGE", help="put the table into this page")
     cli.add_argument("--make", type=Path, help=argparse.SUPPRESS)
     args = cli.parse_args()
     if args.make:
@@ -123,14 +130,22 @@ def main() -> None:
         checkpoints = sorted(Path(scratch).iterdir(), key=lambda path: path.stat().st_mtime_ns)
         commands = {(path.name, way): command for path in checkpoints for way, command in ways(path).items()}
         rounds = [{key: measured(command) for key, command in commands.items()} for _ in range(args.rounds)]
-    print(f"{'checkpoint':30}{'way':24}{'CPU s, median':>14}{'min':>8}{'max':>8}{'peak MB':>10}")
-    for name, way in commands:
-        told = [found for r in rounds if (found := r[name, way])]
-        if not told:  # torch maps a file privately, which a machine of less memory than the file may refuse
-            print(f"{name:30}{way:24}{'fails':>14}")
-            continue
-        times, peaks = zip(*told, strict=True)
-        print(f"{name:30}{way:24}{statistics.median(times):14.2f}{min(times):8.2f}{max(times):8.2f}{max(peaks):10.0f}")
+        where = machine(Path(scratch))
+    lines = [f"Rounds: {args.rounds}. {where}; {versions()}.", "", *head(("checkpoint", "way", *COLUMNS))]
+    lines += [row(name, way, *figures([r[name, way] for r in rounds])) for name, way in commands]
+    text = "\n".join(lines) + "\n"
+    print(text)
+    if args.write:
+        put_tables(args.write, {MARK: text})
+
+
+def figures(found: Sequence[tuple[float, float] | None]) -> list[str]:
+    """Of all rounds; torch maps a file privately, which a machine of less memory than the file may refuse."""
+    told = [one for one in found if one]
+    if not told:
+        return ["fails", "–", "–", "–"]
+    times, peaks = zip(*told, strict=True)
+    return [*(f"{s:.2f}" for s in (statistics.median(times), min(times), max(times))), f"{max(peaks):.0f}"]
 
 
 if __name__ == "__main__":

@@ -2,11 +2,35 @@
 
 from __future__ import annotations
 
+import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 END = "<!-- end -->"
+PACKAGES = ("mdl", "torch", "safetensors", "transformers", "huggingface_hub")
+
+
+def versions() -> str:
+    """What took part, in a line."""
+    found = [f"Python {platform.python_version()}"]
+    for name in PACKAGES:
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            continue
+    return ", ".join(found)
+
+
+def head(columns: Sequence[str]) -> list[str]:
+    """The first two lines of a table: names to the left, figures to the right."""
+    return [row(*columns), "|---|" + "--:|" * (len(columns) - 1)]
+
+
+def row(*cells: str) -> str:
+    """A line of a table."""
+    return f"| {' | '.join(cells)} |"
 
 
 def put_tables(page: Path, tables: Mapping[str, str]) -> None:

@@ -1,16 +1,14 @@
-"""CPU seconds from a bare command line to an answer, beside what reading the same metadata with torch costs.
+"""Seconds from a command line to its answer, and to the first byte that `mdl convert` writes.
 
-    python benchmarks/startup.py [--size-gb 6] [--rounds 5]
+    python benchmarks/startup.py [--size-gb 6] [--rounds 5] [--write docs/speed.md]
 
-Makes a sparse Meta-Llama checkpoint of the given size (nothing but holes is written), then runs each way in turn and
-prints the median of user + system time of the whole process; then the time until `mdl convert` writes.
+Makes a sparse Meta-Llama checkpoint of the given size (nothing but holes is written), then runs each way once per round
+and prints the median, least and most time on the clock.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -18,82 +16,73 @@ import tempfile
 import time
 from pathlib import Path
 
-TORCH = "import sys, torch; torch.load(sys.argv[1], mmap=True, weights_only=True, map_location='cpu')"
+from convert_measure import environment, machine
+from metadata import TORCH, make_meta
+from pages import head, put_tables, row, versions
+
+MARK = "<!-- speed: startup -->\n"
+LAYERS, VOCAB = 32, 32_000
 
 
 def make_checkpoint(folder: Path, gigabytes: float) -> Path:
     """consolidated.00.pth with params.json, bfloat16, 32 layers, about the given size."""
-    import torch
-
-    layers, hidden, vocab, ffn = 32, 2048, 32_000, 8192
-    per_layer = 4 * hidden * hidden + 3 * hidden * ffn
-    layers = max(1, round((gigabytes * 1e9 / 2 - 2 * vocab * hidden) / per_layer))
-    empty = {"dtype": torch.bfloat16, "device": "cpu"}
-    state = {"tok_embeddings.weight": torch.empty(vocab, hidden, **empty), "norm.weight": torch.empty(hidden, **empty)}
-    state["output.weight"] = torch.empty(vocab, hidden, **empty)
-    for i in range(layers):
-        for name in ("wq", "wk", "wv", "wo"):
-            state[f"layers.{i}.attention.{name}.weight"] = torch.empty(hidden, hidden, **empty)
-        for name, shape in (("w1", (ffn, hidden)), ("w2", (hidden, ffn)), ("w3", (ffn, hidden))):
-            state[f"layers.{i}.feed_forward.{name}.weight"] = torch.empty(shape, **empty)
-        for name in ("attention_norm", "ffn_norm"):
-            state[f"layers.{i}.{name}.weight"] = torch.empty(hidden, **empty)
-    path = folder / "consolidated.00.pth"
-    with torch.serialization.skip_data():
-        torch.save(state, path)
-    params = {"dim": hidden, "n_layers": layers, "n_heads": 16, "vocab_size": vocab, "norm_eps": 1e-5}
-    (folder / "params.json").write_text(json.dumps(params))
-    return path
+    hidden = round((gigabytes * 1e9 / 2 / LAYERS / 14.5) ** 0.5 / 128) * 128
+    make_meta(folder, LAYERS, hidden, hidden * 7 // 2, VOCAB, sparse=True)
+    return folder / "consolidated.00.pth"
 
 
-def cpu_seconds(command: list[str]) -> float:
-    """User + system time of one process."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+def seconds(command: list[str]) -> float:
+    """On the clock, from start to end of one process."""
+    begin = time.perf_counter()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment())
+    return time.perf_counter() - begin
 
 
 def first_byte(command: list[str], out: Path) -> float:
     """Seconds on the clock until a conversion has written the first byte of a weight file; it is ended then."""
     begin = time.perf_counter()
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    null = subprocess.DEVNULL
+    child = subprocess.Popen(command, stdout=null, stderr=null, env=environment())
     work = out.with_name(out.name + ".mdl-partial")
     while not any(path.stat().st_size for path in work.glob(".model*")):
         if child.poll() is not None:
             raise RuntimeError("the conversion ended before it was seen to write")
         time.sleep(0.001)
-    seconds = time.perf_counter() - begin
+    waited = time.perf_counter() - begin
     child.terminate()
     child.wait()
-    return seconds
+    return waited
 
 
 def main() -> None:
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cli.add_argument("--size-gb", type=float, default=6)
     cli.add_argument("--rounds", type=int, default=5)
+    cli.add_argument("--write", type=Path, metavar="PAGE", help="put the table into this page")
     args = cli.parse_args()
     mdl = str(Path(sys.executable).with_name("mdl"))
     with tempfile.TemporaryDirectory() as scratch:
-        path = str(make_checkpoint(Path(scratch), args.size_gb))
-        size = Path(path).stat().st_size / 1e9
+        path = str(make_checkpoint(Path(scratch) / "llama", args.size_gb))
+        out, untied = Path(scratch) / "out", ["--set", "tied=false"]
         ways = {
-            "mdl --help": [mdl, "--help"],
-            f"mdl inspect, {size:.1f} GB": [mdl, "inspect", path, "--set", "tied=false"],
-            f"mdl plan, {size:.1f} GB": [mdl, "plan", path, "--set", "tied=false"],
-            f"torch.load(mmap=True), {size:.1f} GB": [sys.executable, "-c", TORCH, path],
+            "`mdl --help`": lambda: seconds([mdl, "--help"]),
+            "`mdl inspect`": lambda: seconds([mdl, "inspect", path, *untied]),
+            "`mdl plan`": lambda: seconds([mdl, "plan", path, *untied]),
+            "`mdl convert`, to its first byte": lambda: first_byte([mdl, "convert", path, str(out), *untied], out),
+            "`import torch`": lambda: seconds([sys.executable, "-c", "import torch"]),
+            "`torch.load(mmap=True)`": lambda: seconds([sys.executable, "-c", TORCH, path]),
         }
-        rounds = [{name: cpu_seconds(command) for name, command in ways.items()} for _ in range(args.rounds)]
-        out = Path(scratch) / "out"
-        convert = [mdl, "convert", path, str(out), "--set", "tied=false"]
-        waits = [first_byte(convert, out) for _ in range(args.rounds)]
-    print(f"{'way':36}{'CPU s, median':>16}{'min':>8}{'max':>8}")
+        rounds = [{name: way() for name, way in ways.items()} for _ in range(args.rounds)]
+        size, where = Path(path).stat().st_size / 1e9, machine(Path(scratch))
+    lines = [f"Meta Llama, {size:.2f} GB; rounds: {args.rounds}. {where}; {versions()}.", ""]
+    lines += head(("way", "s, median", "min", "max"))
     for name in ways:
         times = [r[name] for r in rounds]
-        print(f"{name:36}{statistics.median(times):16.2f}{min(times):8.2f}{max(times):8.2f}")
-    print(f"\n{'':36}{'s, median':>16}{'min':>8}{'max':>8}")
-    print(f"{'mdl convert, to its first byte':36}{statistics.median(waits):16.2f}{min(waits):8.2f}{max(waits):8.2f}")
+        lines.append(row(name, *(f"{s:.2f}" for s in (statistics.median(times), min(times), max(times)))))
+    text = "\n".join(lines) + "\n"
+    print(text)
+    if args.write:
+        put_tables(args.write, {MARK: text})
 
 
 if __name__ == "__main__":

@@ -61,10 +61,11 @@ def call_size(written: int) -> int:
     return 1 << 20 if _memory("MemFree") >= written else 256 << 10
 
 
-def too_large(files: Iterable[str], written: int) -> bool:
-    """Whether files to read, and the bytes made of them, take more than half of the memory that is free for a cache."""
+def too_large(files: Iterable[str], written: int, *, sync: bool = True) -> bool:
+    """Whether files to read, and the bytes made of them, take more than half of the memory that is free for a cache;
+    more than all of it for who does not wait for the disk (not ``sync``), and so would be made to by going past it."""
     total = written + sum(Path(file).stat().st_size for file in files)
-    return total > _memory("MemAvailable") // 2
+    return total > _memory("MemAvailable") // (2 if sync else 1)
 
 
 def _memory(name: str) -> int:

@@ -108,7 +108,7 @@ def carry_out(
 
 def threads(prepared: Prepared, workers: int, *, sync: bool) -> Writer:
     """A writer that works in threads of this process."""
-    bypass = too_large(prepared.inventory.files, prepared.plan.nbytes)
+    bypass = too_large(prepared.inventory.files, prepared.plan.nbytes, sync=sync)
 
     def write(shards: Sequence[Shard], work: Path, progress: Progress) -> dict[str, list[Written]]:
         with Files(bypass=bypass) as files:

@@ -22,6 +22,8 @@ def test_a_layout_stays_in_the_cache_where_it_fits_beside_its_checkpoint(monkeyp
     memory(monkeypatch, free=0, available=20 * GB)
     assert not too_large([], 9 * GB)
     assert too_large([], 11 * GB)
+    assert not too_large([], 19 * GB, sync=False)
+    assert too_large([], 21 * GB, sync=False)
 
 
 def test_the_kernels_own_words_are_read() -> None:

@@ -30,6 +30,24 @@ def test_a_usage_error_with_json_is_one_document(words: list[str]) -> None:
     assert "--help" in document["problems"][0]["do"]
 
 
+ALONE = """
+import os, sys
+from mdl.program import numpy_alone
+numpy_alone()
+print(len(os.listdir("/proc/self/task")), "numpy" in sys.modules, os.environ.get("OPENBLAS_NUM_THREADS"))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="only Linux lists a process's threads there")
+@pytest.mark.parametrize(("said", "left"), [({}, "1 True None"), ({"OPENBLAS_NUM_THREADS": "1"}, "1 False 1")])
+def test_numpy_comes_without_threads_and_nobody_else_is_told(said: dict[str, str], left: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")} | said
+
+    done = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True, check=True, env=environment)
+
+    assert done.stdout.strip() == left
+
+
 HANGS = """
 import os, pathlib, time
 def build(checkpoint):
