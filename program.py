@@ -19,8 +19,6 @@ import typer
 from . import render
 from .errors import Kind, MdlError, Problem, usage_error
 
-
-
 _BLAS = "OPENBLAS_NUM_THREADS"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from mdl.convert import file_cache
 from mdl.convert.file_cache import call_size, too_large
 
