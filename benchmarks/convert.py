@@ -5,6 +5,7 @@
     python benchmarks/convert.py --scenario sizes --sizes 2 6        by size
     python benchmarks/convert.py --scenario llama --cold --json a.json
     python benchmarks/convert.py --from a.json b.json --write docs/speed.md    tables of kept figures, nothing is run
+    python benchmarks/convert.py --from c.json --label server --write docs/speed.md    of another machine
 
 The checkpoints are made in --work, which decides whose disk is measured. In each round every way runs once, each round
 begins with another one, and a way's figure is its time divided by that of `cp` in the same round: disks and neighbours
@@ -148,6 +149,7 @@ def parse() -> argparse.Namespace:
     cli.add_argument("--json", type=Path, help="keep every figure in this file")
     cli.add_argument("--from", dest="kept", type=Path, nargs="+", help="figures kept by --json; measure nothing")
     cli.add_argument("--write", type=Path, metavar="PAGE", help="put the tables into this page, the picture beside it")
+    cli.add_argument("--label", default="", help="of another machine: its tables go behind markers that begin so")
     cli.add_argument("--svg", type=Path, help="put the picture of memory by size here")
     return cli.parse_args()
 
@@ -185,7 +187,7 @@ def main() -> int:
     if picture and by_name.get("sizes"):
         picture.write_text(memory_curves(by_name["sizes"]), encoding="utf-8")
     if args.write:
-        write_page(args.write, blocks)
+        write_page(args.write, {f"{args.label} {name}".strip(): made for name, made in blocks.items()})
     bad = [r for r in results if r.get("refused") or any("failed" in why for why in r["skipped"].values())]
     return 1 if bad else 0
 
