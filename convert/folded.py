@@ -101,9 +101,9 @@ def _old(tensors: Iterable[str]) -> Iterable[tuple[str, Form, tuple[str, ...]]]:
     there = set(tensors)
     for name in tensors:
         module, dot, leaf = name.rpartition(".")
-        for form in _OLD:
+        for form in (form for form in _OLD if leaf == form.ends[0]):
             names = tuple(module + dot + end for end in form.ends)
-            if leaf == form.ends[0] and there.issuperset(names):
+            if there.issuperset(names):
                 yield module + dot + leaf.rpartition("_")[0], form, names
 
 
