@@ -19,12 +19,13 @@ _UNKNOWN = (errno.EOPNOTSUPP, errno.EINVAL)
 
 
 class Calls:
-    """Reads and writes at a place of a file, with or without the cache. Kernels and file systems that don't know the
-    flag are asked once."""
+    """Reads and writes at a place of a file, with or without the cache, ``most`` bytes in one write. Kernels and file
+    systems that don't know the flag are asked once."""
 
-    def __init__(self, *, bypass: bool = False) -> None:
+    def __init__(self, *, bypass: bool = False, most: int | None = None) -> None:
         self._flags = DONT_CACHE if bypass else 0
         self._advise = False
+        self._most = most
 
     def read(self, descriptor: int, out: memoryview, at: int, *, again: bool = False) -> int:
         """Read into ``out``; how many bytes, 0 at the end of the file. What is read ``again`` later stays cached."""
@@ -37,9 +38,10 @@ class Calls:
 
     def write(self, descriptor: int, data: memoryview, at: int) -> int:
         """Write some of ``data``; how many bytes."""
+        some = data[: self._most]
         if not self._flags:
-            return os.pwrite(descriptor, data, at)
-        return self._call(lambda flags: os.pwritev(descriptor, [data], at, flags))
+            return os.pwrite(descriptor, some, at)
+        return self._call(lambda flags: os.pwritev(descriptor, [some], at, flags))
 
     def _call(self, act: Callable[[int], int]) -> int:
         try:

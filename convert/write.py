@@ -62,9 +62,8 @@ def write_shards(
 
     What can't be finished vanishes. Raises whatever stopped the first thread that was stopped.
     """
-    call = call_size(sum(shard.nbytes for shard in shards))
-    outputs = [_Open(shard, work, sync, Calls(bypass=bypass), call) for shard in shards]
-    queue = _Queue(files, outputs, TURNED // workers, progress)
+    calls = Calls(bypass=bypass, most=call_size(sum(shard.nbytes for shard in shards)))
+    queue = _Queue(files, [_Open(shard, work, sync, calls) for shard in shards], TURNED // workers, progress)
     try:
         if workers == 1:
             queue.run()
@@ -98,14 +97,13 @@ def _ended(pool: ThreadPoolExecutor) -> None:
 
 @dataclass
 class _Open:
-    """A weight file on its way: written under a name that no other run uses, ``call`` bytes at a time. ``busy`` threads
-    write it, and ``todo`` nobody has taken yet."""
+    """A weight file on its way: written under a name that no other run uses. ``busy`` threads write it, and ``todo``
+    nobody has taken yet."""
 
     shard: Shard
     work: Path
     sync: bool
     calls: Calls
-    call: int
 
     def __post_init__(self) -> None:
         self.path = self.work / f".{self.shard.file}.{os.getpid()}-{os.urandom(4).hex()}"
@@ -122,9 +120,10 @@ class _Open:
         self.put(memoryview(self.head), 0)
 
     def put(self, view: memoryview, at: int) -> None:
-        """Write all of it: a single write may stop short (signals, nearly full disks)."""
+        """Write all of it: a single write stops at what the kernel is given at a time, or short of that (signals,
+        nearly full disks)."""
         while view:
-            written = self.calls.write(self.descriptor, view[: self.call], at)
+            written = self.calls.write(self.descriptor, view, at)
             view, at = view[written:], at + written
 
     def finish(self) -> None:
