@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from convert_ways import WAYS
-from pages import head, put_tables, row
+from pages import head, put_tables, row, spread
 
 BLOCK = "<!-- speed: {} -->\n"
 Result = dict[str, Any]
@@ -92,13 +92,6 @@ def ratios(result: Result, name: str) -> list[float]:
     base = {run["round"]: run["seconds"] for run in result["runs"] if run["way"] == result["base"]}
     runs = (run for run in result["runs"] if run["way"] == name)
     return [run["seconds"] / base[run["round"]] for run in runs if run["round"] in base]
-
-
-def spread(found: Sequence[float]) -> tuple[str, str, str]:
-    """Median, least and greatest."""
-    if not found:
-        return "–", "–", "–"
-    return f"{statistics.median(found):.2f}", f"{min(found):.2f}", f"{max(found):.2f}"
 
 
 def median(runs: Sequence[Mapping[str, Any]], key: str) -> float:

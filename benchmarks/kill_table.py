@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import re
 import sys
 import tempfile
 import time
@@ -24,6 +23,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
+from pages import put_tables
 
 from mdl.convert.prepare import prepare
 from mdl.convert.run import convert
@@ -33,7 +33,6 @@ from mdl.validate.mutate import run_mutations
 
 PAGE = Path(__file__).parent.parent / "docs" / "kill-table.md"
 BLOCK = "<!-- kill-table: {} -->\n"
-END = "<!-- end -->"
 State = dict[str, torch.Tensor]
 
 
@@ -221,13 +220,7 @@ def main() -> int:
     if args.json:
         args.json.write_text(json.dumps({title: json.loads(table.to_json()) for title, table in tables.items()}))
     if args.write:
-        text = PAGE.read_text(encoding="utf-8")
-        for name, block in blocks.items():
-            begin = BLOCK.format(name)
-            text = re.sub(
-                re.escape(begin) + ".*?" + re.escape(END), lambda _, b=begin + block: b + END, text, flags=re.S
-            )
-        PAGE.write_text(text, encoding="utf-8")
+        put_tables(PAGE, {BLOCK.format(name): made for name, made in blocks.items()})
     for title, table in tables.items():
         print(f"{title}: {table.verdict}", file=sys.stderr)
     return 0 if all(table.ok for table in tables.values()) else 1

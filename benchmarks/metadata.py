@@ -13,7 +13,6 @@ import argparse
 import json
 import math
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from convert_measure import environment, machine
-from pages import head, put_tables, row, versions
+from pages import head, put_tables, row, spread, versions
 
 MARK = "<!-- speed: metadata -->\n"
 COUNTS = (200, 2_000, 10_000, 50_000)
@@ -67,6 +66,12 @@ def make_meta(folder: Path, layers: int, hidden: int = 8, ffn: int = 8, vocab: i
     (folder / "params.json").write_text(json.dumps(params))
 
 
+def make_holes(folder: Path, nbytes: float, layers: int) -> None:
+    """The same of about this size, of holes."""
+    hidden = round(math.sqrt(nbytes / 2 / layers / 14.5) / 128) * 128
+    make_meta(folder, layers, hidden, hidden * 7 // 2, 32_000, sparse=True)
+
+
 def make_hugging_face(folder: Path, layers: int) -> None:
     """model.safetensors with config.json."""
     from safetensors.torch import save_file
@@ -86,8 +91,7 @@ def make(folder: Path) -> None:
         make_meta(folder / f"zip, {count:,} tensors", layers, sparse=False)
         make_hugging_face(folder / f"safetensors, {count:,} tensors", layers)
     for name, (nbytes, layers) in SIZES.items():
-        hidden = round(math.sqrt(nbytes / 2 / layers / 14.5) / 128) * 128
-        make_meta(folder / f"zip, {name}", layers, hidden, hidden * 7 // 2, 32_000, sparse=True)
+        make_holes(folder / f"zip, {name}", nbytes, layers)
 
 
 def measured(command: list[str]) -> tuple[float, float] | None:
@@ -145,7 +149,7 @@ def figures(found: Sequence[tuple[float, float] | None]) -> list[str]:
     if not told:
         return ["fails", "–", "–", "–"]
     times, peaks = zip(*told, strict=True)
-    return [*(f"{s:.2f}" for s in (statistics.median(times), min(times), max(times))), f"{max(peaks):.0f}"]
+    return [*spread(times), f"{max(peaks):.0f}"]
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import re
+import statistics
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -31,6 +32,13 @@ def head(columns: Sequence[str]) -> list[str]:
 def row(*cells: str) -> str:
     """A line of a table."""
     return f"| {' | '.join(cells)} |"
+
+
+def spread(found: Sequence[float]) -> tuple[str, str, str]:
+    """Median, least and greatest."""
+    if not found:
+        return "–", "–", "–"
+    return f"{statistics.median(found):.2f}", f"{min(found):.2f}", f"{max(found):.2f}"
 
 
 def put_tables(page: Path, tables: Mapping[str, str]) -> None:

@@ -9,7 +9,6 @@ and prints the median, least and most time on the clock.
 from __future__ import annotations
 
 import argparse
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -17,18 +16,11 @@ import time
 from pathlib import Path
 
 from convert_measure import environment, machine
-from metadata import TORCH, make_meta
-from pages import head, put_tables, row, versions
+from metadata import TORCH, make_holes
+from pages import head, put_tables, row, spread, versions
 
 MARK = "<!-- speed: startup -->\n"
-LAYERS, VOCAB = 32, 32_000
-
-
-def make_checkpoint(folder: Path, gigabytes: float) -> Path:
-    """consolidated.00.pth with params.json, bfloat16, 32 layers, about the given size."""
-    hidden = round((gigabytes * 1e9 / 2 / LAYERS / 14.5) ** 0.5 / 128) * 128
-    make_meta(folder, LAYERS, hidden, hidden * 7 // 2, VOCAB, sparse=True)
-    return folder / "consolidated.00.pth"
+LAYERS = 32
 
 
 def seconds(command: list[str]) -> float:
@@ -62,7 +54,8 @@ def main() -> None:
     args = cli.parse_args()
     mdl = str(Path(sys.executable).with_name("mdl"))
     with tempfile.TemporaryDirectory() as scratch:
-        path = str(make_checkpoint(Path(scratch) / "llama", args.size_gb))
+        make_holes(Path(scratch) / "llama", args.size_gb * 1e9, LAYERS)
+        path = str(Path(scratch) / "llama" / "consolidated.00.pth")
         out, untied = Path(scratch) / "out", ["--set", "tied=false"]
         ways = {
             "`mdl --help`": lambda: seconds([mdl, "--help"]),
@@ -76,9 +69,7 @@ def main() -> None:
         size, where = Path(path).stat().st_size / 1e9, machine(Path(scratch))
     lines = [f"Meta Llama, {size:.2f} GB; rounds: {args.rounds}. {where}; {versions()}.", ""]
     lines += head(("way", "s, median", "min", "max"))
-    for name in ways:
-        times = [r[name] for r in rounds]
-        lines.append(row(name, *(f"{s:.2f}" for s in (statistics.median(times), min(times), max(times)))))
+    lines += [row(name, *spread([r[name] for r in rounds])) for name in ways]
     text = "\n".join(lines) + "\n"
     print(text)
     if args.write:
