@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from . import program, render
+from . import __version__, program, render
 from .options import (
     ArchOption,
     BackendOption,
@@ -68,9 +68,7 @@ def _root(
 ) -> None:
     state.quiet, state.debug = quiet, debug
     if version:
-        from .convert.manifest import own_version
-
-        typer.echo(f"mdl {own_version()}")
+        typer.echo(f"mdl {__version__}")
         raise typer.Exit
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from enum import Enum
+
+from msgspec import Struct
+from msgspec.structs import force_setattr
 
 MAX_TEXT = 4000
 """Characters of one part of a problem; of a longer text its ends are shown."""
@@ -26,8 +28,7 @@ class Kind(Enum):
     """This machine lacks something: vLLM, memory, disk."""
 
 
-@dataclass(frozen=True, order=True)
-class Problem:
+class Problem(Struct, frozen=True, order=True):
     """One thing that is wrong. ``where`` and ``do`` may be empty when ``what`` says it all."""
 
     what: str
@@ -39,7 +40,7 @@ class Problem:
         for name in ("what", "where", "do"):
             text = getattr(self, name)
             if not text.isprintable() or len(text) > MAX_TEXT:
-                object.__setattr__(self, name, _shown(text))
+                force_setattr(self, name, _shown(text))
 
 
 def _shown(text: str) -> str:

@@ -10,11 +10,11 @@ import sys
 import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from types import FrameType
 from typing import NoReturn
 
 import typer
+from msgspec import Struct
 
 from . import render
 from .errors import Kind, MdlError, Problem, usage_error
@@ -22,8 +22,7 @@ from .errors import Kind, MdlError, Problem, usage_error
 _BLAS = "OPENBLAS_NUM_THREADS"
 
 
-@dataclass
-class State:
+class State(Struct):
     """What the options before and after the command's name say about printing."""
 
     quiet: bool = False

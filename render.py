@@ -38,7 +38,7 @@ def err() -> Console:
 
 
 def print_json(document: Any) -> None:
-    """One JSON document on stdout; dataclasses become objects."""
+    """One JSON document on stdout; records become objects."""
     for piece in pieces(document):
         sys.stdout.write(piece)
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
 from typing import Any
+
+from msgspec import Struct, field
 
 from ..errors import Kind, MdlError, Problem, input_error
 from ..mappings.tensors import Shape, TensorInfo
@@ -16,8 +17,7 @@ Value = int | float | str | bool | list[Any] | dict[str, Any] | None
 """What a dimension or a semantic constant may be: what JSON can say."""
 
 
-@dataclass(frozen=True)
-class Inventory:
+class Inventory(Struct, frozen=True):
     """What a checkpoint holds, after wrappers and prefixes are taken off.
 
     ``tensors`` maps the family's own name of a tensor to one entry per rank file that holds it, in rank order.
@@ -57,8 +57,7 @@ class Inventory:
         return i
 
 
-@dataclass(frozen=True)
-class Dim:
+class Dim(Struct, frozen=True):
     """One value with its provenance: where it came from, in words a person can check."""
 
     value: Value
@@ -67,7 +66,6 @@ class Dim:
     because: str
 
 
-@dataclass(frozen=True)
 class Dims(Mapping[str, Value]):
     """Every size and semantic constant of one checkpoint, each with its provenance.
 
@@ -75,8 +73,8 @@ class Dims(Mapping[str, Value]):
     sentences where what is served is not what the code that wrote the checkpoint computes.
     """
 
-    entries: Mapping[str, Dim]
-    deviations: tuple[str, ...] = ()
+    def __init__(self, entries: Mapping[str, Dim], deviations: tuple[str, ...] = ()) -> None:
+        self.entries, self.deviations = entries, deviations
 
     def __getitem__(self, name: str) -> Value:
         return self.entries[name].value
@@ -114,7 +112,7 @@ class Dims(Mapping[str, Value]):
 
     def having(self, name: str, dim: Dim) -> Dims:
         """The same dims with one entry added or replaced."""
-        return replace(self, entries={**self.entries, name: dim})
+        return Dims({**self.entries, name: dim}, self.deviations)
 
 
 class Measure:
@@ -356,8 +354,7 @@ def lookup(extras: Mapping[str, Any], path: str) -> Any:
     return node
 
 
-@dataclass(frozen=True)
-class Arch:
+class Arch(Struct, frozen=True):
     """One source family: what a newcomer writes to teach mdl an architecture.
 
     - ``detect(inventory)``: the evidence, in sentences, that this checkpoint is of the family; empty if it is not.
@@ -391,8 +388,7 @@ class Arch:
     root: str = ""
 
 
-@dataclass(frozen=True)
-class Match:
+class Match(Struct, frozen=True):
     """The family that a checkpoint belongs to, and why."""
 
     arch: Arch

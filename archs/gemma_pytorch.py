@@ -6,8 +6,9 @@ is, and with that what no tensor tells. Other sizes are somebody's own: then it 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 from .base import Arch, Dims, Inventory, Measure, boolean
 from .classes.choosing import heads_of_fused
@@ -24,8 +25,7 @@ _EVERY = {1: 0, 2: 2, 3: 6}
 """By generation: each layer of a number that this divides sees all positions, the others a window."""
 
 
-@dataclass(frozen=True)
-class _Preset:
+class _Preset(Struct, frozen=True):
     """What a function of gemma/config.py hard-wires; ``factor`` by which the rotation of full layers is slowed."""
 
     name: str

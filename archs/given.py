@@ -8,9 +8,10 @@ model's settings: ``optimizer.eps`` is no ``norm_eps``.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
+
+from msgspec import Struct
 
 from .settings import ROPE_TABLES, changes, facts, in_force
 
@@ -40,8 +41,7 @@ _HUGGING_FACE = {
 }
 
 
-@dataclass(frozen=True)
-class ConfigFile:
+class ConfigFile(Struct, frozen=True):
     """A read file: its path and its settings as plain values."""
 
     path: str

@@ -6,9 +6,10 @@ import importlib
 import traceback
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
+
+from msgspec.structs import replace
 
 from ..errors import MdlError, input_error
 from ..mappings.tensors import Shape

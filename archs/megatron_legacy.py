@@ -8,7 +8,8 @@ config.json are those of :mod:`.megatron`, whose names the tensors are given fir
 from __future__ import annotations
 
 import re
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from . import megatron
 from .base import Arch, Inventory, Measure

@@ -7,8 +7,9 @@ The meta holds sizes alone. What else its code hard-wired changed five times, an
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 from .base import Arch, Dims, Inventory, Measure, boolean, lookup
 from .decoder.reading import COMPOSED, config_of
@@ -21,8 +22,7 @@ _MARKS = {"lambdas": "x0_lambdas", "value_embeds": "attn.ve_gate", "smear": "sme
 _EPS = 1.1920928955078125e-07
 
 
-@dataclass(frozen=True)
-class Release:
+class Release(Struct, frozen=True):
     """The constants of nanochat/gpt.py while its parameters were the same; no ``softcap`` where that changed."""
 
     since: str

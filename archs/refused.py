@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct, field
 
 from ..errors import Kind, MdlError, Problem
 from ..mappings.packaged import read_facts
@@ -19,8 +20,7 @@ from .base import Inventory, lookup
 FILE = Path(__file__).with_name("refused.yaml")
 
 
-@dataclass(frozen=True)
-class Evidence:
+class Evidence(Struct, frozen=True):
     """Names of tensors and paths beside the weights which together tell; or files of a folder without weights.
 
     ``siblings`` maps the last word of a tensor's name to the types of which it must be beside each of ``tensors``.
@@ -34,8 +34,7 @@ class Evidence:
     siblings: Mapping[str, Iterable[str]] = field(default_factory=dict[str, Iterable[str]])
 
 
-@dataclass(frozen=True)
-class Refused:
+class Refused(Struct, frozen=True):
     """One kind of checkpoint; any of its ``evidence`` is enough."""
 
     name: str

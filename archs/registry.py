@@ -5,20 +5,24 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Iterable
-from dataclasses import replace
 from functools import lru_cache
-from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
+
+from msgspec.structs import replace
 
 from ..errors import MdlError, input_error, machine_error, usage_error
 from .base import Arch, Inventory, Match
 from .guard import guarded
+from .installed import family_points
 from .own_file import import_file, import_root
 from .refused import refuse
 
-_NOT_FAMILIES = {"__init__", "base", "given", "guard", "own_file", "refused", "registry", "settings"}
-GROUP = "mdl.archs"
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
+_NOT_FAMILIES = {"__init__", "base", "given", "guard", "installed", "own_file", "refused", "registry", "settings"}
 
 
 @lru_cache(maxsize=1)
@@ -27,7 +31,7 @@ def all_archs() -> dict[str, Arch]:
     folder = Path(__file__).parent
     stems = sorted(path.stem for path in folder.glob("*.py") if path.stem not in _NOT_FAMILIES)
     found = {stem: _arch_of(importlib.import_module(f".{stem}", __package__), stem) for stem in stems}
-    for point in entry_points(group=GROUP):
+    for point in family_points():
         module = _imported(point)
         arch = _arch_of(module, point.name)
         if arch.name in found:

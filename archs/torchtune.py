@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from msgspec import Struct
 
 from .base import Arch, Inventory, Measure, boolean
 from .llama_meta import hf_config
@@ -19,8 +19,7 @@ _NEEDED = (
 _OTHERS = ("layers.0.attn.q_proj.bias", "layers.0.attn.q_norm.scale", "layers.0.sa_scale.scale")
 
 
-@dataclass(frozen=True)
-class _Builder:
+class _Builder(Struct, frozen=True):
     """What a builder of torchtune 0.6.1 hard-wires; all have norm_eps 1e-5. ``factor`` 0 is unscaled rotary."""
 
     theta: float

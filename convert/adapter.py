@@ -10,9 +10,11 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from ..archs.base import Inventory
 from ..errors import Kind, MdlError, Problem, input_error, usage_error
@@ -56,8 +58,7 @@ _OF_LORA, _SAVED, _UNUSED = ".lora_", ".modules_to_save.", ".original_module."
 _MERGE = "merge it where it was trained (model.merge_and_unload(), then save_pretrained) and convert that"
 
 
-@dataclass
-class Pair:
+class Pair(Struct):
     """A module's two matrices: A [r, in] and B [out, r]; ``embedding`` as PEFT has them for a table."""
 
     embedding: bool = False
@@ -65,8 +66,7 @@ class Pair:
     b: TensorInfo | None = None
 
 
-@dataclass(frozen=True)
-class Adapter:
+class Adapter(Struct, frozen=True):
     """An adapter's settings, and the file with them; its ``pairs`` by module, and ``saved``, the weights that take the
     place of the model's own, by their names."""
 

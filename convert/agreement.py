@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from msgspec import Struct
+
+from .. import __version__
 from ..errors import MdlError
 from .manifest import NAME as MANIFEST
-from .manifest import describe_step, digest_of, fingerprint, own_version, plan_digest, read_manifest
+from .manifest import describe_step, digest_of, fingerprint, plan_digest, read_manifest
 from .prepare import Prepared
 from .receipts import write_at_once
 from .shards import Shard
@@ -16,8 +18,7 @@ from .shards import Shard
 NAME = "agreement.json"
 
 
-@dataclass(frozen=True)
-class Agreement:
+class Agreement(Struct, frozen=True):
     """A plan, and how it is laid out in files. Equal digests give equal weights, whoever writes them and wherever;
     ``beside`` is the digest of what lies beside them: the tokenizer's files."""
 
@@ -56,7 +57,7 @@ def agree(prepared: Prepared, shards: tuple[Shard, ...], beside: str = "") -> Ag
     """The agreement of a prepared checkpoint: mdl's version, every step, config.json, the source's files by name, size,
     time of change and fingerprint, and which tensor goes where."""
     content: dict[str, Any] = {
-        "mdl": own_version(),
+        "mdl": __version__,
         "plan": plan_digest(describe_step(step) for step in prepared.plan.steps),
         "config": prepared.config,
         "source": [_named(fingerprint(Path(file))) for file in prepared.inventory.files],

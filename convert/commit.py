@@ -10,8 +10,9 @@ import os
 import shutil
 import stat
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 from ..errors import Kind, MdlError, input_error, machine_error, usage_error
 from ..mappings.ops import OpError
@@ -23,8 +24,7 @@ Say = Callable[[str], None]
 """Told, in a sentence, what a run that fails leaves behind."""
 
 
-@dataclass(frozen=True)
-class Workplace:
+class Workplace(Struct, frozen=True):
     """Where to work: ``layout`` becomes the layout, in ``work``, around it, lies what is known of its files.
 
     ``resumed`` is whether an earlier run's finished files may lie there, ``notes`` what is to be said about the place.
@@ -36,8 +36,7 @@ class Workplace:
     notes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Terms:
+class Terms(Struct, frozen=True):
     """On what terms a layout shall be somewhere: ``need`` is the bytes it takes, ``sync`` whether the disk must have it
     before it is there. The ``last`` of several parts waits for the others' locks."""
 

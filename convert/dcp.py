@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from msgspec import Struct, field
 
 from ..errors import Kind, MdlError, Problem, input_error
 from ..mappings.tensors import ITEMSIZE, Piece, TensorInfo, dense
@@ -64,8 +65,7 @@ def _is_state(key: str, depth: int, keys: tuple[str, ...], entry: Entry) -> bool
     return is_training(key) and not (0 < depth == len(keys) - 1 and entry.shape is not None)
 
 
-@dataclass
-class _Work:
+class _Work(Struct):
     """The tree, as it grows."""
 
     path: Path

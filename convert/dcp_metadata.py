@@ -7,9 +7,10 @@ comes out are inert records, of whatever class: OLMo-core writes its own for the
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, cast
+
+from msgspec import Struct
 
 from ..errors import COPY_AGAIN, Kind, MdlError, Problem, input_error
 from ..mappings.tensors import MAX_DIMS, Shape
@@ -26,8 +27,7 @@ _LIMIT = 1 << 63
 _SAVE = "copy the folder again; if that does not help, save it again with torch.distributed.checkpoint.save"
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(Struct, frozen=True):
     """Bytes of a file of the folder, by its name."""
 
     file: str
@@ -35,16 +35,14 @@ class Place:
     end: int
 
 
-@dataclass(frozen=True)
-class Chunk:
+class Chunk(Struct, frozen=True):
     """A piece of a tensor, or an object that is none."""
 
     box: Box
     place: Place
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(Struct, frozen=True):
     """One saved thing. ``path`` are the keys that led to it; ``dtype`` is empty and ``shape`` None for what is no
     tensor. ``chunks`` lists what holds at least one value."""
 

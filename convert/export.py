@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from collections.abc import Mapping as Map
-from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import Any, cast
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from ..errors import Kind, MdlError, Problem, input_error, usage_error
 from ..mappings.expand import Join
@@ -28,8 +30,7 @@ FOREIGN = frozenset({".safetensors", ".gguf", ".onnx", ".npz", ".h5"})
 """Suffixes that promise another format than the one that is written."""
 
 
-@dataclass(frozen=True)
-class Exported:
+class Exported(Struct, frozen=True):
     """What an export wrote, and what it could not bring back."""
 
     out: str
@@ -38,8 +39,7 @@ class Exported:
     lost: tuple[Problem, ...]
 
 
-@dataclass(frozen=True)
-class _Home:
+class _Home(Struct, frozen=True):
     """One place where an original tensor, or a rank's part of it, lay: its name and shape in that file."""
 
     rank: int
@@ -48,8 +48,7 @@ class _Home:
     shape: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class _Back:
+class _Back(Struct, frozen=True):
     """One original tensor: how to make it from targets of the layout."""
 
     name: str

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import os
 import shutil
 import tempfile
 from collections.abc import Generator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from msgspec import Struct
+from msgspec.structs import asdict
+
 from ..errors import input_error
+from ..mappings.jsonable import plain
 from .agreement import Agreement
 from .check import INDEX
 from .commit import Workplace, flush
@@ -27,8 +29,7 @@ from .tokenizer import READY, TokenizerInfo, is_pair, write_tokenizer
 from .values_judged import Allow, judge
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(Struct, frozen=True):
     """What is to be made: of which checkpoint and options, with which tokenizer."""
 
     prepared: Prepared
@@ -38,8 +39,7 @@ class Request:
     sync: bool
 
 
-@dataclass(frozen=True)
-class Beside:
+class Beside(Struct, frozen=True):
     """The tokenizer's files, made in a folder of their own before a byte of the weights is copied."""
 
     folder: Path
@@ -47,8 +47,7 @@ class Beside:
     digest: str
 
 
-@dataclass(frozen=True)
-class Layout:
+class Layout(Struct, frozen=True):
     """What a finished folder holds."""
 
     manifest: Manifest
@@ -79,8 +78,8 @@ def finish(
         prepared,
         tensors={entry.name: _facts(shard, entry, one) for shard, entry, one in pairs},
         files={name: _sha256(folder / name) for name in names},
-        options=dataclasses.asdict(request.prepared.options),
-        tokenizer=dataclasses.asdict(info),
+        options=plain(request.prepared.options),
+        tokenizer=asdict(info),
         values=values,
         notes=(*request.notes, *place.notes),
         agreement=agreement.whole,

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from ..archs.base import Inventory
 from ..mappings.tensors import FLOATING, Made, Shape, TensorInfo
@@ -18,8 +20,7 @@ _PARAMETRIZED = re.compile(r"(?:(.*)\.)?parametrizations\.([^.]+)\.(.+)")
 """The module, the parameter, and what is held of it."""
 
 
-@dataclass(frozen=True)
-class Form:
+class Form(Struct, frozen=True):
     """A way in which torch takes a weight apart: the ends of its parts' names, in the order of its recipe, of which the
     first has the whole's shape and type; whether shapes are such parts'; and how to say what they are."""
 

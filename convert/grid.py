@@ -18,9 +18,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from ..errors import Kind, MdlError, Problem, input_error
 
@@ -37,8 +39,7 @@ _CHUNK = re.compile(r"model(\d{1,3})")
 _COPY = "copy the folder again: every file holds a part of the model"
 
 
-@dataclass(frozen=True)
-class Cell:
+class Cell(Struct, frozen=True):
     """Which part of a model a tree holds.
 
     ``place`` orders the parts along the layers, ``expert`` those of the experts; ``prefix`` is put before its tensors'
@@ -53,8 +54,7 @@ class Cell:
     chunk: str = ""
 
 
-@dataclass(frozen=True)
-class Grid:
+class Grid(Struct, frozen=True):
     """The files of one checkpoint, and the folder that they lie in. ``numbers`` is how many the names of its folders
     hold: of two, only what lies in the files tells whether the second is a stage's or the experts'."""
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
 from pathlib import Path as Folder
 from typing import Any
+
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from ..archs.base import Inventory
 from ..errors import Kind, MdlError, Problem, input_error, usage_error
@@ -84,8 +86,7 @@ def take_inventory(ckpt: Checkpoint, *, weights: str | None = None) -> Inventory
     return folded(inventory)
 
 
-@dataclass
-class _Findings:
+class _Findings(Struct):
     """What is collected on the way."""
 
     notes: list[str]

@@ -15,8 +15,9 @@ import os
 import socket
 import time
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 from ..errors import MdlError, machine_error
 
@@ -25,8 +26,7 @@ _UNSUPPORTED = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, err
 _BUSY = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES}
 
 
-@dataclass(frozen=True)
-class Claim:
+class Claim(Struct, frozen=True):
     """What a writer got. ``certain`` is whether nobody else can have it too; if not, ``note`` says why."""
 
     certain: bool

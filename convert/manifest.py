@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
 import json
 from collections.abc import Iterable
 from collections.abc import Mapping as Map
-from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, cast
 
+from msgspec import Struct, field
+from msgspec.structs import asdict
+
+from .. import __version__
 from ..archs.base import Value
 from ..errors import input_error
 from ..mappings import moves, parts, quantised, values
@@ -33,8 +34,7 @@ _OPS: dict[str, type[Op]] = {
 }
 
 
-@dataclass(frozen=True)
-class Manifest:
+class Manifest(Struct, frozen=True):
     """The record that a layout carries.
 
     ``source`` names the checkpoint's files with size and fingerprint; ``dims`` holds value, source and reason of
@@ -128,7 +128,7 @@ def make_manifest(
     inventory, mapping = prepared.inventory, prepared.mapping
     steps = tuple(describe_step(step) for step in prepared.plan.steps)
     return Manifest(
-        mdl=own_version(),
+        mdl=__version__,
         arch=prepared.arch.name,
         because=prepared.match.because,
         target=prepared.target,
@@ -145,7 +145,7 @@ def make_manifest(
             "extras": plain(inventory.extras),
         },
         mapping={"file": Path(mapping.path).name, "sha256": mapping.sha256},
-        dims={name: dataclasses.asdict(dim) for name, dim in prepared.dims.entries.items()},
+        dims={name: asdict(dim) for name, dim in prepared.dims.entries.items()},
         dtype=prepared.plan.dtype,
         options=options,
         plan=plan_digest(steps),
@@ -170,14 +170,6 @@ def _without_folders(step: Map[str, Any]) -> dict[str, Any]:
         return {**rank, "file": Path(rank["file"]).name}
 
     return {**step, "sources": [{**s, "ranks": [named(rank) for rank in s["ranks"]]} for s in step["sources"]]}
-
-
-def own_version() -> str:
-    """mdl's version as installed."""
-    try:
-        return version("mdl")
-    except PackageNotFoundError:
-        return "unknown"
 
 
 def fingerprint(path: Path) -> dict[str, Any]:
@@ -212,7 +204,7 @@ def describe_step(step: Step) -> dict[str, Any]:
 @functools.cache
 def describe_op(op: Op) -> dict[str, Any]:
     """An operation as ``{"op": name, **arguments}``. Layers share theirs: the answer is not to be changed."""
-    return {"op": op.name, **{f.name: _described(getattr(op, f.name)) for f in dataclasses.fields(op)}}
+    return {"op": op.name, **{name: _described(argument) for name, argument in asdict(op).items()}}
 
 
 def _described(argument: Any) -> Any:
@@ -245,7 +237,7 @@ def _describe_source(source: Source) -> dict[str, Any]:
     return {
         "name": source.name,
         "shape": list(source.shape),
-        "join": plain(dataclasses.asdict(source.join)) if source.join else None,
+        "join": plain(source.join) if source.join else None,
         "ranks": [_describe_stored(info) for info in source.infos],
     }
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from ..errors import usage_error
 from .commit import Say, os_problem
@@ -18,8 +20,7 @@ if TYPE_CHECKING:
     from .parts import Contributed, Part
 
 
-@dataclass(frozen=True)
-class Mode:
+class Mode(Struct, frozen=True):
     """How to copy. None of it changes a byte of what is written. With ``benchmark``, the disk's own speed is measured
     first."""
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct, field
 
 from ..archs.refused import refuse_folder
 from ..errors import Kind, MdlError, Problem, input_error
@@ -33,8 +34,7 @@ _STATE_SUFFIXES = _SUFFIXES | {".pkl"}
 _INDEX = ".index.json"
 
 
-@dataclass(frozen=True)
-class Checkpoint:
+class Checkpoint(Struct, frozen=True):
     """An opened checkpoint.
 
     ``trees`` holds one raw tree per rank file, in rank order (the shards of one model are one tree); where ``cells`` is
@@ -56,8 +56,7 @@ class Checkpoint:
     cells: tuple[Cell, ...] = ()
 
 
-@dataclass(frozen=True)
-class _Group:
+class _Group(Struct, frozen=True):
     """Files that make up one checkpoint: ``ranks`` one tree each, otherwise one tree together; ``parted`` names the
     format in which weights are put together from several."""
 

@@ -12,8 +12,10 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from ..errors import MdlError, machine_error, usage_error
 from .agreement import Agreement, agree
@@ -41,8 +43,7 @@ from .values_judged import STRICT, Allow, judge
 from .write import Progress
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(Struct, frozen=True):
     """The ``number``-th of ``count`` shares, counted from 1."""
 
     number: int
@@ -60,8 +61,7 @@ class Part:
         return mine
 
 
-@dataclass(frozen=True)
-class Contributed:
+class Contributed(Struct, frozen=True):
     """What a part did that was not the last one: the files it wrote, and those that are still missing."""
 
     out: str

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
 
 from ..mappings.tensors import Shape, TensorInfo
 
@@ -21,16 +22,14 @@ class PiecesError(Exception):
     """The blocks do not make up the tensor; the text says why."""
 
 
-@dataclass(frozen=True)
-class Box:
+class Box(Struct, frozen=True):
     """A block: where it starts and where it stops along every dimension."""
 
     start: Shape
     stop: Shape
 
 
-@dataclass(frozen=True)
-class Cut:
+class Cut(Struct, frozen=True):
     """Blocks side by side along one dimension, in their order; each is the number of one, or cut again."""
 
     axis: int

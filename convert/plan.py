@@ -6,8 +6,9 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 from collections.abc import Mapping as Map
-from dataclasses import dataclass
 from itertools import groupby
+
+from msgspec import Struct
 
 from ..archs.base import Inventory
 from ..errors import Kind, MdlError, Problem
@@ -24,8 +25,7 @@ _LEFT = (
 )
 
 
-@dataclass(frozen=True, init=False)
-class Source:
+class Source(Struct, frozen=True):
     """One source tensor of a step: its rank files' entries and how they join into ``shape``."""
 
     name: str
@@ -33,17 +33,8 @@ class Source:
     shape: Shape
     join: Join | None
 
-    def __init__(self, name: str, infos: tuple[TensorInfo, ...], shape: Shape, join: Join | None) -> None:
-        # quicker than a frozen dataclass's own way; see TensorInfo
-        made = self.__dict__
-        made["name"] = name
-        made["infos"] = infos
-        made["shape"] = shape
-        made["join"] = join
 
-
-@dataclass(frozen=True, init=False)
-class Step:
+class Step(Struct, frozen=True):
     """Sources become targets by ``ops``; a step of kind ``fill`` has no source, one of kind ``drop`` no target.
 
     ``dtype`` is the element type written, ``source_dtype`` the one stored; ``rule`` is file:line:col.
@@ -59,30 +50,6 @@ class Step:
     rule: str = ""
     reason: str = ""
 
-    def __init__(
-        self,
-        kind: str,
-        targets: tuple[str, ...],
-        shapes: tuple[Shape, ...],
-        dtype: str,
-        sources: tuple[Source, ...] = (),
-        ops: tuple[Op, ...] = (),
-        source_dtype: str = "",
-        rule: str = "",
-        reason: str = "",
-    ) -> None:
-        # quicker than a frozen dataclass's own way; see TensorInfo
-        made = self.__dict__
-        made["kind"] = kind
-        made["targets"] = targets
-        made["shapes"] = shapes
-        made["dtype"] = dtype
-        made["sources"] = sources
-        made["ops"] = ops
-        made["source_dtype"] = source_dtype
-        made["rule"] = rule
-        made["reason"] = reason
-
     @property
     def nbytes(self) -> int:
         """Bytes that the step writes."""
@@ -94,8 +61,7 @@ class Step:
         return made_by([info for source in self.sources for info in source.infos])
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(Struct, frozen=True):
     """All steps in the order they are written, and all problems; ``open`` is what a draft leaves to decide."""
 
     steps: tuple[Step, ...]

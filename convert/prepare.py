@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping as Map
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from ..archs.base import Arch, Dim, Dims, Inventory, Match, Measure, boolean
 from ..archs.given import ConfigFile, Given
@@ -30,8 +32,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 """What ``dtype`` may ask for: float8 needs scales, and no engine serves float64."""
 
 
-@dataclass(frozen=True)
-class Options:
+class Options(Struct, frozen=True):
     """What the user may say about a checkpoint that the checkpoint itself does not."""
 
     arch: str | None = None
@@ -42,8 +43,7 @@ class Options:
     merge_lora: str | None = None
 
 
-@dataclass(frozen=True)
-class Recognised:
+class Recognised(Struct, frozen=True):
     """A checkpoint whose family and dims are known."""
 
     checkpoint: Checkpoint
@@ -65,8 +65,7 @@ class Recognised:
         return str(self.arch.hf_config(self.dims)["architectures"][0])
 
 
-@dataclass(frozen=True)
-class Prepared(Recognised):
+class Prepared(Recognised, frozen=True):
     """A recognised checkpoint with its target config and plan."""
 
     config: Map[str, Any]

@@ -11,9 +11,10 @@ import os
 import signal
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct
 
 from ..errors import Kind, MdlError, Problem, machine_error
 from .agreement import Agreement, agree
@@ -30,8 +31,7 @@ TRIES = 3
 """How often Ray starts a task again whose process or machine died."""
 
 
-@dataclass(frozen=True)
-class Job:
+class Job(Struct, frozen=True):
     """What every task of one conversion is told."""
 
     checkpoint: str
@@ -43,8 +43,7 @@ class Job:
     sync: bool
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(Struct, frozen=True):
     """What a task did, or why it could not. Plain values: an exception of ours may not survive the way back."""
 
     written: tuple[Written, ...] = ()

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct
 
 from ..mappings.jsonable import numbers_back, strict_loads, to_json
 from .check import hash_range
@@ -22,8 +23,7 @@ def layout_in(work: Path) -> Path:
     return work / "layout"
 
 
-@dataclass(frozen=True)
-class Written:
+class Written(Struct, frozen=True):
     """One tensor as it was written: the xxh3-128 of its bytes, and what its values look like."""
 
     name: str

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from ..errors import usage_error
 from .agreement import Agreement, agree
@@ -32,8 +34,7 @@ Writer = Callable[[Sequence[Shard], Path, Progress], dict[str, list[Written]]]
 """Writes some of the weight files, into the folder of work that it is given."""
 
 
-@dataclass(frozen=True)
-class Converted:
+class Converted(Struct, frozen=True):
     """What a conversion did: ``copied`` of the weights' ``nbytes``. ``resumed`` names the weight files that an earlier
     run or another part had finished; ``disk_rate`` is what a plain copy did per second, if that was asked."""
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 from bisect import bisect_right
-from dataclasses import dataclass
 from itertools import accumulate
+
+from msgspec import Struct
 
 from ..errors import usage_error
 from ..mappings.tensors import ITEMSIZE, Shape
@@ -24,8 +25,7 @@ PAGE = 4096
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(Struct, frozen=True):
     """One target tensor in a file: output ``index`` of ``step``, at [start, stop) of the file's data part."""
 
     name: str
@@ -37,8 +37,7 @@ class Entry:
     stop: int
 
 
-@dataclass(frozen=True)
-class Shard:
+class Shard(Struct, frozen=True):
     """One safetensors file to write."""
 
     file: str

@@ -12,10 +12,11 @@ import itertools
 import math
 import os
 import threading
-from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from msgspec import Struct
+from msgspec.structs import replace
 
 from ..errors import input_error, machine_error
 from ..mappings.lazy import Array, Lazy, raw_dtype
@@ -105,8 +106,7 @@ def reach_of(shape: Shape, strides: Shape, itemsize: int) -> int:
     return itemsize + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
 
 
-@dataclass(frozen=True)
-class Readable:
+class Readable(Struct, frozen=True):
     """An open file."""
 
     path: str
@@ -130,8 +130,7 @@ class Readable:
             left, offset = left[got:], offset + got
 
 
-@dataclass(frozen=True)
-class Stored(Node):
+class Stored(Node, Struct, frozen=True):
     """A strided view of a file's bytes; offset and strides in bytes. ``whole`` is where the tensor that it is a part of
     begins, and how many bytes on it ends."""
 

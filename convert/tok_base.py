@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
+
+from msgspec import Struct
 
 from ..errors import input_error
 
@@ -15,8 +16,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 
-@dataclass(frozen=True)
-class Built:
+class Built(Struct, frozen=True):
     """A tokenizer in the form that vLLM reads, with the texts of its special tokens and the choices made.
 
     ``stops`` are the tokens at which generation ends, where they are more than ``eos``; ``chat`` is the name of a

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
 
 from ..errors import MdlError, Problem, input_error
 from . import tok_find, tok_ready, tok_sentencepiece
@@ -25,8 +26,7 @@ SHOWN = 3
 """How many failing texts a problem quotes."""
 
 
-@dataclass(frozen=True)
-class Checked:
+class Checked(Struct, frozen=True):
     """What is wrong with a tokenizer, and in ``notes`` what it was compared with, and what it could not be."""
 
     problems: Sequence[Problem] = ()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 from ..errors import input_error
 from . import tok_bytes, tok_char, tok_gpt2, tok_pickle, tok_ready, tok_sentencepiece, tok_tekken, tok_tiktoken
@@ -19,8 +20,7 @@ _DO = (
 )
 
 
-@dataclass(frozen=True)
-class Source:
+class Source(Struct, frozen=True):
     """A tokenizer that was found: its kind (as in ``TokenizerInfo``) and the files that make it, or what was said."""
 
     kind: str

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from itertools import chain
+
+from msgspec import Struct
 
 from ..errors import input_error
 
 
-@dataclass(frozen=True)
-class Scheme:
+class Scheme(Struct, frozen=True):
     """How a rank file is used. ``pattern`` is tiktoken's own spelling of ``cut`` where that differs.
 
     ``stops`` are the tokens at which the original code ends generation, where they are more than ``eos``; ``chat``

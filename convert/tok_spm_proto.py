@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 from ..errors import input_error
 
@@ -19,8 +20,7 @@ UNIGRAM, BPE, WORD, CHAR = range(1, 5)
 Field = int | bytes
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(Struct, frozen=True):
     """One row of the vocabulary; its index is its id."""
 
     text: str
@@ -28,8 +28,7 @@ class Piece:
     type: int
 
 
-@dataclass(frozen=True)
-class SpmModel:
+class SpmModel(Struct, frozen=True):
     """The settings of a SentencePiece model. ``charsmap`` is its compiled normalisation, empty for identity."""
 
     pieces: tuple[Piece, ...]

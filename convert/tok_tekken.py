@@ -10,9 +10,11 @@ import base64
 import binascii
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from ..errors import input_error
 from .tok_base import Built, read_json_object
@@ -32,8 +34,7 @@ _UNLISTED = (
 _LAST_UNLISTED = 7
 
 
-@dataclass(frozen=True)
-class Tekken:
+class Tekken(Struct, frozen=True):
     """A read file: ids of byte strings (shifted already), ids of special tokens, and tiktoken's pattern."""
 
     ids: dict[bytes, int]

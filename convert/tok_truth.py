@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 from functools import cache, lru_cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct, field
 
 from . import tok_bytes, tok_char, tok_find, tok_gpt2, tok_pickle, tok_sentencepiece, tok_tekken, tok_tiktoken
 from .tok_base import unspell
@@ -23,8 +23,7 @@ Encode = Callable[[list[str]], list[list[int]]]
 Decode = Callable[[list[list[int]]], list[str]]
 
 
-@dataclass(frozen=True)
-class Truth:
+class Truth(Struct, frozen=True):
     """What ``by`` makes of texts that hold no special tokens, which ``specials`` gives the ids of.
 
     ``lossy`` knows the texts that the layout is known, and said, to encode differently.
@@ -117,7 +116,13 @@ def _sentencepiece_truth(path: Path) -> Truth:
             return True
         return any(part in alone for part in parts) or (spelled and BYTE_PIECE.search(text) is not None)
 
-    return Truth(f"sentencepiece {version('sentencepiece')}", processor.encode, processor.decode, specials, lossy)
+    return Truth(f"sentencepiece {_version('sentencepiece')}", processor.encode, processor.decode, specials, lossy)
+
+
+def _version(package: str) -> str:
+    from importlib.metadata import version
+
+    return version(package)
 
 
 def _tekken_truth(path: Path) -> Truth:
@@ -134,7 +139,7 @@ def _tekken_truth(path: Path) -> Truth:
         return [tokenizer.encode(text, bos=False, eos=False) for text in texts]
 
     named = {entry["token_str"]: entry["rank"] for entry in tokenizer._all_special_tokens}
-    by = f"mistral_common {version('mistral_common')}"
+    by = f"mistral_common {_version('mistral_common')}"
     return Truth(by, encode, lambda ids: [tokenizer.decode(one) for one in ids], named)
 
 
@@ -146,7 +151,7 @@ def _ranks_truth(ids: Mapping[bytes, int], pattern: str, cut: str, specials: Map
         pieces = _plain(cut, lambda piece: tok_tiktoken.encode(ids, piece))
         return Truth("mdl's plain reading of the ranks (tiktoken is not installed)", pieces, None, specials)
     encoding = tiktoken.Encoding("source", pat_str=pattern, mergeable_ranks=dict(ids), special_tokens={})
-    return Truth(f"tiktoken {version('tiktoken')}", encoding.encode_ordinary_batch, encoding.decode_batch, specials)
+    return Truth(f"tiktoken {_version('tiktoken')}", encoding.encode_ordinary_batch, encoding.decode_batch, specials)
 
 
 def _gpt2_truth(vocab_file: Path, merges_file: Path) -> Truth:

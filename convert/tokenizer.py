@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct
 
 from ..errors import input_error
 from . import tok_find, tok_ready
@@ -35,8 +36,7 @@ __all__ = [
 CHAT_TEMPLATE = "chat_template.jinja"
 
 
-@dataclass(frozen=True)
-class TokenizerInfo:
+class TokenizerInfo(Struct, frozen=True):
     """What was written. ``vocab_size`` is the highest id plus one; ``files`` are relative to the output."""
 
     kind: str

@@ -6,7 +6,6 @@ import os
 import struct
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -134,18 +133,12 @@ def _root(members: dict[str, Member], file: str) -> str:
     return root
 
 
-@dataclass
 class _Archive:
     """An open archive; ``ranges`` collects (start, end, member) of every member that was asked for, header and all."""
 
-    file: str
-    descriptor: int
-    begin: int
-    root: str
-    members: dict[str, Member]
-    end: int
-
-    def __post_init__(self) -> None:
+    def __init__(self, file: str, descriptor: int, begin: int, root: str, members: dict[str, Member], end: int) -> None:
+        self.file, self.descriptor, self.begin, self.end = file, descriptor, begin, end
+        self.root, self.members = root, members
         self.ranges: list[tuple[int, int, str]] = []
         self._near, self._seen = 0, b""
 

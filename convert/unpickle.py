@@ -41,7 +41,7 @@ class Storage(NamedTuple):
     dtype: str
 
 
-class _Tensor(TensorInfo):
+class _Tensor(TensorInfo, frozen=True):
     """A TensorInfo that a later instruction of the pickle can't rewrite."""
 
     def __setstate__(self, state: object) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 from ..errors import Kind, MdlError, Problem
 from .shards import Entry
@@ -14,8 +15,7 @@ _WIDER = {"float16": "bfloat16", "float8_e4m3fn": "bfloat16", "float8_e5m2": "bf
 """What to write instead, where values lie outside a type's range."""
 
 
-@dataclass(frozen=True)
-class Allow:
+class Allow(Struct, frozen=True):
     """What the user lets pass: values that are not finite, and values that rounding makes 0."""
 
     nonfinite: bool = False

@@ -8,10 +8,10 @@ float8 cost what float32 costs. Only a block that holds such a number is looked 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from msgspec import Struct
 
 from ..mappings.lazy import Array, raw_dtype, value_dtype
 from ..mappings.tensors import ITEMSIZE, Shape
@@ -27,8 +27,7 @@ _INFINITE = {
 """The bits of infinity; what lies above is NaN. float8_e4m3fn has no infinity, and one NaN of either sign."""
 
 
-@dataclass(frozen=True)
-class Values:
+class Values(Struct, frozen=True):
     """What was seen of one tensor.
 
     ``first`` is the index of the first value that is not finite. ``overflowed`` counts finite values that a rounding

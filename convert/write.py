@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import xxhash
@@ -95,21 +94,16 @@ def _ended(pool: ThreadPoolExecutor) -> None:
         return
 
 
-@dataclass
 class _Open:
     """A weight file on its way: written under a name that no other run uses. ``busy`` threads write it, and ``todo``
     nobody has taken yet."""
 
-    shard: Shard
-    work: Path
-    sync: bool
-    calls: Calls
-
-    def __post_init__(self) -> None:
-        self.path = self.work / f".{self.shard.file}.{os.getpid()}-{os.urandom(4).hex()}"
-        self.head = self.shard.header()
+    def __init__(self, shard: Shard, work: Path, sync: bool, calls: Calls) -> None:
+        self.shard, self.work, self.sync, self.calls = shard, work, sync, calls
+        self.path = work / f".{shard.file}.{os.getpid()}-{os.urandom(4).hex()}"
+        self.head = shard.header()
         self.written: dict[str, Written] = {}
-        self.todo = deque(self.shard.entries)
+        self.todo = deque(shard.entries)
         self.busy = 0
         self.descriptor = -1
 

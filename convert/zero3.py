@@ -12,7 +12,6 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -99,15 +98,12 @@ def _flat(state: dict[str, Any], path: Path, ranks: int) -> list[TensorInfo]:
     return cast("list[TensorInfo]", flat)
 
 
-@dataclass
 class _Slices:
     """One rank's flat tensors, read from the front to the back as one."""
 
-    path: Path
-    flat: list[TensorInfo]
-
-    def __post_init__(self) -> None:
-        self._left = [(one, 0) for one in reversed(self.flat)]
+    def __init__(self, path: Path, flat: list[TensorInfo]) -> None:
+        self.path, self.flat = path, flat
+        self._left = [(one, 0) for one in reversed(flat)]
 
     def take(self, count: int) -> Iterator[TensorInfo]:
         """The next values, in as many parts as flat tensors hold them."""

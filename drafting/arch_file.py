@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from . import configs
 from .choose import DECODER, OWN, Choice
@@ -83,8 +85,7 @@ HEAD_SIZES = (16, 32, 48, 64, 80, 96, 128, 160, 192, 256)
 """Channels of a head that people use."""
 
 
-@dataclass(frozen=True)
-class Subject:
+class Subject(Struct, frozen=True):
     """What a draft is about: the package's name, the checkpoint, what was found in it, and where the reference is."""
 
     name: str

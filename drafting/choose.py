@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct
 
 from ..errors import usage_error
 from ..mappings.packaged import read_facts
@@ -28,8 +29,7 @@ def names_of_targets() -> tuple[str, ...]:
     return (*facts()["native"], DECODER, OWN)
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(Struct, frozen=True):
     """A target and why; ``spec`` is its part of targets.yaml."""
 
     name: str

@@ -7,8 +7,9 @@ import keyword
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 from ..archs.registry import all_archs, detect
 from ..convert.inventory import take_inventory
@@ -29,8 +30,7 @@ MOST = 64
 MARK = "# Drafted by mdl new"
 
 
-@dataclass(frozen=True)
-class Draft:
+class Draft(Struct, frozen=True):
     """What was written. ``open`` is what `mdl plan` lists as left to decide; ``known`` a family of mdl's that
     recognises the checkpoint; ``decide`` what a reference could decide."""
 

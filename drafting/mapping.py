@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from .choose import DECODER, OWN, PARTS, Choice, parts_of
 from .names import Group
@@ -14,8 +16,7 @@ SPLIT = {"qkv": "[heads*head_dim, kv_heads*head_dim, kv_heads*head_dim]"}
 BY_HEAD = "deinterleave_qkv: {heads: heads, kv_heads: kv_heads}"
 
 
-@dataclass(frozen=True)
-class Rule:
+class Rule(Struct, frozen=True):
     """One rule: names, operations as YAML, the evidence; ``when`` is its condition, empty for always."""
 
     sources: tuple[str, ...]
@@ -25,8 +26,7 @@ class Rule:
     when: str = ""
 
 
-@dataclass
-class Drafted:
+class Drafted(Struct):
     """The rules of a draft, and the flags that they ask for."""
 
     rules: list[Rule] = field(default_factory=list[Rule])
@@ -91,8 +91,7 @@ def tail(group: Group, layers: int) -> str:
     return f"{{j+{first}}}" if first and group.layers == tuple(range(first, layers)) else ""
 
 
-@dataclass(frozen=True)
-class _Work:
+class _Work(Struct, frozen=True):
     role: Role
     group: Group
     choice: Choice

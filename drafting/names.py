@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct
 
 from ..mappings.packaged import read_facts
 from ..mappings.tensors import Shape
@@ -24,8 +25,7 @@ def words() -> dict[str, Any]:
     return table
 
 
-@dataclass(frozen=True)
-class Group:
+class Group(Struct, frozen=True):
     """Tensors that differ in their layer and expert alone. ``layers`` are the numbers of the layers that have one,
     empty outside of layers; ``names`` are all of them, in the checkpoint's order."""
 
@@ -51,8 +51,7 @@ class Group:
         return f"{self.pattern} {list(self.shape)}"
 
 
-@dataclass(frozen=True)
-class Names:
+class Names(Struct, frozen=True):
     """All groups of a checkpoint; ``stem`` is what its layers' names begin with."""
 
     stem: str

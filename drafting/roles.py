@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from .names import BIAS, Group, Names, words
 
@@ -20,8 +21,7 @@ NORMS = ("attn_norm", "mlp_norm", "attn_out_norm", "mlp_out_norm", "final_norm",
 """Norms over the width."""
 
 
-@dataclass(frozen=True)
-class Role:
+class Role(Struct, frozen=True):
     """What a group is taken for. ``name`` is empty where nothing is known; ``where`` is "", ``expert`` or ``shared``;
     ``because`` is the evidence in words; ``doubts`` are the other things that it could be, if it is not certain."""
 
@@ -49,8 +49,7 @@ class Role:
         return bool((self.name and not self.doubts) or self.drop)
 
 
-@dataclass(frozen=True)
-class Sizes:
+class Sizes(Struct, frozen=True):
     """The two sizes that everything is measured by, and how many experts there are."""
 
     width: int

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 from .choose import facts
 from .names import words
 
 
-@dataclass(frozen=True)
-class Setting:
+class Setting(Struct, frozen=True):
     """One ``m.set`` of the draft. ``shape`` is Python for the value, ``because`` its reason; ``files`` are dotted paths
     into what lies beside the weights; a ``question`` is asked where neither says it. ``values`` are usual ones, all
     that there are if ``closed``."""

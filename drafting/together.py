@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from .names import BIAS, Names
 from .roles import INTO, MATRICES, Role, Sizes, buffer_of, role_of, sizes_of

@@ -11,7 +11,8 @@ import itertools
 import re
 from collections.abc import Iterable, Iterator
 from collections.abc import Mapping as Map
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from ..errors import Problem
 from . import expr
@@ -28,8 +29,7 @@ TIED, TWIN = "{tied}", "{twin}"
 """As whole patterns under ``tie``: every tensor that the target class ties, and what it is tied to."""
 
 
-@dataclass(frozen=True, init=False)
-class Rule:
+class Rule(Struct, frozen=True):
     """One instance of a rule: these sources, through these operations, become these targets."""
 
     kind: str
@@ -39,27 +39,8 @@ class Rule:
     where: str
     reason: str = ""
 
-    def __init__(
-        self,
-        kind: str,
-        sources: tuple[str, ...],
-        targets: tuple[str, ...],
-        ops: tuple[Op, ...],
-        where: str,
-        reason: str = "",
-    ) -> None:
-        # quicker than a frozen dataclass's own way; see TensorInfo
-        made = self.__dict__
-        made["kind"] = kind
-        made["sources"] = sources
-        made["targets"] = targets
-        made["ops"] = ops
-        made["where"] = where
-        made["reason"] = reason
 
-
-@dataclass(frozen=True)
-class Join:
+class Join(Struct, frozen=True):
     """How rank files of one tensor come together; ``sizes`` are the full block sizes for ``blocks``, ``view`` the shape
     in which they are cut, where it is not the one they are stored in."""
 
@@ -70,8 +51,7 @@ class Join:
     view: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True)
-class Ties:
+class Ties(Struct, frozen=True):
     """A source that should equal another: claimed by it when equal, ``otherwise`` its own target (or a problem)."""
 
     source: str
@@ -80,8 +60,7 @@ class Ties:
     where: str
 
 
-@dataclass(frozen=True)
-class Expanded:
+class Expanded(Struct, frozen=True):
     """Everything a mapping says about one checkpoint, as finite lists."""
 
     rules: tuple[Rule, ...]

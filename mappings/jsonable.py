@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, cast
+
+from msgspec import Struct
+from msgspec.structs import asdict
 
 LONG = 1000
 """A list of the document's own with more elements than this has one element per line: indenting a million lines that
@@ -35,8 +37,8 @@ def to_json(document: Any) -> str:
 
 def pieces(document: Any) -> Iterator[str]:
     """The same text bit by bit."""
-    if dataclasses.is_dataclass(document) and not isinstance(document, type):
-        document = _fields(document)
+    if isinstance(document, Struct):
+        document = asdict(document)
     if not isinstance(document, Mapping) or not document:
         yield _text(document) + "\n"
         return
@@ -52,11 +54,11 @@ def pieces(document: Any) -> Iterator[str]:
 
 
 def plain(value: Any) -> Any:
-    """JSON values: dataclasses and mappings as objects, sequences as arrays, what JSON lacks as text."""
+    """JSON values: records and mappings as objects, sequences as arrays, what JSON lacks as text."""
     if value is None or type(value) in (str, int, bool):
         return value
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {name: plain(v) for name, v in _fields(value).items()}
+    if isinstance(value, Struct):
+        return {name: plain(v) for name, v in asdict(value).items()}
     if isinstance(value, Mapping):
         return {str(k): plain(v) for k, v in cast("Mapping[Any, Any]", value).items()}
     if isinstance(value, list | tuple | set | frozenset | Each):
@@ -64,10 +66,6 @@ def plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value if isinstance(value, bool | int | float | str) else str(value)
-
-
-def _fields(record: Any) -> dict[str, Any]:
-    return {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
 
 
 def _text(value: Any) -> str:

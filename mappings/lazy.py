@@ -14,9 +14,10 @@ import itertools
 import math
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
 
 import numpy as np
+from msgspec import Struct
+from msgspec.structs import replace
 
 from .nodes import Node, Strided, Zeros
 from .rounding import Array, Note, Rounding, raw_dtype, value_dtype
@@ -34,8 +35,7 @@ _depth = _Depth()
 _operands = Scratch()
 
 
-@dataclass(frozen=True)
-class Joined(Node):
+class Joined(Node, Struct, frozen=True):
     """Several arrays side by side along one dimension."""
 
     axis: int
@@ -99,8 +99,7 @@ class Joined(Node):
         return Joined(self.axis, tuple(p.watched(note) for p in self.parts))
 
 
-@dataclass(frozen=True)
-class Computed(Node):
+class Computed(Node, Struct, frozen=True):
     """Element-wise arithmetic over arrays of one shape and ``dtype``, then perhaps a rounding; structure passes to the
     operands."""
 
@@ -153,8 +152,7 @@ class Computed(Node):
         return Computed(self.function, parts, self.dtype, self.rounding and replace(self.rounding, note=note))
 
 
-@dataclass(frozen=True)
-class Lazy:
+class Lazy(Struct, frozen=True):
     """An array of logical ``shape``; each logical dimension is ``groups[k]`` neighbouring dimensions of ``node``.
 
     Keeping a dimension in pieces is what makes a permutation inside heads a plain view: nothing has to be

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from .ops import Op, OpError, Single
@@ -13,8 +12,7 @@ if TYPE_CHECKING:
     from .lazy import Lazy
 
 
-@dataclass(frozen=True)
-class Transpose(Single):
+class Transpose(Single, frozen=True):
     """Swap the two dimensions of a matrix: nn.Linear's [out, in] against Conv1D's [in, out]."""
 
     name: ClassVar[str] = "transpose"
@@ -32,8 +30,7 @@ class Transpose(Single):
         return self
 
 
-@dataclass(frozen=True)
-class PermuteRope(Single):
+class PermuteRope(Single, frozen=True):
     """Reorder the rows of each head from rotary pairs (2j, 2j+1) to rotary halves (j, j + R/2).
 
     ``rotary`` is R, the rotated rows of each head (all of them when 0): only these are moved. Works on weights
@@ -70,8 +67,7 @@ class PermuteRope(Single):
         return PermuteRope(self.heads, self.rotary, not self.back)
 
 
-@dataclass(frozen=True)
-class NegateHalf(Single):
+class NegateHalf(Single, frozen=True):
     """Change the sign of the second half of each head's rows: R(-θ) = S R(θ) S for rotations of the other sense."""
 
     name: ClassVar[str] = "negate_half"
@@ -92,8 +88,7 @@ class NegateHalf(Single):
         return self
 
 
-@dataclass(frozen=True)
-class Reshape(Single):
+class Reshape(Single, frozen=True):
     """Give the same values, in the same order, another shape. One size may be -1."""
 
     name: ClassVar[str] = "reshape"
@@ -114,8 +109,7 @@ class Reshape(Single):
         return Reshape(shapes[0])
 
 
-@dataclass(frozen=True)
-class Split(Op):
+class Split(Op, frozen=True):
     """Cut one tensor into several along an axis."""
 
     name: ClassVar[str] = "split"
@@ -139,8 +133,7 @@ class Split(Op):
         return Concat(self.axis)
 
 
-@dataclass(frozen=True)
-class Concat(Op):
+class Concat(Op, frozen=True):
     """Join several tensors into one along an axis."""
 
     name: ClassVar[str] = "concat"
@@ -161,8 +154,7 @@ class Concat(Op):
         return Split(self.axis, tuple(s[self.axis] for s in shapes))
 
 
-@dataclass(frozen=True)
-class DeinterleaveQkv(Single):
+class DeinterleaveQkv(Single, frozen=True):
     """Rows stored group by group as [q … q, k, v] become all of Q, then all of K, then all of V.
 
     A group is one key/value head with the heads / kv_heads query heads that read it: per head for plain
@@ -200,8 +192,7 @@ class DeinterleaveQkv(Single):
         return DeinterleaveQkv(self.heads, self.kv_heads, not self.back)
 
 
-@dataclass(frozen=True)
-class ReorderHeads(Single):
+class ReorderHeads(Single, frozen=True):
     """Regroup heads along an axis: strided grouping (head h reads key h mod K) becomes consecutive (h div H/K).
 
     The axis holds ``heads`` heads seen as [heads / groups, groups]; the two are swapped, so that the heads of
@@ -232,8 +223,7 @@ class ReorderHeads(Single):
         return ReorderHeads(self.heads, self.heads // self.groups, self.axis)
 
 
-@dataclass(frozen=True)
-class Stack(Op):
+class Stack(Op, frozen=True):
     """Join each run of ``count`` equal tensors along a new axis: per-expert matrices into one."""
 
     name: ClassVar[str] = "stack"
@@ -256,8 +246,7 @@ class Stack(Op):
         return Unstack(self.axis, self.count)
 
 
-@dataclass(frozen=True)
-class Unstack(Op):
+class Unstack(Op, frozen=True):
     """Take each tensor apart along an axis of size ``count``, which disappears."""
 
     name: ClassVar[str] = "unstack"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from msgspec import Struct
 
 from .rounding import Array, Note
 from .tensors import Shape
@@ -48,8 +48,7 @@ class Node:
         return self
 
 
-@dataclass(frozen=True)
-class Strided(Node):
+class Strided(Node, Struct, frozen=True):
     """A strided view of memory, usually of a mapped file."""
 
     array: Array
@@ -72,8 +71,7 @@ class Strided(Node):
         return self.array
 
 
-@dataclass(frozen=True)
-class Zeros(Node):
+class Zeros(Node, Struct, frozen=True):
     """Zeros that occupy no memory until read."""
 
     shape: Shape

@@ -7,8 +7,9 @@ out tile by tile whatever the tensor's size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
+
+from msgspec import Struct, field
 
 from .tensors import Shape
 
@@ -20,8 +21,7 @@ class OpError(ValueError):
     """An operation does not fit the shapes it is given. The text says which size does not fit which."""
 
 
-@dataclass(frozen=True)
-class Op:
+class Op(Struct, frozen=True):
     """Base of all operations."""
 
     name: ClassVar[str] = ""
@@ -64,8 +64,7 @@ def one_type(dtypes: tuple[str, ...]) -> str:
     return dtypes[0]
 
 
-@dataclass(frozen=True)
-class Single(Op):
+class Single(Op, frozen=True):
     """An operation on one tensor.
 
     Sizes and factors are one tensor's own: the heads of q are not those of k, and v has no rotary pairs. So several
@@ -92,8 +91,7 @@ class Single(Op):
         raise NotImplementedError
 
 
-@dataclass(frozen=True)
-class Trace:
+class Trace(Struct, frozen=True):
     """What a pipeline does to shapes and dtype, step by step; ``shapes[k]`` goes into operation k."""
 
     shapes: list[list[Shape]] = field(default_factory=list[list[Shape]])

@@ -6,11 +6,11 @@ import contextlib
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import yaml
+from msgspec import Struct
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from ..errors import Kind, MdlError, Problem
@@ -19,8 +19,7 @@ from . import rules
 Loc = tuple[int | str, ...]
 
 
-@dataclass(frozen=True)
-class Mapping:
+class Mapping(Struct, frozen=True):
     """A parsed mapping with the positions of its rules and the hash of its text."""
 
     path: str

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from .ops import Op, OpError, invert, trace
@@ -13,8 +12,7 @@ if TYPE_CHECKING:
     from .lazy import Lazy
 
 
-@dataclass(frozen=True)
-class Parts(Op):
+class Parts(Op, frozen=True):
     """Tensor k goes through the operations of ``parts[k]``, in order; an empty list leaves it as it is.
 
     Each part is one tensor before and after. In between it may be cut and joined again.

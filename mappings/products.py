@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
+from msgspec import Struct
 
 from .nodes import Node
 from .rounding import Array
@@ -14,8 +13,7 @@ TILE = 1 << 15
 """Values that are worked out at a time: they stay in the CPU's cache while terms are added."""
 
 
-@dataclass(frozen=True)
-class Product(Node):
+class Product(Node, Struct, frozen=True):
     """``left[0] * right[0] + left[1] * right[1] + …`` in float64. Both arrays are [R, …], R terms of this shape: views
     in which a row or a column stands again and again.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -17,8 +16,7 @@ _EIGHT_BITS = frozenset({"float8_e4m3fn", "float8_e5m2"})
 _FACTORS = frozenset({"float32", "bfloat16"})
 
 
-@dataclass(frozen=True)
-class Dequantize(Op):
+class Dequantize(Op, frozen=True):
     """A matrix of float8 [O, I] and the factors [⌈O/block⌉, ⌈I/block⌉] of its blocks become their product [O, I].
 
     The product is taken in float32 and rounded once, to ``to``: what DeepSeek's ``weight_dequant`` stores

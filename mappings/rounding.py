@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from msgspec import Struct
 
 from .scratch import Array, Scratch
 from .tensors import FLOATING, ITEMSIZE
@@ -53,8 +53,7 @@ Told = list[tuple[Array, Array]]
 """Pieces of the raw values before and after, one dimension each."""
 
 
-@dataclass(frozen=True)
-class Rounding:
+class Rounding(Struct, frozen=True):
     """Raw values of one element type made into those of another, to nearest even."""
 
     source: str

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Mapping as Map
-from dataclasses import dataclass, field
 from typing import Any
+
+from msgspec import Struct, field
 
 from . import expr, moves, quantised, values
 from .ops import Op
@@ -18,8 +19,7 @@ from .parts import Parts
 Data = Map[str, Any]
 
 
-@dataclass(frozen=True)
-class OpSpec:
+class OpSpec(Struct, frozen=True):
     """An operation as YAML spells it: its name, and arguments that may be expressions of size names."""
 
     op: str
@@ -35,8 +35,7 @@ class OpSpec:
         return _BINDERS[self.op](_Arguments(self.arguments, sizes, ranges))
 
 
-@dataclass(frozen=True)
-class _Arguments:
+class _Arguments(Struct, frozen=True):
     given: Data
     sizes: Map[str, int]
     ranges: Map[str, int]
@@ -83,8 +82,7 @@ OPERATIONS = tuple(_BINDERS)
 """The names of all operations."""
 
 
-@dataclass(frozen=True)
-class Transform:
+class Transform(Struct, frozen=True):
     """Tensors that change on their way. ``to`` is None where it is the same as ``from_``."""
 
     from_: str | tuple[str, ...]
@@ -93,16 +91,14 @@ class Transform:
     ops: tuple[OpSpec, ...]
 
 
-@dataclass(frozen=True)
-class Tie:
+class Tie(Struct, frozen=True):
     """A tensor that must equal another, bit for bit; ``otherwise`` names its target when it does not."""
 
     to: str
     otherwise: str
 
 
-@dataclass(frozen=True)
-class Blocks:
+class Blocks(Struct, frozen=True):
     """Fused tensors of which each rank holds its own full set of blocks, after it was seen in the shape ``view``."""
 
     names: tuple[str, ...]
@@ -111,8 +107,7 @@ class Blocks:
     view: tuple[int | str, ...]
 
 
-@dataclass(frozen=True)
-class Section:
+class Section(Struct, frozen=True):
     """The rules proper. ``shards`` maps a kind of join to its patterns; ``zeros`` lists the targets to fill."""
 
     keep: tuple[str, ...]
@@ -125,8 +120,7 @@ class Section:
     blocks: tuple[Blocks, ...]
 
 
-@dataclass(frozen=True)
-class MappingFile:
+class MappingFile(Struct, frozen=True):
     """One mapping file: a section that always holds, and those that hold ``when`` a flag does."""
 
     title: str

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+
+from msgspec import Struct, field
 
 Shape = tuple[int, ...]
 
@@ -36,8 +37,7 @@ MAX_DIMS = 64
 """Dimensions that a tensor may have; torch itself stops at about as many."""
 
 
-@dataclass(frozen=True, init=False)
-class TensorInfo:
+class TensorInfo(Struct, frozen=True):
     """Where one tensor lies, known without reading it.
 
     ``offset`` is the byte position in ``file`` of the element at index (0, 0, …); ``stride`` counts elements.
@@ -55,38 +55,9 @@ class TensorInfo:
     stride: Shape
     storage: str
     rank: int = 0
-    raw: str = field(default="", compare=False)
+    raw: str = ""
     pieces: tuple[Piece, ...] = ()
     made: Made | None = None
-
-    def __init__(
-        self,
-        name: str,
-        shape: Shape,
-        dtype: str,
-        file: str,
-        offset: int,
-        stride: Shape,
-        storage: str,
-        rank: int = 0,
-        raw: str = "",
-        pieces: tuple[Piece, ...] = (),
-        made: Made | None = None,
-    ) -> None:
-        # A frozen dataclass's own way, through object.__setattr__, takes three times as long, and there are two records
-        # for each tensor. One by one, because then all records share one table of keys.
-        own = self.__dict__
-        own["name"] = name
-        own["shape"] = shape
-        own["dtype"] = dtype
-        own["file"] = file
-        own["offset"] = offset
-        own["stride"] = stride
-        own["storage"] = storage
-        own["rank"] = rank
-        own["raw"] = raw
-        own["pieces"] = pieces
-        own["made"] = made
 
     @property
     def numel(self) -> int:
@@ -111,16 +82,14 @@ class TensorInfo:
         )
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(Struct, frozen=True):
     """A block of a tensor that was saved on its own: the position in the tensor of its first element, and its place."""
 
     at: Shape
     info: TensorInfo
 
 
-@dataclass(frozen=True)
-class Made:
+class Made(Struct, frozen=True):
     """How a tensor that lies nowhere as a whole is computed from others: what :mod:`mdl.convert.composed` calls it, and
     the ``parts`` in the order that it wants. ``scale``, ``turned`` and ``settings`` are LoRA's: the factor of its
     product, whether that is transposed, and the file that said so."""
@@ -142,8 +111,7 @@ def dense(shape: Shape) -> Shape:
     return tuple(reversed(strides))
 
 
-@dataclass(frozen=True)
-class Target:
+class Target(Struct, frozen=True):
     """What a target class holds: its parameters' names and shapes, tied ones once.
 
     ``ties`` maps each parameter that is left out because it is tied to the one that stands for it.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from .ops import Op, OpError, Single
@@ -13,8 +12,7 @@ if TYPE_CHECKING:
     from .lazy import Lazy
 
 
-@dataclass(frozen=True)
-class Slice(Single):
+class Slice(Single, frozen=True):
     """Keep the first ``stop`` rows (the real vocabulary of a padded one). The rest is lost."""
 
     name: ClassVar[str] = "slice"
@@ -37,8 +35,7 @@ class Slice(Single):
         return Pad(self.axis, shapes[0][self.axis])
 
 
-@dataclass(frozen=True)
-class Pad(Single):
+class Pad(Single, frozen=True):
     """Append zeros up to size ``to``."""
 
     name: ClassVar[str] = "pad"
@@ -59,8 +56,7 @@ class Pad(Single):
         return Slice(self.axis, shapes[0][self.axis])
 
 
-@dataclass(frozen=True)
-class Add(Single):
+class Add(Single, frozen=True):
     """Add a constant: a zero-centred norm weight w becomes 1 + w. Computed in float32, then rounded back.
 
     Not exactly reversible: rounding after the addition loses low bits, so a reversed plan stops here.
@@ -80,8 +76,7 @@ class Add(Single):
         return Add(-self.value)
 
 
-@dataclass(frozen=True)
-class Scale(Single):
+class Scale(Single, frozen=True):
     """Multiply by a constant. Exact, and so reversible, when it is a power of two."""
 
     name: ClassVar[str] = "scale"
@@ -98,8 +93,7 @@ class Scale(Single):
         return Scale(1.0 / self.value)
 
 
-@dataclass(frozen=True)
-class Cast(Single):
+class Cast(Single, frozen=True):
     """Change the element type, rounding to nearest even."""
 
     name: ClassVar[str] = "cast"

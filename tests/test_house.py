@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -51,7 +52,7 @@ def imported_rooms(path: Path) -> set[str]:
         if node.level == depth + 1:  # reaches the root package
             names = [node.module.split(".")[0]] if node.module else [alias.name for alias in node.names]
             found |= set(names)
-    return found - {room_of(path)}
+    return found - {room_of(path), "__version__"}  # the package's own, for everybody
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(ROOT)))
@@ -103,10 +104,12 @@ def test_every_exception_to_a_lint_rule_gives_its_reason(path: Path) -> None:
             )
 
 
-def test_root_package_holds_a_docstring_only() -> None:
-    body = ast.parse((ROOT / "__init__.py").read_text()).body
-    assert len(body) == 1
-    assert isinstance(body[0], ast.Expr)
+def test_root_package_holds_a_docstring_and_the_version_only() -> None:
+    what, version = ast.parse((ROOT / "__init__.py").read_text()).body
+    assert isinstance(what, ast.Expr)
+    assert isinstance(version, ast.Assign)
+    assert isinstance(version.value, ast.Constant)
+    assert version.value.value == metadata.version("mdl")
 
 
 def test_every_package_folder_is_in_the_wheel() -> None:

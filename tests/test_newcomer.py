@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from msgspec.structs import force_setattr
 from safetensors.torch import load_file, save_file
 
 from mdl import views
@@ -175,7 +176,7 @@ def test_a_family_s_file_runs_only_where_it_is_named(there: bool, layout: Path, 
     """What a layout says of itself runs nothing, and may be somebody else's path."""
     (tmp_path / ("gone.py" if there else "other.py")).write_text("raise SystemExit('this ran')")
     manifest = verifying.read_manifest(layout)
-    object.__setattr__(manifest, "options", {**manifest.options, "arch": str(tmp_path / "gone.py")})
+    force_setattr(manifest, "options", {**manifest.options, "arch": str(tmp_path / "gone.py")})
 
     with pytest.raises(MdlError, match=r"was made with the architecture file .*gone\.py") as caught:
         source_of(manifest, Settings())
@@ -184,7 +185,7 @@ def test_a_family_s_file_runs_only_where_it_is_named(there: bool, layout: Path, 
     assert "mdl verify LAYOUT --arch FILE.py" in str(caught.value)
     prepared = source_of(manifest, Settings(arch="nanogpt"))
     assert mapping_note(manifest, prepared) == ()
-    object.__setattr__(manifest, "mapping", {"file": "nanogpt.yaml", "sha256": "0"})
+    force_setattr(manifest, "mapping", {"file": "nanogpt.yaml", "sha256": "0"})
     assert "is not the mapping that this layout was made with" in mapping_note(manifest, prepared)[0]
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from importlib.metadata import EntryPoint
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 
-from mdl.archs import registry, targets
+from mdl.archs import installed, targets
 from mdl.archs.base import Match
 from mdl.archs.registry import all_archs, detect, load_arch, mapping_path
 from mdl.convert.inventory import take_inventory
@@ -155,11 +155,35 @@ def test_families_of_installed_packages(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.syspath_prepend(str(tmp_path))
 
     def archs(*points: str) -> dict[str, object]:
-        found = [EntryPoint(point, point, registry.GROUP) for point in points]
-        monkeypatch.setattr(registry, "entry_points", lambda group: found)
+        info = tmp_path / "brings_families-1.0.dist-info"
+        info.mkdir(exist_ok=True)
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: brings-families\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text("\n".join(["[mdl.archs]", *(f"{p} = {p}" for p in points)]))
         return dict(all_archs.__wrapped__())
 
-    installed = archs("zz_installed")["zz_installed"]
-    assert mapping_path(installed) == tmp_path / "zz_installed.yaml"  # type: ignore[arg-type]  # it is an Arch
+    brought = archs("zz_installed")["zz_installed"]
+    assert mapping_path(brought) == tmp_path / "zz_installed.yaml"  # type: ignore[arg-type]  # it is an Arch
     assert "zz_missing raised ModuleNotFoundError" in refusal(Kind.MACHINE, archs, "zz_missing")
     assert "two architectures are called nanogpt" in refusal(Kind.MACHINE, archs, "nanogpt")
+
+
+def test_places_that_may_bring_families(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only what can hold an entry point of mdl's is left to importlib.metadata, and that is what it would find."""
+    folder, archive = tmp_path / "plain", tmp_path / "packed.zip"
+    other = folder / "other-1.0.dist-info"
+    other.mkdir(parents=True)
+    (other / "entry_points.txt").write_text("[mdl.archs.served]\nx = y\n")
+    places = [str(folder), str(tmp_path / "nowhere")]
+    monkeypatch.setattr("sys.path", places)
+    assert list(installed.family_points()) == []
+    with zipfile.ZipFile(archive, "w") as packed:
+        packed.writestr("packed-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: packed\nVersion: 1.0\n")
+        packed.writestr("packed-1.0.dist-info/entry_points.txt", "[mdl.archs]\npacked = packed\n")
+    monkeypatch.setattr("sys.path", [*places, str(archive)])
+    assert [point.name for point in installed.family_points()] == ["packed"]
+    egg = folder / "old.egg-info"
+    egg.mkdir()
+    (egg / "entry_points.txt").write_text("[mdl.archs]\nold = old\n")
+    (egg / "PKG-INFO").write_text("Metadata-Version: 2.1\nName: old\nVersion: 1.0\n")
+    monkeypatch.setattr("sys.path", places)
+    assert [point.name for point in installed.family_points()] == ["old"]

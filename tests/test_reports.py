@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import random
 import re
@@ -14,6 +13,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree as Xml
 
+import msgspec
 import pytest
 
 from mdl.validate import charts, svg
@@ -97,7 +97,7 @@ def test_junit_has_one_case_per_check() -> None:
 def test_junit_is_red_even_where_no_single_check_is() -> None:
     green = a_report(ok=True)
     assert suite_of(green).attrib["errors"] == "0"
-    unproven = suite_of(dataclasses.replace(green, ok=False))
+    unproven = suite_of(msgspec.structs.replace(green, ok=False))
 
     assert unproven.attrib["errors"] == "1"
     assert unproven.findall("testcase")[-1].find("error") is not None
@@ -153,7 +153,7 @@ def test_the_page_is_well_formed_and_needs_nothing_else(ok: bool) -> None:
 
 
 def test_a_report_without_pictures_is_a_page_too() -> None:
-    bare = dataclasses.replace(a_report(ok=True), evidence=None, checks=())
+    bare = msgspec.structs.replace(a_report(ok=True), evidence=None, checks=())
     assert Page(to_html(bare)).tags.count("figure") == 0
 
 
@@ -171,7 +171,7 @@ def test_what_is_not_a_number_is_drawn_as_the_worst() -> None:
     broken = tuple((math.nan, math.inf, 0.0, *one[3:]) for one in report.evidence.measured)
     pairs = ((1.0, math.nan), (2.0, math.inf), (3.0, 3.0))
     text = to_html(
-        dataclasses.replace(report, evidence=dataclasses.replace(report.evidence, measured=broken, pairs=pairs))
+        msgspec.structs.replace(report, evidence=msgspec.structs.replace(report.evidence, measured=broken, pairs=pairs))
     )
 
     assert not re.search(r'"(nan|inf|-inf)"', text)

@@ -48,7 +48,7 @@ ALLOWED = {
     ("convert/unpickle.py", "pickle._Unpickler"): CLOSED,
     ("convert/tok_char.py", "pickle.Unpickler"): CLOSED,
     ("archs/registry.py", "importlib.import_module"): f"{OURS}; {INSTALLED}",
-    ("archs/registry.py", "importlib.metadata.entry_points"): INSTALLED,
+    ("archs/installed.py", "importlib.metadata.entry_points"): INSTALLED,
     ("archs/own_file.py", "importlib.import_module"): f"--arch PACKAGE/FILE.py: {NAMED}",
     ("archs/own_file.py", "importlib.util.spec_from_file_location"): f"--arch FILE.py: {NAMED}",
     ("archs/own_file.py", "importlib.util.module_from_spec"): f"--arch FILE.py: {NAMED}",

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from msgspec.structs import replace
 from safetensors.torch import load_file, save_file
 
 from mdl.archs.registry import all_archs, mapping_path
@@ -194,6 +195,7 @@ def test_a_wrong_mapping_is_caught_by_the_logits_alone(tmp_path: Path, engine: E
 
 REFERENCE = """
 import torch
+from msgspec.structs import replace
 from pathlib import Path
 from mdl.archs.eager.llama_meta import build as eager
 
@@ -284,7 +286,7 @@ def test_a_report_is_green_only_for_the_layout_it_is_about(good: Path, tmp_path:
     assert green_report(out)[0]
     (out / "mdl.json").write_text((out / "mdl.json").read_text() + "\n")
     assert green_report(out) == (False, "it was converted again after its last verification")
-    save_report(Report(**{**vars(report), "ok": False, "manifest": ""}), out)
+    save_report(replace(report, ok=False, manifest=""), out)
     assert not green_report(out)[0]
 
 

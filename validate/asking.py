@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct
 
 from ..errors import MdlError
 from .client import Engine, EngineFailure
@@ -20,8 +21,7 @@ MINIMUM = 1e-15
 """The least a float32 floor can be: half a unit in the last place of every value is an NMSE of 1e-15."""
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(Struct, frozen=True):
     """One unit on both sides: vLLM's answer and the exact one [T, N], and the errors (NMSE) of vLLM and of float32."""
 
     unit: Unit

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from ..convert.prepare import Prepared
 from ..errors import MdlError, Problem, usage_error
@@ -59,8 +61,7 @@ def _split(text: str) -> Iterator[str]:
     yield text[begin:].strip()
 
 
-@dataclass(frozen=True)
-class Combination:
+class Combination(Struct, frozen=True):
     """One value for each name, and the checkpoint prepared with them."""
 
     values: Mapping[str, str]

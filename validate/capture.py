@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
+from msgspec import Struct
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(Struct, frozen=True):
     """One step of the scheduler. Request i owns the rows ``bounds[i]:bounds[i + 1]`` of the tensors."""
 
     requests: tuple[str, ...]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from ..convert.manifest import Manifest
 from ..errors import Problem
@@ -22,8 +24,7 @@ _SHOWN = 8
 _PAIRS = 2000
 
 
-@dataclass(frozen=True)
-class Expected:
+class Expected(Struct, frozen=True):
     """The reference's side of a run: per sequence, a file with the exact logits and its own float32 error.
 
     ``exact`` is False where no float64 run was possible: then "exact" is the float32 run and only the ceiling binds.
@@ -42,8 +43,7 @@ class Expected:
         return load_file(self.files[sequence])["logits"]
 
 
-@dataclass(frozen=True)
-class Compared:
+class Compared(Struct, frozen=True):
     """One request's rows: where they belong, and how far they are from the exact logits."""
 
     piece: Piece

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
+
+from msgspec import Struct, field, to_builtins
 
 from ..archs.served.own import Own
 from ..errors import machine_error, usage_error
@@ -32,8 +33,7 @@ What is verified with it has to be served with it.
 """
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(Struct, frozen=True):
     """One sequence: a prompt, a continuation that is forced token by token, then ``max_tokens`` free greedy tokens.
 
     Logits exist for the positions of ``ids``, of ``forced``, and of all free tokens but the last. All three
@@ -46,16 +46,14 @@ class Request:
     salt: str = ""
 
 
-@dataclass(frozen=True)
-class Scenario:
+class Scenario(Struct, frozen=True):
     """Requests that go through vLLM in one batch. ``name`` becomes a file name."""
 
     name: str
     requests: tuple[Request, ...]
 
 
-@dataclass(frozen=True)
-class RequestResult:
+class RequestResult(Struct, frozen=True):
     """What vLLM did with one request: tokens per scheduler step (their sum is its rows of logits), tokens generated."""
 
     qlens: tuple[int, ...]
@@ -68,8 +66,7 @@ class RequestResult:
         return sum(self.qlens)
 
 
-@dataclass(frozen=True)
-class ScenarioResult:
+class ScenarioResult(Struct, frozen=True):
     """``file`` is a safetensors file: ``logits`` [N, V] float32, ``positions`` [N] and ``input_ids`` [N] int64.
 
     The rows of the first request come first, in the order in which vLLM computed them.
@@ -85,8 +82,7 @@ class ScenarioResult:
         return [slice(end - r.rows, end) for r, end in zip(self.requests, ends, strict=True)]
 
 
-@dataclass(frozen=True)
-class Coverage:
+class Coverage(Struct, frozen=True):
     """What the load left undone. A right layout has only ``stored`` above zero and ``audited`` true.
 
     ``unloaded``: parameter → (elements that nothing was loaded into, elements). ``unconsumed``: tensors of the
@@ -109,8 +105,7 @@ class Coverage:
     pulled: int = 0
 
 
-@dataclass(frozen=True)
-class EngineResult:
+class EngineResult(Struct, frozen=True):
     """A layout that loaded and ran. ``seconds`` holds the wall time of each phase and scenario; ``notes`` warn;
     ``graphs`` is vLLM's mode of CUDA graphs."""
 
@@ -122,13 +117,12 @@ class EngineResult:
     device: str
     dtype: str
     versions: Mapping[str, str]
-    seconds: Mapping[str, float] = field(compare=False)
+    seconds: Mapping[str, float]
     notes: tuple[str, ...] = ()
     graphs: str = ""
 
 
-@dataclass(frozen=True)
-class EngineFailure:
+class EngineFailure(Struct, frozen=True):
     """vLLM refuses this layout: a failed verification, not a missing machine. ``phase`` is ``load`` or ``run``."""
 
     phase: Literal["load", "run"]
@@ -261,7 +255,7 @@ class Engine:
 def _as_request(scenario: Scenario, scratch: Path) -> dict[str, Any]:
     if Path(scenario.name).name != scenario.name or not scenario.requests:
         raise usage_error(f"not a scenario: {scenario.name!r}", "", "give it a plain name and at least one request")
-    return {**asdict(scenario), "file": str(scratch / f"{scenario.name}.safetensors")}
+    return {**to_builtins(scenario), "file": str(scratch / f"{scenario.name}.safetensors")}
 
 
 def _result(answer: Mapping[str, Any]) -> EngineResult:

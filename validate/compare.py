@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
 
 if TYPE_CHECKING:
     import torch
@@ -25,8 +26,7 @@ DTYPE_RATIO = 2.0
 """How many times eager PyTorch's error in the serving type vLLM's may be. Measured in 16-bit types: 0.9 to 1.1."""
 
 
-@dataclass(frozen=True)
-class Distance:
+class Distance(Struct, frozen=True):
     """Errors of one sequence against float64, per position: ``error[t]`` = sum over the vocabulary of (x - exact)^2,
     ``scale[t]`` = sum of (exact - its mean)^2. Their quotient is the normalised mean square error, NMSE."""
 
@@ -66,8 +66,7 @@ def distance(logits: torch.Tensor, exact: torch.Tensor) -> Distance:
     return Distance(tuple(error), tuple(scale))
 
 
-@dataclass(frozen=True)
-class Verdict:
+class Verdict(Struct, frozen=True):
     """The outcome of the float32 gate over all sequences.
 
     ``nmse`` and ``floor`` are vLLM's and the reference's own float32 error against the float64 run; ``worst`` and

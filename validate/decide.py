@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from ..convert.prepare import Options, Prepared, prepare
 from . import facts
@@ -51,8 +53,7 @@ _CUT = 96
 _BUDGET = 1 << 26
 
 
-@dataclass(frozen=True)
-class Truth:
+class Truth(Struct, frozen=True):
     """The user's side: the reference, and per sequence its exact logits [T, V] and its own float32 error.
 
     ``floors`` is empty where the reference has no float64 run.
@@ -64,8 +65,7 @@ class Truth:
     floors: tuple[Distance, ...]
 
 
-@dataclass(frozen=True)
-class _Tried:
+class _Tried(Struct, frozen=True):
     """A combination that ran."""
 
     combination: Combination

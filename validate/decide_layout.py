@@ -5,9 +5,11 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from ..archs.base import Dims
 from ..convert.manifest import Manifest
@@ -27,8 +29,7 @@ _UNRUN = ("layout", "coverage", "prefill", "decode", "generate")
 _NAMED = ("none", "gpt2", "bytes")
 
 
-@dataclass(frozen=True)
-class Decided:
+class Decided(Struct, frozen=True):
     """What was decided for a layout, with the reference that ran for it. ``wrong`` if the layout has other values."""
 
     decision: Decision

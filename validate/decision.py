@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from msgspec import Struct
 
 if TYPE_CHECKING:
     from .report import Check
@@ -13,8 +14,7 @@ SHOWN = 8
 """Candidates that a table shows; --json has all."""
 
 
-@dataclass(frozen=True)
-class Candidate:
+class Candidate(Struct, frozen=True):
     """One combination of values, and how far the family's own forward with them is from the user's.
 
     ``values`` are the texts as --set would take them. ``nmse`` is infinite where the combination can't be, and
@@ -32,8 +32,7 @@ class Candidate:
         return " ".join(f"{name}={value}" for name, value in self.values.items())
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(Struct, frozen=True):
     """What was found of one hyperparameter: its ``value``, or None where nothing was decided. ``why`` is a sentence.
 
     ``nearest`` and ``runner_up`` are the two best of its values; ``ratio`` is how many times further the second is.
@@ -49,8 +48,7 @@ class Answer:
     why: str
 
 
-@dataclass(frozen=True)
-class Decision:
+class Decision(Struct, frozen=True):
     """What came out. ``ok`` if each is decided, ``contradicted`` if the reference is none of the candidates.
 
     ``candidates`` are sorted, the nearest first; ``floor`` is the NMSE that rounding alone makes; ``separation`` is how

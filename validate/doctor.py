@@ -11,10 +11,11 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
+
+from msgspec import Struct
 
 State = Literal["ok", "warn", "fail"]
 
@@ -46,8 +47,7 @@ for point in found:
 """
 
 
-@dataclass(frozen=True)
-class Finding:
+class Finding(Struct, frozen=True):
     """One thing that was looked at. ``do`` is empty where there is nothing to do."""
 
     state: State

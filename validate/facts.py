@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..convert.manifest import own_version
+from .. import __version__
 from ..convert.prepare import Prepared
 from ..errors import input_error
 from .client import EngineFailure, EngineResult
@@ -46,7 +46,7 @@ def describe(inputs: Inputs) -> str:
 def versions(result: EngineResult | EngineFailure | None = None) -> dict[str, str]:
     import torch
 
-    found = {"mdl": own_version(), "torch": torch.__version__}
+    found = {"mdl": __version__, "torch": torch.__version__}
     if isinstance(result, EngineResult):
         found |= dict(result.versions)
         found |= {"model class": result.model_class, "attention": ", ".join(result.attention), "device": result.device}

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 from ..errors import Kind, MdlError, Problem
 
 Config = Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class Fault:
+class Fault(Struct, frozen=True):
     """One known difference: for models of this type, where the config says so, and what helps.
 
     ``inside`` is a part of the served class's full name, where only one of vLLM's implementations has the fault.

@@ -12,9 +12,10 @@ import tempfile
 import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
+
+from msgspec.structs import replace
 
 from ..convert.places import check_place, check_replaced
 from ..convert.prepare import Options, Prepared, prepare

@@ -8,11 +8,12 @@ in another order or in each other's place.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate, combinations, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
+
+from msgspec import Struct, field
 
 from ..archs.base import Dim, Dims, Value
 from ..archs.guard import build_eager
@@ -45,8 +46,7 @@ Spans = dict[str, list[tuple[int, int]]]
 """Rows of raw tensors, from and to."""
 
 
-@dataclass(frozen=True)
-class Change:
+class Change(Struct, frozen=True):
     """One hypothesis: dims that are other than the checkpoint says, or an edit of the weights, and its words."""
 
     words: str
@@ -55,16 +55,14 @@ class Change:
     edit: Callable[[State], State] | None = None
 
 
-@dataclass(frozen=True)
-class Tried:
+class Tried(Struct, frozen=True):
     """A hypothesis and the error that is left under it."""
 
     change: Change
     left: float
 
 
-@dataclass(frozen=True)
-class Trials:
+class Trials(Struct, frozen=True):
     """Everything a hypothesis is tried on: the checkpoint, the reference as it was watched, and the faulty module."""
 
     prepared: Prepared
@@ -160,8 +158,7 @@ class _Open(dict[str, Any]):
         return _Marker(name)
 
 
-@dataclass(frozen=True)
-class _Marker:
+class _Marker(Struct, frozen=True):
     name: str
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from .record import deal
 
 
-@dataclass(frozen=True)
-class Input:
+class Input(Struct, frozen=True):
     """One sequence of token ids. ``kind`` is ``vocabulary``, ``long``, ``prompt``, or ``greedy`` for what a recorded
     reference itself went on with."""
 
@@ -17,8 +17,7 @@ class Input:
     ids: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Inputs:
+class Inputs(Struct, frozen=True):
     """All sequences of a run, and how much of the vocabulary they touch."""
 
     sequences: tuple[Input, ...]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
+from msgspec import Struct
+from msgspec.structs import asdict
 
 from ..mappings.jsonable import to_json
 
@@ -11,8 +11,7 @@ HEADERS = ("mistake", "what is wrong", "killed by", "NMSE", "x reference's")
 CONTROL_HEADERS = ("harmless change", "what it is", "verdict", "NMSE", "x reference's")
 
 
-@dataclass(frozen=True)
-class MutationRow:
+class MutationRow(Struct, frozen=True):
     """One mistake. ``killed_by`` names the checks that failed (``load`` where vLLM refused the layout), ``skipped``
     says why it could not be tried; ``nmse`` and ``ratio`` are prefill's. ``module`` and ``cause`` are what a
     localisation should name, ``located`` what it named (module in vLLM, what governs it), if it was asked."""
@@ -40,8 +39,7 @@ class MutationRow:
         return not self.skipped and not self.counted
 
 
-@dataclass(frozen=True)
-class ControlRow:
+class ControlRow(Struct, frozen=True):
     """One harmless change. ``alarms`` names the checks that failed and should not have."""
 
     name: str
@@ -52,8 +50,7 @@ class ControlRow:
     skipped: str = ""
 
 
-@dataclass(frozen=True)
-class MutationTable:
+class MutationTable(Struct, frozen=True):
     """All mutations of one layout, and the controls."""
 
     layout: str
@@ -101,7 +98,7 @@ class MutationTable:
     def to_json(self) -> str:
         """The whole table as one JSON document."""
         told = {name: getattr(self, name) for name in ("kill_rate", "survivors", "false_alarms", "ok", "verdict")}
-        return to_json({**dataclasses.asdict(self), **told})
+        return to_json({**asdict(self), **told})
 
 
 def kill_rows(table: MutationTable) -> list[tuple[str, ...]]:

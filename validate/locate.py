@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from ..convert.config import read_config
 from ..convert.prepare import Prepared
@@ -37,8 +39,7 @@ _SHOWN = 3
 _SMALL = 1 << 30  # bytes of weights up to which all of them are compared, not the faulty module's alone
 
 
-@dataclass(frozen=True)
-class _Cause:
+class _Cause(Struct, frozen=True):
     governed_by: str
     words: str
 

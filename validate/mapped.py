@@ -7,8 +7,9 @@ reference of a verification it would be worth nothing, since a mistake in the ma
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
+
+from msgspec.structs import replace
 
 from ..convert.prepare import Prepared
 from ..convert.stored import Files

@@ -16,8 +16,10 @@ import tempfile
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from ..convert.check import INDEX
 from ..convert.config import read_config
@@ -43,8 +45,7 @@ SECONDS = (4, 10)
 _WEIGHTS = ".safetensors"
 
 
-@dataclass(frozen=True)
-class _Run:
+class _Run(Struct, frozen=True):
     """What all mutations of a layout share: read and computed once."""
 
     layout: Path

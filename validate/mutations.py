@@ -7,8 +7,9 @@ error although it is wrong. Each one is written against roles (roles.py), so a n
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 from . import changes as c
 from .roles import Config, Model, Tensors, roles_of
@@ -17,8 +18,7 @@ WINDOW = 32
 """Tokens of the sliding window that one mutation adds: shorter than every long input."""
 
 
-@dataclass(frozen=True)
-class Mutation:
+class Mutation(Struct, frozen=True):
     """One mistake.
 
     ``applies(config, tensors)`` tells whether a layout can have it; where not, ``needs`` says in words what it lacks.
@@ -36,8 +36,7 @@ class Mutation:
     apply: Callable[[Tensors, Config], object]
 
 
-@dataclass(frozen=True)
-class _Draft:
+class _Draft(Struct, frozen=True):
     """A mutation before its class is known: ``where`` and ``cause`` are templates over the class's names."""
 
     name: str

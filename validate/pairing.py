@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import Struct
 
 from ..convert.plan import Plan, Step
 from ..mappings.lazy import Lazy
@@ -28,8 +28,7 @@ if TYPE_CHECKING:
 Index = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(Struct, frozen=True):
     """One module of the reference with what it was called with, in the float64 run; ``at`` counts calls as they end."""
 
     module: torch.nn.Module
@@ -38,8 +37,7 @@ class Call:
     at: int
 
 
-@dataclass(frozen=True)
-class Seen:
+class Seen(Struct, frozen=True):
     """A reference that was watched: its outermost module, the path under which the mapping's names begin in it, and
     the calls of its modules by the mapping's names."""
 
@@ -48,8 +46,7 @@ class Seen:
     calls: Mapping[str, Call]
 
 
-@dataclass(frozen=True)
-class Move:
+class Move(Struct, frozen=True):
     """How the columns of the reference's output and input become those of the served module (with their signs)."""
 
     rows: Index
@@ -57,8 +54,7 @@ class Move:
     columns: Index
 
 
-@dataclass(frozen=True)
-class Unit:
+class Unit(Struct, frozen=True):
     """A pair. ``modules`` are the reference's (several if they are stored as one), ``targets`` the stored tensors
     that name the served module, ``tensors`` all stored tensors in it; ``moves`` are per target, None where nothing
     moves."""

@@ -9,18 +9,17 @@ happens around it. Knows torch, and nothing of vLLM's classes but a few attribut
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from msgspec import Struct
 
 HEAD = "lm_head"
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(Struct, frozen=True):
     """Where a unit is served: the module, and per stored tensor the columns of its output that are that tensor's."""
 
     module: str

@@ -8,9 +8,10 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from .. import __version__
 from ..convert.check import check_layout, quick_check
 from ..convert.locks import reading
-from ..convert.manifest import NAME, fingerprint, own_version, read_manifest
+from ..convert.manifest import NAME, fingerprint, read_manifest
 from ..convert.prepare import Options, Prepared, prepare
 from ..convert.run import convert
 from ..errors import Kind, MdlError, usage_error
@@ -92,7 +93,7 @@ def _cache() -> Path:
 def _key(prepared: Prepared, tokenizer: str | None) -> str:
     """Names the checkpoint's content, what was said of it, and mdl's version, so that none can change unnoticed."""
     options = prepared.options
-    facts = [own_version(), [fingerprint(Path(file)) for file in prepared.inventory.files]]
+    facts = [__version__, [fingerprint(Path(file)) for file in prepared.inventory.files]]
     values = dict(options.config.values) if options.config else None
     said = [options.arch, dict(options.given), options.weights, options.dtype, tokenizer, *([values] if values else [])]
     if any(said):  # a user's own family changes while it is written; a named tokenizer is told by its files' dates

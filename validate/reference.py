@@ -5,9 +5,10 @@ from __future__ import annotations
 import ast
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from msgspec import Struct, field
 
 from ..archs.base import Arch, Dims
 from ..archs.guard import build_eager, load_weights
@@ -27,8 +28,7 @@ if TYPE_CHECKING:
 PRECISIONS = ("float32", "float64", "bfloat16", "float16")
 
 
-@dataclass(frozen=True)
-class Reference:
+class Reference(Struct, frozen=True):
     """A forward pass to believe in.
 
     ``logits(ids, dtype)`` maps token ids [T] to logits [T, V] computed in ``dtype``, one of ``dtypes``, always from the

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
+
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from ..convert.manifest import NAME as MANIFEST
 from ..convert.receipts import write_at_once
@@ -19,8 +21,7 @@ REFUSED = "failed to "
 """What a check measured where vLLM did not load or run the layout at all begins with this."""
 
 
-@dataclass(frozen=True)
-class Check:
+class Check(Struct, frozen=True):
     """One tier: what was measured, against which limit, and what follows. ``ok`` is None if it was not run."""
 
     name: str
@@ -31,8 +32,7 @@ class Check:
     figures: Mapping[str, float] = field(default_factory=dict[str, float])
 
 
-@dataclass(frozen=True)
-class Evidence:
+class Evidence(Struct, frozen=True):
     """What the pictures of a report are drawn from.
 
     Per sequence: its kind, and the NMSE at each position of vLLM's and of the reference's own float32 logits, both
@@ -45,8 +45,7 @@ class Evidence:
     pairs: tuple[tuple[float, float], ...] = ()
 
 
-@dataclass(frozen=True)
-class Located:
+class Located(Struct, frozen=True):
     """Where a failure begins: the first module that, fed the reference's own input, answers otherwise.
 
     ``module`` is its path in the reference, ``served`` in vLLM; both are empty if every module is right by itself.
@@ -70,8 +69,7 @@ class Located:
         return f"{self.module} (in vLLM {self.served})" if self.module else "no single module"
 
 
-@dataclass(frozen=True)
-class Report:
+class Report(Struct, frozen=True):
     """One verification of one layout.
 
     ``trusted`` lists what the reference itself had to take on trust: values that neither the checkpoint nor its

@@ -8,8 +8,10 @@ what is changed in a view is changed in the stored tensor.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from ..errors import input_error
 
@@ -20,8 +22,7 @@ Tensors = dict[str, "Tensor"]
 Config = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(Struct, frozen=True):
     """A projection within a layer: its path, and which of ``of`` equal blocks of that tensor's outputs it is."""
 
     path: str
@@ -29,8 +30,7 @@ class Part:
     of: int = 1
 
 
-@dataclass(frozen=True)
-class Roles:
+class Roles(Struct, frozen=True):
     """The names of one target class. ``{i}`` stands for a layer, ``{e}`` for an expert.
 
     ``top`` maps embedding, head, final_norm and positions to their paths; ``parts`` maps q, k, v, o, gate, up, down,

@@ -8,8 +8,9 @@ batch, so that requests are preempted and computed again.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 from .client import Request, Scenario
 from .inputs import Inputs
@@ -28,8 +29,7 @@ FORCED = 40
 """Tokens decoded one by one after each prompt: more than a block."""
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(Struct, frozen=True):
     """A request and the sequence it is the beginning of: logits must be those of its first ``total`` positions.
 
     ``first`` is the first position that has to be among vLLM's answers: 0 unless the cache may spare earlier ones.
@@ -41,8 +41,7 @@ class Piece:
     first: int = 0
 
 
-@dataclass(frozen=True)
-class Case:
+class Case(Struct, frozen=True):
     """A scenario and, for each of its requests, what it must reproduce."""
 
     scenario: Scenario

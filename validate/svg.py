@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from html import escape
 
+from msgspec import Struct
 
-@dataclass(frozen=True)
-class Axis:
+
+class Axis(Struct, frozen=True):
     """Maps values from ``low`` to ``high`` onto pixels from ``start`` to ``end``; logarithmic axes span whole decades.
 
     Values beyond the ends lie on them; what is no number lies at the high end, since it is infinitely wrong.

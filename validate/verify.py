@@ -6,9 +6,11 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from ..archs.given import ConfigFile
 from ..archs.served.own import own_of
@@ -37,8 +39,7 @@ UNASKED = Checked()
 """What is known of a tokenizer that nobody looked at."""
 
 
-@dataclass(frozen=True)
-class Settings:
+class Settings(Struct, frozen=True):
     """How to verify.
 
     ``against``, ``arch``, ``config`` and ``merge_lora`` overrule the checkpoint's path, the family (a name, or the path
@@ -70,8 +71,7 @@ class Settings:
     command: str = ""
 
 
-@dataclass(frozen=True)
-class Side:
+class Side(Struct, frozen=True):
     """The reference's side of a verification, which does not depend on the layout's files: computed once."""
 
     prepared: Prepared

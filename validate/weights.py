@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from msgspec import Struct, field
 
 from ..convert.plan import Plan, Step
 from ..convert.safetensors_file import read_safetensors
@@ -20,8 +20,7 @@ from ..mappings.tensors import TensorInfo
 from .signature import ranges
 
 
-@dataclass
-class Weights:
+class Weights(Struct):
     """A layout's tensors and the plan's, side by side. ``heads`` are the head counts by which rows may be grouped."""
 
     layout: Path

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any, cast
+
+from msgspec import Struct, field
 
 from ..base import Dims, Inventory, Measure, Value
 
@@ -31,8 +32,7 @@ _FORWARD = {"name": (None, "default"), "activation": (None, "silu")}
 NO_SCALING: dict[str, Any] = {"rope_type": "default"}
 
 
-@dataclass
-class Described:
+class Described(Struct):
     """The layers as config.json describes them; ``problems`` are what no class has."""
 
     blocks: list[Table] = field(default_factory=list[Table])

@@ -8,9 +8,9 @@ norms q and k and rotates windowed layers by a base of their own.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
+from msgspec import Struct
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -28,8 +28,7 @@ _INTEGERS = (
 _Sizes = dict[str, int]
 
 
-@dataclass(frozen=True)
-class Style:
+class Style(Struct, frozen=True):
     """In what the generations differ, and the constants that are no sizes."""
 
     norm_eps: float

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
+from msgspec import Struct
 from torch import Tensor, nn
 
 from ...errors import input_error
@@ -21,8 +21,7 @@ GELUS = ("gelu", "gelu_new")
 """The exact form (erf) and the tanh form."""
 
 
-@dataclass(frozen=True)
-class Sizes:
+class Sizes(Struct, frozen=True):
     """What a model is built from; ``context`` is the number of rows of the position table.
 
     ``bias`` is whether the family's optional biases are there; which ones those are, the family says.

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import torch
+from msgspec import Struct
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -21,8 +21,7 @@ from .parts import Embedding, Linear, TiedHead, length_of, softcap, take
 from .rotary import Rotary, Scaling, rotary_table, rotate
 
 
-@dataclass(frozen=True)
-class Sizes:
+class Sizes(Struct, frozen=True):
     """What the model is built from."""
 
     layers: int

@@ -7,9 +7,9 @@ Source of the formulas: rasbt/LLMs-from-scratch, chapters 3 and 4 (the package l
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
+from msgspec.structs import replace
 from torch import Tensor, nn
 from torch.nn import functional
 

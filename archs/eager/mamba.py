@@ -8,9 +8,9 @@ whatever the weights' type (the scan, the norms, by choice the residual stream) 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import torch
+from msgspec import Struct
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -19,8 +19,7 @@ from .llama_meta import RMSNorm
 from .parts import Embedding, Linear, TiedHead, take
 
 
-@dataclass(frozen=True)
-class Sizes:
+class Sizes(Struct, frozen=True):
     """What both Mambas are built from; ``residual_wide`` keeps the residual stream in float32 at least."""
 
     layers: int

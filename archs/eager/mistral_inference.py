@@ -7,8 +7,8 @@ positions, itself included (``make_local_attention(W)``). Rotary positions lie o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
+from msgspec.structs import replace
 from torch import nn
 
 from ..base import Value

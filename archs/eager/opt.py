@@ -11,9 +11,9 @@ and here it is a token like any other.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
+from msgspec import Struct
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -25,8 +25,7 @@ _FIRST = 2
 """The row of the first position: behind the padding id."""
 
 
-@dataclass(frozen=True)
-class Options:
+class Options(Struct, frozen=True):
     """What differs between models, besides sizes."""
 
     embedding: int

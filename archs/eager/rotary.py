@@ -6,14 +6,13 @@ Sources of the formulas: RoFormer (arXiv 2104.09864) and meta-llama/llama-models
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
+from msgspec import Struct
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Scaling:
+class Scaling(Struct, frozen=True):
     """How Llama 3.1 and later stretch the slow rotations, so that a longer context stays within trained angles."""
 
     factor: float
@@ -22,8 +21,7 @@ class Scaling:
     original_context: int
 
 
-@dataclass(frozen=True)
-class Yarn:
+class Yarn(Struct, frozen=True):
     """YaRN (arXiv 2309.00071): fast rotations are kept, slow ones stretched, with a ramp between in pairs of channels.
 
     The ramp begins at the pair that turns ``beta_fast`` times within original_context, and ends at that which turns
@@ -36,8 +34,7 @@ class Yarn:
     original_context: int
 
 
-@dataclass(frozen=True)
-class Rotary:
+class Rotary(Struct, frozen=True):
     """What the rotary table is computed from."""
 
     head_dim: int

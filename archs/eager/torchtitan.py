@@ -7,10 +7,10 @@ models/common/{attention,rope,decoder}.py since. Qwen3 norms each head of q and 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 
 import torch
+from msgspec import Struct
 from torch import Tensor, nn
 
 from ..base import Value
@@ -20,8 +20,7 @@ from .parts import Linear, take
 from .rotary import rotate, rotate_halves
 
 
-@dataclass(frozen=True)
-class Style:
+class Style(Struct, frozen=True):
     """Where q, k and v come from, and which model it is."""
 
     flat: bool

@@ -9,10 +9,10 @@ activation is the tanh form of GELU.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 
 import torch
+from msgspec import Struct
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -22,8 +22,7 @@ from .parts import Linear, take
 from .rotary import rotate, rotate_halves
 
 
-@dataclass(frozen=True)
-class Style:
+class Style(Struct, frozen=True):
     """In what the families differ."""
 
     interleaved: bool

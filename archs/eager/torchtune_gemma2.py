@@ -7,9 +7,9 @@ what the last tanh limits: ``logits`` as in Google's Gemma 2, ``hidden`` for the
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
+from msgspec import Struct
 from torch import Tensor, nn
 
 from ..base import Value
@@ -20,8 +20,7 @@ from .torchtune import Attention, Block, Decoder, Norm, Style
 _STYLE = Style(interleaved=True, gemma=True)
 
 
-@dataclass(frozen=True)
-class Caps:
+class Caps(Struct, frozen=True):
     """What Gemma 2 has beside Gemma's sizes."""
 
     window: int

@@ -11,8 +11,10 @@ import json
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from typing import Any
+
+from msgspec import Struct
+from msgspec.structs import asdict
 
 from ..base import Arch
 
@@ -20,8 +22,7 @@ VARIABLE = "MDL_OWN_CLASS"
 """Holds an :class:`Own` as JSON."""
 
 
-@dataclass(frozen=True)
-class Own:
+class Own(Struct, frozen=True):
     """``architecture`` as config.json names it, ``model`` as ``"module:Class"``, ``folder`` where the module lies,
     ``model_type`` of config.json, and ``stamp``, which changes when a file there does."""
 

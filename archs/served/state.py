@@ -9,10 +9,10 @@ unless it begins, and write the last one back.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from msgspec import Struct
 from torch import Tensor, nn
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.mamba.abstract import MambaBase
@@ -37,8 +37,7 @@ except ImportError:
         return fn
 
 
-@dataclass
-class Batch:
+class Batch(Struct):
     """One step's requests. Token ``starts[r]`` is the first of request r, and ``starts[-1]`` is how many there are.
 
     ``begins`` is the same on the device, ``slots`` [R] the blocks of their states, ``carried`` [R] whether there is

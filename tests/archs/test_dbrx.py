@@ -6,12 +6,12 @@ what mdl's eager mixture gives.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from msgspec.structs import replace
 
 from mdl.convert.export import export
 from mdl.convert.prepare import Options, prepare

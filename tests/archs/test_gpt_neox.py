@@ -164,7 +164,7 @@ def test_vllm_computes_what_gpt_neox_computes(tmp_path: Path, engine: Engine) ->
 
 
 _WRONG = """
-from dataclasses import replace
+from msgspec.structs import replace
 
 from mdl.archs.gpt_neox import ARCH as RIGHT
 

@@ -310,7 +310,7 @@ def test_vllm_computes_what_litgpt_computes(tmp_path: Path, engine: Engine) -> N
 
 
 _WRONG = """
-from dataclasses import replace
+from msgspec.structs import replace
 
 from mdl.archs.litgpt import ARCH as RIGHT
 

@@ -246,7 +246,7 @@ def test_pairs_that_are_taken_for_halves_are_noticed(tmp_path: Path, engine: Eng
         "def build(dims):\n    return right({**dims, 'interleaved': True})\n"
     )
     (tmp_path / "wrong.py").write_text(
-        "from dataclasses import replace\n\nfrom mdl.archs.megatron import ARCH as RIGHT\n\n"
+        "from msgspec.structs import replace\n\nfrom mdl.archs.megatron import ARCH as RIGHT\n\n"
         "ARCH = replace(RIGHT, name='wrong', eager='model:build')\n"
     )
     shutil.copy(mapping_path(load_arch("megatron")), tmp_path / "wrong.yaml")

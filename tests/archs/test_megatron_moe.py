@@ -273,7 +273,7 @@ def test_a_wrong_mixture_fails(tmp_path: Path, engine: Engine) -> None:
         "def build(dims):\n    return right({**dims, 'pre_softmax': True})\n"
     )
     (tmp_path / "wrong.py").write_text(
-        "from dataclasses import replace\n\nfrom mdl.archs.megatron_moe import ARCH as RIGHT\n\n"
+        "from msgspec.structs import replace\n\nfrom mdl.archs.megatron_moe import ARCH as RIGHT\n\n"
         "ARCH = replace(RIGHT, name='wrong', eager='wrong_softmax:build')\n"
     )
     (tmp_path / "wrong.yaml").write_text(mapping_path(load_arch("megatron_moe")).read_text())

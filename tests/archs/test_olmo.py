@@ -128,7 +128,8 @@ def test_value_and_gate_in_the_wrong_order_show(tmp_path: Path) -> None:
     assert up + gate in mapping
     (tmp_path / "wrong.yaml").write_text(mapping.replace(up + gate, gate + up))
     (tmp_path / "wrong.py").write_text(
-        'from dataclasses import replace\nfrom mdl.archs.olmo import ARCH as RIGHT\nARCH = replace(RIGHT, name="wrong")'
+        "from msgspec.structs import replace\n\nfrom mdl.archs.olmo import ARCH as RIGHT\n\n"
+        'ARCH = replace(RIGHT, name="wrong")\n'
     )
     source = olmo.old(tmp_path / "x", "olmo2") / "model.pt"
     options = Options(arch=str(tmp_path / "wrong.py"))
