@@ -132,7 +132,7 @@ def convert(
     force: ForceOption = False,
     allow_nonfinite: NonfiniteOption = False,
     allow_flush: FlushOption = False,
-    workers: WorkersOption = 2,
+    workers: WorkersOption = None,
     fsync: FsyncOption = True,
     part: PartOption = None,
     ray: RayOption = False,

@@ -63,8 +63,9 @@ def show_files(path: Path, options: Options) -> None:
 def _alike(inventory: Inventory) -> Iterable[tuple[str, str, str]]:
     """One row for the tensors that differ by numbers in their names alone: a layer is shown once."""
     groups: dict[tuple[str, tuple[int, ...], str], list[str]] = {}
-    for name, (info, *_) in inventory.tensors.items():
-        groups.setdefault((render.unnumbered(name), info.shape, info.dtype), []).append(name)
+    patterns = render.unnumbered(inventory.tensors)
+    for pattern, (name, (info, *_)) in zip(patterns, inventory.tensors.items(), strict=True):
+        groups.setdefault((pattern, info.shape, info.dtype), []).append(name)
     for (_, shape, dtype), names in groups.items():
         yield " + ".join(render.collapse(names)), str(list(shape)), dtype
 

@@ -36,7 +36,10 @@ ShardOption = Annotated[str, typer.Option("--max-shard-size", help="Largest weig
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace what mdl wrote there before.")]
 NonfiniteOption = Annotated[bool, typer.Option("--allow-nonfinite", help="Write NaN and Inf too, and list them.")]
 FlushOption = Annotated[bool, typer.Option("--allow-flush", help="Write 0 for what is too small for the type.")]
-WorkersOption = Annotated[int, typer.Option("--workers", min=1, max=256, help="Threads that copy.")]
+WorkersOption = Annotated[
+    int | None,
+    typer.Option("--workers", min=1, max=256, help="Threads that copy.", show_default="one per core, from 2 to 4"),
+]
 FsyncOption = Annotated[
     bool,
     typer.Option("--fsync/--no-fsync", help="Wait until the disk has it: no power cut takes it back."),

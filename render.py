@@ -20,7 +20,8 @@ if TYPE_CHECKING:  # what asks for --json needs no rich
 
 SHOWN = 10
 _NUMBER = re.compile(r"(?<![^./])\d+(?![^./])")
-_BETWEEN = re.compile(rf"({_NUMBER.pattern})")
+_BETWEEN = "/\0/"
+"""Stands in no name and in no problem, and a number may stand beside it."""
 
 
 def out() -> Console:
@@ -79,26 +80,30 @@ def _grouped(error: MdlError) -> list[tuple[str, str, str]]:
     return [(" / ".join(collapse(whats)), where, do) for (_, where, do), whats in groups.items()]
 
 
-def unnumbered(name: str) -> str:
-    """A name with # for each of its parts that is a number."""
-    return _NUMBER.sub("#", name)
+def unnumbered(names: Iterable[str]) -> list[str]:
+    """Each name with a mark for each of its parts that is a number. All of them are gone through at once: of 50,000,
+    one after another would take longer than reading them."""
+    names = list(names)
+    return _NUMBER.sub("\1", _BETWEEN.join(names)).split(_BETWEEN) if names else []
 
 
 def collapse(names: Iterable[str]) -> list[str]:
     """Names that differ in one number become one with a range: a.0.b, a.1.b → a.{0..1}.b."""
-    groups: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
-    for name in names:
-        words = _BETWEEN.split(name)  # every second one is a number
-        groups.setdefault(tuple(words[::2]), []).append(tuple(words[1::2]))
-    return [_collapsed(words, numbers) for words, numbers in groups.items()]
+    names = list(names)
+    groups: dict[str, list[str]] = {}
+    for pattern, name in zip(unnumbered(names), names, strict=True):
+        groups.setdefault(pattern, []).append(name)
+    return [_collapsed(pattern, alike) for pattern, alike in groups.items()]
 
 
-def _collapsed(words: tuple[str, ...], numbers: list[tuple[str, ...]]) -> str:
-    if len(numbers) == 1:
-        ranges: Iterable[str] = numbers[0]
-    else:
-        ranges = (_range(sorted({int(n) for n in set(column)})) for column in zip(*numbers, strict=True))
-    return words[0] + "".join(part for pair in zip(ranges, words[1:], strict=True) for part in pair)
+def _collapsed(pattern: str, names: list[str]) -> str:
+    if len(names) == 1:
+        return names[0]
+    first, *words = pattern.split("\1")
+    numbers = _NUMBER.findall(_BETWEEN.join(names))
+    columns = (numbers[k :: len(words)] for k in range(len(words)))
+    ranges = (_range(sorted({int(n) for n in set(column)})) for column in columns)
+    return first + "".join(part for pair in zip(ranges, words, strict=True) for part in pair)
 
 
 def _range(distinct: list[int]) -> str:

@@ -87,11 +87,10 @@ def _comes_back(step: Step) -> bool:
 
 def _by_rule(plan: Plan) -> list[list[Step]]:
     groups: dict[tuple[object, ...], list[Step]] = {}
-    for step in plan.steps:
+    names = [",".join([s.name for s in step.sources] or step.targets) for step in plan.steps]
+    for step, pattern in zip(plan.steps, render.unnumbered(names), strict=True):
         shapes = step.shapes or tuple(s.shape for s in step.sources)
-        names = [s.name for s in step.sources] or step.targets
-        key = (step.kind, step.rule, step.ops, shapes, step.dtype, render.unnumbered(",".join(names)), step.made)
-        groups.setdefault(key, []).append(step)
+        groups.setdefault((step.kind, step.rule, step.ops, shapes, step.dtype, pattern, step.made), []).append(step)
     return list(groups.values())
 
 

@@ -82,7 +82,7 @@ def _problem(kind: Refused, found: Iterable[str], path: str) -> Problem:
 
 def recognised(inventory: Inventory) -> Iterator[tuple[Refused, list[str]]]:
     """The kinds that this checkpoint is, each with the first names that told."""
-    parts = {part for name in inventory.tensors for part in name.split(".")}
+    parts = set(".".join(inventory.tensors).split("."))
     for kind in all_refused():
         found = next(filter(None, (_found(evidence, inventory, parts) for evidence in kind.evidence)), None)
         if found:

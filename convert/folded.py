@@ -59,6 +59,7 @@ _OLD = (
     Form(MASKED, ("weight_orig", "weight_mask"), _alike, "values · mask of torch.nn.utils.prune"),
     Form(MASKED, ("bias_orig", "bias_mask"), _alike, "values · mask of torch.nn.utils.prune"),
 )
+_FIRST = tuple(form.ends[0] for form in _OLD)
 _NEW = (
     Form(WEIGHT_NORM, ("original1", "original0"), _one_length, f"{_V_G} of torch.nn.utils.parametrizations"),
     Form(SPECTRAL_NORM, ("original", "0._u", "0._v"), _one_vector_each, f"{_SIGMA} of torch.nn.utils.parametrizations"),
@@ -100,7 +101,7 @@ def _found(tensors: Mapping[str, tuple[TensorInfo, ...]]) -> dict[str, tuple[For
 def _old(tensors: Iterable[str]) -> Iterable[tuple[str, Form, tuple[str, ...]]]:
     """Parts that lie beside each other: ``X.weight_g``."""
     there = set(tensors)
-    for name in tensors:
+    for name in (name for name in tensors if name.endswith(_FIRST)):
         module, dot, leaf = name.rpartition(".")
         for form in (form for form in _OLD if leaf == form.ends[0]):
             names = tuple(module + dot + end for end in form.ends)
@@ -111,7 +112,7 @@ def _old(tensors: Iterable[str]) -> Iterable[tuple[str, Form, tuple[str, ...]]]:
 def _new(tensors: Iterable[str]) -> Iterable[tuple[str, Form, tuple[str, ...]]]:
     """Parts under ``X.parametrizations.weight``."""
     held: dict[tuple[str, str], dict[str, str]] = {}
-    for name in tensors:
+    for name in (name for name in tensors if "parametrizations." in name):
         if match := _PARAMETRIZED.fullmatch(name):
             held.setdefault((match[1] or "", match[2]), {})[match[3]] = name
     for (module, parameter), parts in held.items():

@@ -349,7 +349,7 @@ def _check_whole(tensors: dict[str, list[TensorInfo]], ckpt: Checkpoint, ranks: 
     partial = [name for name, found in tensors.items() if ranks > 1 and len({info.rank for info in found}) < ranks]
     if partial:
         findings.notes.append(f"present in some rank files only: {_some(partial)}")
-    if flat := [name for name in tensors if _FLAT.fullmatch(name.rpartition(".")[2])]:
+    if flat := [name for name in tensors if "flat_param" in name and _FLAT.fullmatch(name.rpartition(".")[2])]:
         findings.problems.append(
             Problem(
                 f"{_some(flat)}: flat parameters of FSDP; each holds many weights end to end, or a part of that",

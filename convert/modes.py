@@ -12,7 +12,7 @@ from ..errors import usage_error
 from .commit import Say, os_problem
 from .disk_speed import copy_rate
 from .prepare import Prepared
-from .run import WORKERS, Converted, convert
+from .run import FEWEST, Converted, convert
 from .values_judged import STRICT, Allow
 from .write import Progress
 
@@ -24,7 +24,7 @@ class Mode(Struct, frozen=True):
     """How to copy. None of it changes a byte of what is written. With ``benchmark``, the disk's own speed is measured
     first."""
 
-    workers: int = WORKERS
+    workers: int | None = None
     sync: bool = True
     part: Part | None = None
     ray: bool = False
@@ -68,7 +68,8 @@ def convert_in(
     if mode.ray:
         from .ray_tasks import ray_writer
 
-        writer = ray_writer(prepared, max_shard_size, mode.workers, sync=mode.sync)
+        # Every thread is one of Ray's CPUs, and how many those machines have is not known here.
+        writer = ray_writer(prepared, max_shard_size, mode.workers or FEWEST, sync=mode.sync)
     rate = _disk_rate(prepared, out, sync=mode.sync) if mode.benchmark else None
     done = convert(
         prepared,

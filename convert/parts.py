@@ -37,7 +37,7 @@ from .finish import Request, pair_up, tokenizer_made
 from .locks import claimed, shared
 from .prepare import Prepared
 from .receipts import holds
-from .run import SLACK, WORKERS, Converted, Writer, carry_out, requested, threads
+from .run import SLACK, Converted, Writer, carry_out, requested, threads
 from .shards import Shard, assign
 from .values_judged import STRICT, Allow, judge
 from .write import Progress
@@ -94,7 +94,7 @@ def convert_part(
     max_shard_size: int = 5 * 10**9,
     force: bool = False,
     allow: Allow = STRICT,
-    workers: int = WORKERS,
+    workers: int | None = None,
     sync: bool = True,
     progress: Progress = lambda _: None,
 ) -> Converted | Contributed:

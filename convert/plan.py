@@ -53,12 +53,16 @@ class Step(Struct, frozen=True):
     @property
     def nbytes(self) -> int:
         """Bytes that the step writes."""
-        return sum(math.prod(s) for s in self.shapes) * ITEMSIZE[self.dtype]
+        return _nbytes(self.dtype, self.shapes)
 
     @property
     def made(self) -> tuple[str, ...]:
         """How those of its sources that lie in parts are put together."""
-        return made_by([info for source in self.sources for info in source.infos])
+        for source in self.sources:
+            for info in source.infos:
+                if info.made is not None:
+                    return made_by([info for source in self.sources for info in source.infos])
+        return ()
 
 
 class Plan(Struct, frozen=True):
@@ -73,7 +77,8 @@ class Plan(Struct, frozen=True):
     @property
     def nbytes(self) -> int:
         """Bytes of tensor data that the plan writes."""
-        return sum(step.nbytes for step in self.writes)
+        count = Counter((step.dtype, step.shapes) for step in self.steps)
+        return sum(times * _nbytes(dtype, shapes) for (dtype, shapes), times in count.items())
 
     @property
     def writes(self) -> tuple[Step, ...]:
@@ -100,10 +105,14 @@ def make_plan(
     main = dtype or _majority(steps)
     steps += work.fills(main)
     work.leftovers()
+    last = len(expected)
     order = {name: k for k, name in enumerate(expected)}
-    steps.sort(key=lambda step: order.get(step.targets[0], len(order)) if step.targets else len(order) + 1)
+    steps.sort(key=lambda step: order.get(step.targets[0], last) if step.targets else last + 1)
     steps += work.drops()
     return Plan(tuple(steps), tuple(work.problems), main, inventory.ranks)
+
+
+_Traced = tuple[str, tuple[Shape, ...], str]
 
 
 class _Planner:
@@ -115,16 +124,15 @@ class _Planner:
         self.claimed: dict[str, str] = {}
         self.made: dict[str, str] = {}
         self.problems: list[Problem] = list(expanded.problems)
+        self._joins = inventory.ranks > 1 or any(join.view for join in expanded.joins.values())
         self._sources: dict[str, Source] = {}
-        self._traced: dict[tuple[int, tuple[Shape, ...], str], tuple[tuple[Shape, ...], str]] = {}
+        self._known: dict[tuple[object, ...], _Traced] = {}
 
     def run(self, rules: Iterable[Rule]) -> list[Step]:
         steps: list[Step] = []
         for rule in rules:
-            for name in rule.sources:
-                self._claim(name, rule.where)
-            for name in rule.targets:
-                self._make(name, rule.where)
+            self._claim(rule.sources, rule.where)
+            self._make(rule.targets, rule.where)
             step = self._step(rule)
             if step is not None:
                 steps.append(step)
@@ -141,7 +149,7 @@ class _Planner:
             elif tie.otherwise:
                 rules.append(Rule("rename", (tie.source,), (tie.otherwise,), (), tie.where))
             else:
-                self._claim(tie.source, tie.where)
+                self._claim((tie.source,), tie.where)
                 self._problem(f"{tie.source} differs from {tie.twin}, which it should equal bit for bit", tie.where)
         return rules
 
@@ -151,7 +159,7 @@ class _Planner:
             if name not in self.expected:
                 self._problem(f"fill makes {name}, which the target class does not have", where)
                 continue
-            self._make(name, where)
+            self._make((name,), where)
             steps.append(Step("fill", (name,), (self.expected[name],), dtype, rule=where, reason="zeros"))
         return steps
 
@@ -166,7 +174,7 @@ class _Planner:
         """Whatever the rules did not speak of, on either side."""
         for name, (_, where) in self.expanded.drops.items():
             if name in self.inventory:
-                self._claim(name, where)
+                self._claim((name,), where)
         left = [name for name in self.inventory.tensors if name not in self.claimed]
         for name in left:
             shape = list(self.inventory.tensors[name][0].shape)
@@ -176,29 +184,26 @@ class _Planner:
             if name not in self.made:
                 self._problem(f"nothing makes {name} {list(shape)}, which the target class needs", self.inventory.path)
 
-    def _claim(self, name: str, where: str) -> None:
-        if name not in self.inventory.tensors:
-            self._problem(f"{name} is missing", self.inventory.path, f"the mapping needs it ({where})")
-        elif name in self.claimed:
-            self._problem(f"{name} is claimed twice", f"{self.claimed[name]} and {where}")
-        self.claimed[name] = where
+    def _claim(self, names: Iterable[str], where: str) -> None:
+        for name in names:
+            if name not in self.inventory.tensors:
+                self._problem(f"{name} is missing", self.inventory.path, f"the mapping needs it ({where})")
+            elif name in self.claimed:
+                self._problem(f"{name} is claimed twice", f"{self.claimed[name]} and {where}")
+            self.claimed[name] = where
 
-    def _make(self, name: str, where: str) -> None:
-        if name in self.made:
-            self._problem(f"{name} is made twice", f"{self.made[name]} and {where}")
-        self.made[name] = where
+    def _make(self, names: Iterable[str], where: str) -> None:
+        for name in names:
+            if name in self.made:
+                self._problem(f"{name} is made twice", f"{self.made[name]} and {where}")
+            self.made[name] = where
 
     def _step(self, rule: Rule) -> Step | None:
         if not all(map(self.inventory.tensors.__contains__, rule.sources)):
             return None
-        sources = tuple([self._source(name) for name in rule.sources])
+        sources = tuple(map(self._source if self._joins else self._plain, rule.sources))
         try:
-            stored = _stored(rule, sources)
-        except OpError as error:
-            self._problem(f"{', '.join(rule.sources)} {error}", rule.where)
-            return None
-        try:
-            shapes, dtype = self._trace(rule.ops, tuple([source.shape for source in sources]), stored)
+            stored, shapes, dtype = self._traced(rule, sources)
         except OpError as error:
             self._problem(f"{', '.join(rule.sources)}: {error}", rule.where)
             return None
@@ -208,15 +213,17 @@ class _Planner:
             return None
         return Step(rule.kind, rule.targets, shapes, self.dtype or dtype, sources, rule.ops, stored, rule.where)
 
-    def _trace(self, ops: tuple[Op, ...], shapes: tuple[Shape, ...], dtype: str) -> tuple[tuple[Shape, ...], str]:
-        """Shapes and type that come out. Layers are alike: what one rule makes of a shape is worked out once."""
-        if not ops:
-            return shapes, dtype
-        key = id(ops), shapes, dtype  # the rules, which hold the operations, outlive this planner
-        if key not in self._traced:
-            traced = trace(ops, list(shapes), dtype)
-            self._traced[key] = tuple(traced.shapes[-1]), traced.dtype
-        return self._traced[key]
+    def _traced(self, rule: Rule, sources: tuple[Source, ...]) -> _Traced:
+        """The type that goes in, shapes and type that come out. Layers are alike: what one rule makes of a shape is
+        worked out once."""
+        # the rules, which hold the operations, outlive this planner
+        key = id(rule.ops), *[(source.shape, *[info.dtype for info in source.infos]) for source in sources]
+        known = self._known.get(key)
+        if known is None:
+            stored = _stored(rule.ops, sources)
+            traced = trace(rule.ops, [source.shape for source in sources], stored)
+            known = self._known[key] = stored, tuple(traced.shapes[-1]), traced.dtype
+        return known
 
     def _fits(self, rule: Rule, shapes: tuple[Shape, ...], dtype: str) -> bool:
         if len(shapes) != len(rule.targets):
@@ -275,12 +282,12 @@ class _Planner:
         self.problems.append(Problem(what, where, do))
 
 
-def _stored(rule: Rule, sources: tuple[Source, ...]) -> str:
+def _stored(ops: tuple[Op, ...], sources: tuple[Source, ...]) -> str:
     """The type that goes into a rule's first operation. Raises OpError where the types of its sources don't fit it."""
     dtypes = tuple([info.dtype for source in sources for info in source.infos])
-    if not rule.ops or len(set(dtypes)) == 1:
+    if not ops or len(set(dtypes)) == 1:
         return one_type(dtypes)
-    return rule.ops[0].taken(tuple([one_type(tuple([info.dtype for info in s.infos])) for s in sources]))
+    return ops[0].taken(tuple([one_type(tuple([info.dtype for info in s.infos])) for s in sources]))
 
 
 def by_rank(infos: Iterable[TensorInfo]) -> list[list[TensorInfo]]:
@@ -304,6 +311,10 @@ def joined_shape(join: Join, shapes: list[Shape]) -> Shape:
     if len(set(shapes)) != 1:
         raise OpError(f"rank files have different shapes: {[list(s) for s in shapes]}")
     return first
+
+
+def _nbytes(dtype: str, shapes: Iterable[Shape]) -> int:
+    return sum(map(math.prod, shapes)) * ITEMSIZE[dtype]
 
 
 def _majority(steps: Iterable[Step]) -> str:

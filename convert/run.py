@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,9 +28,9 @@ from .write import Progress, write_shards
 SLACK = 64 << 20
 """Bytes for what lies beside the weights: tokenizer, config, file system blocks."""
 
-WORKERS = 2
-"""Threads that copy unless more or fewer are asked for: while one waits for the disk, another reads. Each needs a few
-MB, 20 where matrices are turned."""
+FEWEST, MOST = 2, 4
+"""Threads that copy unless more or fewer are asked for. While one waits for the disk, another reads, on a single core,
+too; more than four are held up by the memory and by the files that they write. Each needs a few MB."""
 
 Writer = Callable[[Sequence[Shard], Path, Progress], dict[str, list[Written]]]
 """Writes some of the weight files, into the folder of work that it is given."""
@@ -57,7 +59,7 @@ def convert(
     max_shard_size: int = 5 * 10**9,
     force: bool = False,
     allow: Allow = STRICT,
-    workers: int = WORKERS,
+    workers: int | None = None,
     sync: bool = True,
     writer: Writer | None = None,
     progress: Progress = lambda _: None,
@@ -66,9 +68,10 @@ def convert(
     """Write the layout. Raises MdlError; on any failure nothing is left at ``out``.
 
     ``tokenizer`` is a path, ``none``, or None for "the one beside the checkpoint, if there is exactly one". ``allow``
-    says which broken values may be written. ``workers`` threads copy; without ``sync``, a power cut may lose files that
-    seemed written. ``writer`` writes the weight files in place of those threads. ``progress`` is called with the bytes
-    written since the last call, from any thread; ``say`` with what a run that fails leaves for the next one.
+    says which broken values may be written. ``workers`` threads copy, one per core (:data:`FEWEST` to :data:`MOST`) if
+    that is None; without ``sync``, a power cut may lose files that seemed written. ``writer`` writes the weight files
+    in place of those threads. ``progress`` is called with the bytes written since the last call, from any thread;
+    ``say`` with what a run that fails leaves for the next one.
     """
     begin = time.perf_counter()
     request = requested(prepared, out, tokenizer=tokenizer, allow=allow, sync=sync)
@@ -107,8 +110,9 @@ def carry_out(
     return Converted(str(out), layout.manifest, beside.info, layout.files, total, copied, seconds, tuple(kept))
 
 
-def threads(prepared: Prepared, workers: int, *, sync: bool) -> Writer:
+def threads(prepared: Prepared, workers: int | None, *, sync: bool) -> Writer:
     """A writer that works in threads of this process."""
+    workers = workers or min(max(_cores(), FEWEST), MOST)
     bypass = too_large(prepared.inventory.files, prepared.plan.nbytes, sync=sync)
 
     def write(shards: Sequence[Shard], work: Path, progress: Progress) -> dict[str, list[Written]]:
@@ -116,6 +120,11 @@ def threads(prepared: Prepared, workers: int, *, sync: bool) -> Writer:
             return write_shards(shards, work, files, workers=workers, sync=sync, bypass=bypass, progress=progress)
 
     return write
+
+
+def _cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def requested(prepared: Prepared, out: Path, *, tokenizer: str | None, allow: Allow, sync: bool) -> Request:

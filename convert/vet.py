@@ -38,7 +38,9 @@ _TENSOR = re.compile(
     + b"Q" + _INT + _SIZE + _SIZE + b"[\x88\x89]" + _GET + rb"\)R" + _PUT + b"t" + _PUT + b"R(" + _PUT + b")?",
     re.DOTALL,
 )  # fmt: skip
-# The same in protocol 4 and later, where values are numbered as they come.
+# What follows the name of a tensor in a state dict.
+_NAMED = re.compile(b"(" + _PUT + b")" + _TENSOR.pattern, re.DOTALL)
+# A tensor in protocol 4 and later, where values are numbered as they come.
 _TENSOR4 = re.compile(
     _GET + rb"\(\(" + _GET + _GET + rb"\x8c[\x01-\x07][0-9]{1,7}\x94" + _GET + _INT + b"t\x94"
     + b"Q" + _INT + _SIZE4 + _SIZE4 + b"[\x88\x89]" + _GET + rb"\)R\x94t\x94R\x94",
@@ -96,7 +98,9 @@ class _Walk:
                 at += skip
             elif op == 0x2E:
                 return at
-            elif op in (0x68, 0x6A) and (end := self._tensor(at - 1)):
+            elif (op == 0x58 and (end := self._entry(at - 1))) or (
+                op in (0x68, 0x6A) and (end := self._tensor(at - 1))
+            ):
                 at = end
             else:
                 handler = handlers.get(op)
@@ -121,6 +125,18 @@ class _Walk:
         else:
             return 0
         self.stack.append(0)
+        return found.end()
+
+    def _entry(self, at: int) -> int:
+        """The position behind a short name and the whole tensor that follows it; 0 if this is something else."""
+        data = self.data
+        found = None if data[at + 2 : at + 5] != b"\0\0\0" else _NAMED.match(data, at + 5 + data[at + 1])
+        if found is None:
+            return 0
+        self.unnoted = True
+        for put in filter(None, found.groups()):
+            self.memo[int.from_bytes(put[1:], "little")] = 0
+        self.stack += (0, 0)
         return found.end()
 
     def number(self, at: int, size: int) -> int:

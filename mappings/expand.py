@@ -112,6 +112,7 @@ class _Expander:
         self.joins: dict[str, Join] = {}
         self.problems: list[Problem] = []
         self._places: dict[Loc, str] = {}
+        self._numbers: list[str] = []
         self.ranges: dict[str, int] = {}
         for name, size in mapping.file.ranges.items():
             self.ranges[name] = self._size(size, ("ranges", name))
@@ -266,9 +267,14 @@ class _Expander:
         pattern = self._worded(pattern)
         fields = _FIELD.findall(pattern)
         if len(captures) == 1 and captures == set(fields):
-            text = _FIELD.sub("%d", pattern.replace("%", "%%"))
-            return [text % ((k,) * len(fields)) for k in range(self.ranges[fields[0]])]
+            parts = _FIELD.split(pattern)[::2]
+            return [k.join(parts) for k in self._counted(self.ranges[fields[0]])]
         return [self._fill_in(pattern, values, loc) for values in self._assignments(captures)]
+
+    def _counted(self, count: int) -> list[str]:
+        """0, 1, 2 … as texts."""
+        self._numbers += map(str, range(len(self._numbers), count))
+        return self._numbers[:count]
 
     def _fill_in(self, pattern: str, values: Map[str, int], loc: Loc) -> str:
         known, pattern = {**self.sizes, **values}, self._worded(pattern)

@@ -60,7 +60,7 @@ class Op(Struct, frozen=True):
 def one_type(dtypes: tuple[str, ...]) -> str:
     """The element type that all of them are. Raises OpError if they are several."""
     if len(set(dtypes)) != 1:
-        raise OpError(f"are of different types: {', '.join(sorted(set(dtypes)))}")
+        raise OpError(f"they are of different types: {', '.join(sorted(set(dtypes)))}")
     return dtypes[0]
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mdl.archs import targets
-from mdl.convert import commit, modes, write
+from mdl.convert import commit, modes, run, write
 from mdl.convert.manifest import read_manifest
 from mdl.convert.prepare import Options, prepare
 from mdl.convert.run import Converted, convert
@@ -381,3 +381,21 @@ def test_the_disk_is_measured_with_the_largest_file(tmp_path: Path, monkeypatch:
     assert [file.stat().st_size for file in measured] == [largest]
     assert isinstance(done, Converted)
     assert done.disk_rate == 5e8
+
+
+@pytest.mark.parametrize(
+    ("cores", "told", "threads"), [(1, None, 2), (3, None, 3), (64, None, 4), (64, 1, 1), (2, 9, 9)]
+)
+def test_one_worker_per_core_unless_told(
+    cores: int, told: int | None, threads: int, tied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def write(*_: object, workers: int, **__: object) -> dict[str, object]:
+        asked.append(workers)
+        return {}
+
+    monkeypatch.setattr(run, "_cores", lambda: cores)
+    monkeypatch.setattr(run, "write_shards", write)
+    run.threads(prepare(tied), told, sync=False)([], tmp_path, lambda _: None)
+    assert asked == [threads]

@@ -102,7 +102,7 @@ def test_a_plan_without_problems() -> None:
             "transform: [{from: [a, b], to: c, ops: [concat]}]",
             {"a": (2,), "b": ((2,), "float16")},
             {"c": (4,)},
-            "a, b are of different types: float16, float32",
+            "a, b: they are of different types: float16, float32",
         ),
         (
             "transform: [{from: a, to: [b, c], ops: [transpose]}]",
@@ -134,7 +134,7 @@ def test_problems(body: str, have: dict[str, Any], want: dict[str, Shape], says:
         ("shards: {blocks: [{names: [a], sizes: [2, 4]}]}", [(2, 3), (2, 3)], "a: blocks [2, 4] do not fit 2 rank"),
         ("shards: {blocks: [{names: [a], sizes: [1, 3]}]}", [(2, 3), (2, 3)], "a: blocks [1, 3] do not fit 2 rank"),
         ("shards: {blocks: [{names: [a], axis: 2, sizes: [4]}]}", [(2, 3), (2, 3)], "do not join along dimension 2"),
-        ("shards: {cat0: [a]}", [((2, 3), "float16"), (2, 3)], "a are of different types: float16, float32"),
+        ("shards: {cat0: [a]}", [((2, 3), "float16"), (2, 3)], "a: they are of different types: float16, float32"),
     ],
 )  # fmt: skip
 def test_ranks_that_do_not_fit(shards: str, have: list[Any], says: str) -> None:
