@@ -83,6 +83,7 @@ def blank(scenario: Scenario, gigabytes: float, args: argparse.Namespace) -> Res
 def no_room(gigabytes: float, ways: list[Way], work: Path) -> str:
     """Why the disk can't take this, or nothing: source, output, and the layout that some ways begin with."""
     need = gigabytes * 1e9 * (3 if any(way.of_layout for way in ways) else 2) + SLACK
+    work.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(work).free
     return f"needs {need / 1e9:.0f} GB of disk, {free / 1e9:.0f} GB are free" if need > free else ""
 
