@@ -20,8 +20,9 @@ if TYPE_CHECKING:  # what asks for --json needs no rich
 
 SHOWN = 10
 _NUMBER = re.compile(r"(?<![^./])\d+(?![^./])")
-_BETWEEN = "/\0/"
-"""Stands in no name and in no problem, and a number may stand beside it."""
+_BETWEEN, _MARK = "/\x00/", "\x01"
+"""Stand in no name and in no problem. The first parts names, and a number may stand beside it; the second is put in the
+place of one."""
 
 
 def out() -> Console:
@@ -84,7 +85,7 @@ def unnumbered(names: Iterable[str]) -> list[str]:
     """Each name with a mark for each of its parts that is a number. All of them are gone through at once: of 50,000,
     one after another would take longer than reading them."""
     names = list(names)
-    return _NUMBER.sub("\1", _BETWEEN.join(names)).split(_BETWEEN) if names else []
+    return _NUMBER.sub(_MARK, _BETWEEN.join(names)).split(_BETWEEN) if names else []
 
 
 def collapse(names: Iterable[str]) -> list[str]:
@@ -99,7 +100,7 @@ def collapse(names: Iterable[str]) -> list[str]:
 def _collapsed(pattern: str, names: list[str]) -> str:
     if len(names) == 1:
         return names[0]
-    first, *words = pattern.split("\1")
+    first, *words = pattern.split(_MARK)
     numbers = _NUMBER.findall(_BETWEEN.join(names))
     columns = (numbers[k :: len(words)] for k in range(len(words)))
     ranges = (_range(sorted({int(n) for n in set(column)})) for column in columns)
