@@ -141,7 +141,8 @@ def test_a_read_error_of_the_source_loses_nothing(source: Path, place: Path, mon
         with pytest.raises(MdlError, match="can't be read at byte") as caught:
             here(source, place / "out")
     assert caught.value.kind is Kind.MACHINE
-    assert finished(place) == before
+    # Matrices that are turned come from a map: another thread may have finished a file of those.
+    assert finished(place).items() >= before.items()
     assert set(before) <= set(here(source, place / "out").resumed)
 
 
