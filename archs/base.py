@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from msgspec import Struct, field
@@ -66,15 +67,16 @@ class Dim(Struct, frozen=True):
     because: str
 
 
-class Dims(Mapping[str, Value]):
+@dataclass(frozen=True)
+class Dims(Mapping[str, Value]):  # a Struct can be no Mapping: each has a metaclass of its own
     """Every size and semantic constant of one checkpoint, each with its provenance.
 
     Reads as a mapping of plain values (``dims["heads"]``); the provenance is in :attr:`entries`. ``deviations`` says in
     sentences where what is served is not what the code that wrote the checkpoint computes.
     """
 
-    def __init__(self, entries: Mapping[str, Dim], deviations: tuple[str, ...] = ()) -> None:
-        self.entries, self.deviations = entries, deviations
+    entries: Mapping[str, Dim]
+    deviations: tuple[str, ...] = ()
 
     def __getitem__(self, name: str) -> Value:
         return self.entries[name].value

@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -27,10 +26,13 @@ def family_points() -> Iterable[EntryPoint]:
 def _may_hold(place: str) -> bool:
     """Whether a place that Python imports from may hold such an entry point. Most hold none, and to import
     importlib.metadata in order to find that out takes an eighth of a start."""
-    if not os.path.isdir(place or "."):  # noqa: PTH112 - a missing place, or an archive, which is left to the library
-        return Path(place).exists()
     heading = f"[{GROUP}]".encode()
-    return any(heading in text for text in _entry_points(place or "."))
+    try:
+        return any(heading in text for text in _entry_points(place or "."))
+    except NotADirectoryError:
+        return True  # an archive: the library looks into it
+    except OSError:
+        return False  # missing, or closed to us: it would find nothing there either
 
 
 def _entry_points(folder: str) -> Iterator[bytes]:

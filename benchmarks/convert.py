@@ -48,6 +48,7 @@ def measure(scenario: Scenario, gigabytes: float, args: argparse.Namespace, tell
     result = blank(scenario, gigabytes, args)
     result["skipped"] = {way.name: why for way in ways if (why := missing(way, pythons))}
     ways = [way for way in ways if way.name not in result["skipped"]]
+    args.work.mkdir(parents=True, exist_ok=True)
     if short := no_room(gigabytes, ways, args.work):
         tell(result | {"refused": short})
         return
@@ -83,7 +84,6 @@ def blank(scenario: Scenario, gigabytes: float, args: argparse.Namespace) -> Res
 def no_room(gigabytes: float, ways: list[Way], work: Path) -> str:
     """Why the disk can't take this, or nothing: source, output, and the layout that some ways begin with."""
     need = gigabytes * 1e9 * (3 if any(way.of_layout for way in ways) else 2) + SLACK
-    work.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(work).free
     return f"needs {need / 1e9:.0f} GB of disk, {free / 1e9:.0f} GB are free" if need > free else ""
 

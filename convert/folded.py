@@ -103,9 +103,9 @@ def _old(tensors: Iterable[str]) -> Iterable[tuple[str, Form, tuple[str, ...]]]:
     there = set(tensors)
     for name in (name for name in tensors if name.endswith(_FIRST)):
         module, dot, leaf = name.rpartition(".")
-        for form in (form for form in _OLD if leaf == form.ends[0]):
+        for form in _OLD:
             names = tuple(module + dot + end for end in form.ends)
-            if there.issuperset(names):
+            if leaf == form.ends[0] and there.issuperset(names):
                 yield module + dot + leaf.rpartition("_")[0], form, names
 
 

@@ -58,11 +58,7 @@ class Step(Struct, frozen=True):
     @property
     def made(self) -> tuple[str, ...]:
         """How those of its sources that lie in parts are put together."""
-        for source in self.sources:
-            for info in source.infos:
-                if info.made is not None:
-                    return made_by([info for source in self.sources for info in source.infos])
-        return ()
+        return made_by([info for source in self.sources for info in source.infos if info.made])
 
 
 class Plan(Struct, frozen=True):
@@ -124,7 +120,6 @@ class _Planner:
         self.claimed: dict[str, str] = {}
         self.made: dict[str, str] = {}
         self.problems: list[Problem] = list(expanded.problems)
-        self._joins = inventory.ranks > 1 or any(join.view for join in expanded.joins.values())
         self._sources: dict[str, Source] = {}
         self._known: dict[tuple[object, ...], _Traced] = {}
 
@@ -201,7 +196,7 @@ class _Planner:
     def _step(self, rule: Rule) -> Step | None:
         if not all(map(self.inventory.tensors.__contains__, rule.sources)):
             return None
-        sources = tuple(map(self._source if self._joins else self._plain, rule.sources))
+        sources = tuple(map(self._source, rule.sources))
         try:
             stored, shapes, dtype = self._traced(rule, sources)
         except OpError as error:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +14,7 @@ from .agreement import Agreement, agree
 from .commit import Say, Terms, Workplace, committed, finished, flush
 from .file_cache import too_large
 from .finish import Beside, Request, choose_tokenizer, finish, tokenizer_made
+from .machine import cores
 from .manifest import Manifest
 from .prepare import Prepared
 from .receipts import Written, holds
@@ -112,7 +111,7 @@ def carry_out(
 
 def threads(prepared: Prepared, workers: int | None, *, sync: bool) -> Writer:
     """A writer that works in threads of this process."""
-    workers = workers or min(max(_cores(), FEWEST), MOST)
+    workers = workers or min(max(cores(), FEWEST), MOST)
     bypass = too_large(prepared.inventory.files, prepared.plan.nbytes, sync=sync)
 
     def write(shards: Sequence[Shard], work: Path, progress: Progress) -> dict[str, list[Written]]:
@@ -120,11 +119,6 @@ def threads(prepared: Prepared, workers: int | None, *, sync: bool) -> Writer:
             return write_shards(shards, work, files, workers=workers, sync=sync, bypass=bypass, progress=progress)
 
     return write
-
-
-def _cores() -> int:
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def requested(prepared: Prepared, out: Path, *, tokenizer: str | None, allow: Allow, sync: bool) -> Request:

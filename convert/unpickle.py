@@ -6,7 +6,6 @@ import io
 import pickle
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 from ..errors import COPY_AGAIN, input_error
@@ -190,8 +189,8 @@ class _Doors:
             raise RefusedError(
                 f"a tensor of this file has {len(size):,} dimensions; no tensor has more than {MAX_DIMS}"
             )
-        shape, steps, offset, extent = _placed(tuple(size), tuple(stride), offset)
-        needed = extent * itemsize
+        shape, steps = tuple(size), tuple(stride)
+        needed = _extent(shape, steps, offset) * itemsize
         if needed > storage.nbytes:
             raise RefusedError(
                 f"a tensor {list(shape)} needs {needed:,} bytes of {storage.name}, which has {storage.nbytes:,}"
@@ -229,10 +228,8 @@ def _narrow(whole: Storage, view: object, itemsize: int) -> Storage:
     return whole._replace(start=whole.start + offset * itemsize, nbytes=numel * itemsize)
 
 
-@lru_cache(maxsize=1024)
-def _placed(shape: Shape, stride: Shape, offset: Any) -> tuple[Shape, Shape, int, int]:
-    """The same, known to be integers, and how many elements it is from the storage's start to the tensor's last one; 0
-    if the tensor is empty. Layers are alike: most of the answers have been given before."""
+def _extent(shape: Shape, stride: Shape, offset: object) -> int:
+    """Elements from the storage's start to the tensor's last one; 0 if the tensor is empty."""
     if type(offset) is not int or not 0 <= offset < _WORD or len(shape) != len(stride):
         raise RefusedError(_NO_SIZE)
     last = offset
@@ -242,7 +239,7 @@ def _placed(shape: Shape, stride: Shape, offset: Any) -> tuple[Shape, Shape, int
             raise RefusedError(_NO_SIZE)
         empty |= n == 0
         last += (n - 1) * step
-    return shape, stride, offset, 0 if empty else last + 1
+    return 0 if empty else last + 1
 
 
 def _flipped(metadata: object) -> Unreadable | None:

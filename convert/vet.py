@@ -8,7 +8,7 @@ per value, which is 0 for all but tuples, and for those the number of values tha
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from ..errors import COPY_AGAIN
@@ -98,9 +98,7 @@ class _Walk:
                 at += skip
             elif op == 0x2E:
                 return at
-            elif (op == 0x58 and (end := self._entry(at - 1))) or (
-                op in (0x68, 0x6A) and (end := self._tensor(at - 1))
-            ):
+            elif op in (0x68, 0x6A) and (end := self._tensor(at - 1)):
                 at = end
             else:
                 handler = handlers.get(op)
@@ -115,28 +113,33 @@ class _Walk:
     def _tensor(self, at: int) -> int:
         """The position behind the whole tensor that starts here; 0 if none does."""
         if found := _TENSOR.match(self.data, at):
-            self.unnoted = True
-            for put in filter(None, found.groups()):
-                self.memo[int.from_bytes(put[1:], "little")] = 0
-        elif not self.unnoted and (found := _TENSOR4.match(self.data, at)):
+            return self._unnoted(found, found.groups())
+        if not self.unnoted and (found := _TENSOR4.match(self.data, at)):
             sizes = [_HEAVY for size in found.groups() if size != b")"]
             for weight in (0, _HEAVY, *sizes, 0, _HEAVY, 0):  # key, its tuple, sizes, dict, arguments, tensor
                 self.memo[len(self.memo)] = weight
-        else:
-            return 0
-        self.stack.append(0)
-        return found.end()
+            self.stack.append(0)
+            return found.end()
+        return 0
 
-    def _entry(self, at: int) -> int:
-        """The position behind a short name and the whole tensor that follows it; 0 if this is something else."""
+    def entry(self, at: int) -> int:
+        """The position behind a short text, whose length stands here, and the whole tensor that follows it; 0 if this
+        is something else."""
         data = self.data
-        found = None if data[at + 2 : at + 5] != b"\0\0\0" else _NAMED.match(data, at + 5 + data[at + 1])
+        found = None if data[at + 1 : at + 4] != b"\0\0\0" else _NAMED.match(data, at + 4 + data[at])
         if found is None:
             return 0
+        noted, *puts = found.groups()
+        self.stack.append(0)
+        self.put(int.from_bytes(noted[1:], "little"), found.start() + 1)
+        return self._unnoted(found, puts)
+
+    def _unnoted(self, found: re.Match[bytes], puts: Iterable[bytes | None]) -> int:
+        """Leave the tensor that was found; the position behind it."""
         self.unnoted = True
-        for put in filter(None, found.groups()):
+        for put in filter(None, puts):
             self.memo[int.from_bytes(put[1:], "little")] = 0
-        self.stack += (0, 0)
+        self.stack.append(0)
         return found.end()
 
     def number(self, at: int, size: int) -> int:
@@ -193,6 +196,10 @@ def _text(walk: _Walk, op: int, at: int) -> int:
         raise _damaged(f"an integer of {length:,} bytes")
     walk.stack.append(0)
     return at + size + length
+
+
+def _name(walk: _Walk, op: int, at: int) -> int:
+    return walk.entry(at) or _text(walk, op, at)
 
 
 def _lines(walk: _Walk, op: int, at: int) -> int:
@@ -345,7 +352,7 @@ def _table() -> tuple[list[int], dict[int, Callable[[_Walk, int, int], int]]]:
     for op, size in _FIXED.items():
         simple[op[0]] = size
     for ops, handler in (
-        (b"".join(_LENGTH), _text), (b"".join(_LINES), _lines), (b"".join(_TAKES), _takes),
+        (b"".join(_LENGTH), _text), (b"X", _name), (b"".join(_LINES), _lines), (b"".join(_TAKES), _takes),
         (b"".join(_TUPLES), _small_tuple), (b"t", _tuple), (b"(", _mark), (b"ldo\x91i", _container),
         (b"eu\x901", _fill), (b"s", _set_item), (b"0", _pop), (b"2", _dup), (b"\x8f", _empty_set), (b"hjg", _get),
         (b"qrp", _put), (b"\x94", _memoize), (b"\x95", _frame), (b"\x80", _proto), (b"\x82\x83\x84", _extension),

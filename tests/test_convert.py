@@ -395,7 +395,7 @@ def test_one_worker_per_core_unless_told(
         asked.append(workers)
         return {}
 
-    monkeypatch.setattr(run, "_cores", lambda: cores)
+    monkeypatch.setattr(run, "cores", lambda: cores)
     monkeypatch.setattr(run, "write_shards", write)
     run.threads(prepare(tied), told, sync=False)([], tmp_path, lambda _: None)
     assert asked == [threads]

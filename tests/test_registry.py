@@ -187,3 +187,12 @@ def test_places_that_may_bring_families(tmp_path: Path, monkeypatch: pytest.Monk
     (egg / "PKG-INFO").write_text("Metadata-Version: 2.1\nName: old\nVersion: 1.0\n")
     monkeypatch.setattr("sys.path", places)
     assert [point.name for point in installed.family_points()] == ["old"]
+
+
+def test_a_closed_place_brings_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(place: str) -> object:
+        raise PermissionError(13, "Permission denied", place)
+
+    monkeypatch.setattr("sys.path", [str(tmp_path)])
+    monkeypatch.setattr(installed.os, "scandir", closed)
+    assert list(installed.family_points()) == []

@@ -17,6 +17,8 @@ from typing import Literal
 
 from msgspec import Struct
 
+from ..convert import machine
+
 State = Literal["ok", "warn", "fail"]
 
 PYTHON = (3, 11)
@@ -256,7 +258,7 @@ def _read(path: str) -> str:
 
 
 def _processor() -> Finding:
-    cores = f"{platform.machine()}, {len(os.sched_getaffinity(0)) if sys.platform == 'linux' else os.cpu_count()} cores"
+    cores = f"{platform.machine()}, {machine.cores()} cores"
     flags = next((line.split() for line in _read("/proc/cpuinfo").splitlines() if line.startswith("flags")), [])
     if not flags:
         return Finding("ok", "processor", cores)
