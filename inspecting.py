@@ -66,8 +66,8 @@ def _alike(inventory: Inventory) -> Iterable[tuple[str, str, str]]:
     patterns = render.unnumbered(inventory.tensors)
     for pattern, (name, (info, *_)) in zip(patterns, inventory.tensors.items(), strict=True):
         groups.setdefault((pattern, info.shape, info.dtype), []).append(name)
-    for (_, shape, dtype), names in groups.items():
-        yield " + ".join(render.collapse(names)), str(list(shape)), dtype
+    for (pattern, shape, dtype), names in groups.items():
+        yield " + ".join(render.collapse(names, pattern)), str(list(shape)), dtype
 
 
 def _short(value: Any) -> str:

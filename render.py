@@ -21,6 +21,8 @@ if TYPE_CHECKING:  # what asks for --json needs no rich
 SHOWN = 10
 _NUMBER = re.compile(r"(?<![^./])\d+(?![^./])")
 _BETWEEN, _MARK = "/\x00/", "\x01"
+# A number of a name with what stands before it. A pattern that begins with one character is looked for far faster.
+_AFTER = {"." + _MARK: re.compile(r"\.\d+(?=[./])"), "/" + _MARK: re.compile(r"/\d+(?=[./])")}
 """Stand in no name and in no problem. The first parts names, and a number may stand beside it; the second is put in the
 place of one."""
 
@@ -85,24 +87,36 @@ def unnumbered(names: Iterable[str]) -> list[str]:
     """Each name with a mark for each of its parts that is a number. All of them are gone through at once: of 50,000,
     one after another would take longer than reading them."""
     names = list(names)
-    return _NUMBER.sub(_MARK, _BETWEEN.join(names)).split(_BETWEEN) if names else []
+    if not names:
+        return []
+    text = f"/{_BETWEEN.join(names)}/"
+    for mark, numbers in _AFTER.items():
+        text = numbers.sub(mark, text)
+    return text[1:-1].split(_BETWEEN)
 
 
-def collapse(names: Iterable[str]) -> list[str]:
-    """Names that differ in one number become one with a range: a.0.b, a.1.b → a.{0..1}.b."""
+def collapse(names: Iterable[str], pattern: str | None = None) -> list[str]:
+    """Names that differ in one number become one with a range: a.0.b, a.1.b → a.{0..1}.b. ``pattern`` is what
+    :func:`unnumbered` makes of each, where that is known and the same for all."""
     names = list(names)
+    if pattern is not None:
+        return [_collapsed(pattern, names)]
     groups: dict[str, list[str]] = {}
-    for pattern, name in zip(unnumbered(names), names, strict=True):
-        groups.setdefault(pattern, []).append(name)
-    return [_collapsed(pattern, alike) for pattern, alike in groups.items()]
+    for found, name in zip(unnumbered(names), names, strict=True):
+        groups.setdefault(found, []).append(name)
+    return [_collapsed(found, alike) for found, alike in groups.items()]
 
 
 def _collapsed(pattern: str, names: list[str]) -> str:
-    if len(names) == 1:
-        return names[0]
     first, *words = pattern.split(_MARK)
-    numbers = _NUMBER.findall(_BETWEEN.join(names))
-    columns = (numbers[k :: len(words)] for k in range(len(words)))
+    if len(names) == 1 or not words:
+        return names[0]
+    if len(words) == 1:
+        begin, end = len(first), -len(words[0]) or None
+        columns: Iterable[list[str]] = ([name[begin:end] for name in names],)
+    else:
+        numbers = _NUMBER.findall(_BETWEEN.join(names))
+        columns = (numbers[k :: len(words)] for k in range(len(words)))
     ranges = (_range(sorted({int(n) for n in set(column)})) for column in columns)
     return first + "".join(part for pair in zip(ranges, words, strict=True) for part in pair)
 

@@ -49,8 +49,8 @@ def show_plan(p: Prepared, *, reverse: bool) -> None:
     from .validate.faults import known_faults
 
     made = render.table("from", "by", "to", "shape", "type", "rule")
-    for steps in _by_rule(p.plan):
-        made.add_row(*_plan_row(steps, reverse=reverse))
+    for pattern, steps in _by_rule(p.plan):
+        made.add_row(*_plan_row(steps, pattern, reverse=reverse))
     console = render.out()
     console.print(made)
     console.print(f"\n{_total_back(p) if reverse else _total(p)}")
@@ -85,18 +85,20 @@ def _comes_back(step: Step) -> bool:
     return step.kind == "tie" or (step.kind != "drop" and not (narrowed or mixed or one_way))
 
 
-def _by_rule(plan: Plan) -> list[list[Step]]:
+def _by_rule(plan: Plan) -> list[tuple[str, list[Step]]]:
+    """Steps that share a line of the table, and what their sources are called without numbers."""
     groups: dict[tuple[object, ...], list[Step]] = {}
     names = [",".join([s.name for s in step.sources] or step.targets) for step in plan.steps]
     for step, pattern in zip(plan.steps, render.unnumbered(names), strict=True):
         shapes = step.shapes or tuple(s.shape for s in step.sources)
-        groups.setdefault((step.kind, step.rule, step.ops, shapes, step.dtype, pattern, step.made), []).append(step)
-    return list(groups.values())
+        groups.setdefault((pattern, step.kind, step.rule, step.ops, shapes, step.dtype, step.made), []).append(step)
+    return [(str(pattern), steps) for (pattern, *_), steps in groups.items()]
 
 
-def _plan_row(steps: list[Step], *, reverse: bool) -> tuple[str, ...]:
+def _plan_row(steps: list[Step], pattern: str, *, reverse: bool) -> tuple[str, ...]:
     first = steps[0]
-    sources = " + ".join(render.collapse(s.name for step in steps for s in step.sources)) or "zeros"
+    names = [s.name for step in steps for s in step.sources]
+    sources = " + ".join(render.collapse(names, pattern if len(first.sources) == 1 else None)) or "zeros"
     targets = " + ".join(render.collapse(t for step in steps for t in step.targets))
     if first.kind in ("drop", "tie"):
         return sources, first.kind, first.reason, _shape(first.sources[0].shape), "", first.rule

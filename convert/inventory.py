@@ -98,6 +98,9 @@ def _together(
     ckpt: Checkpoint, wrapper: Path, held: list[dict[str, TensorInfo]], names: dict[str, str], findings: _Findings
 ) -> dict[str, list[TensorInfo]]:
     """The tensors by their names in the whole model, one entry for each rank that holds it, and for each copy."""
+    if len(held) == 1 and not ckpt.cells:  # no two of them can be one: names that collide are a problem already
+        above = "".join(f"{part}/" for part in wrapper)
+        return {names[raw]: [_located(leaf, names[raw], 0, above + raw)] for raw, leaf in held[0].items()}
     tensors: dict[str, list[TensorInfo]] = {}
     last: dict[str, Cell] = {}
     cells = ckpt.cells or tuple(Cell(Folder(), rank) for rank in range(len(held)))
@@ -346,8 +349,8 @@ def _check_collisions(names: dict[str, str], findings: _Findings) -> None:
 
 def _check_whole(tensors: dict[str, list[TensorInfo]], ckpt: Checkpoint, ranks: int, findings: _Findings) -> None:
     """Notes and problems that concern all tensors at once."""
-    partial = [name for name, found in tensors.items() if ranks > 1 and len({info.rank for info in found}) < ranks]
-    if partial:
+    several = tensors if ranks > 1 else {}
+    if partial := [name for name, found in several.items() if len({info.rank for info in found}) < ranks]:
         findings.notes.append(f"present in some rank files only: {_some(partial)}")
     if flat := [name for name in tensors if "flat_param" in name and _FLAT.fullmatch(name.rpartition(".")[2])]:
         findings.problems.append(

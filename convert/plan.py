@@ -58,7 +58,8 @@ class Step(Struct, frozen=True):
     @property
     def made(self) -> tuple[str, ...]:
         """How those of its sources that lie in parts are put together."""
-        return made_by([info for source in self.sources for info in source.infos if info.made])
+        whole = [info for source in self.sources for info in source.infos if info.made]
+        return made_by(whole) if whole else ()
 
 
 class Plan(Struct, frozen=True):
@@ -121,15 +122,16 @@ class _Planner:
         self.made: dict[str, str] = {}
         self.problems: list[Problem] = list(expanded.problems)
         self._sources: dict[str, Source] = {}
+        viewed = any(join.view for join in expanded.joins.values())
+        self._source = self._found if inventory.ranks > 1 or viewed else self._plain
         self._known: dict[tuple[object, ...], _Traced] = {}
 
     def run(self, rules: Iterable[Rule]) -> list[Step]:
         steps: list[Step] = []
         for rule in rules:
-            self._claim(rule.sources, rule.where)
+            there = self._claim(rule.sources, rule.where)
             self._make(rule.targets, rule.where)
-            step = self._step(rule)
-            if step is not None:
+            if there and (step := self._step(rule)):
                 steps.append(step)
         return steps
 
@@ -179,13 +181,17 @@ class _Planner:
             if name not in self.made:
                 self._problem(f"nothing makes {name} {list(shape)}, which the target class needs", self.inventory.path)
 
-    def _claim(self, names: Iterable[str], where: str) -> None:
+    def _claim(self, names: Iterable[str], where: str) -> bool:
+        """Note that a rule takes these tensors; whether all of them are there."""
+        tensors, claimed, there = self.inventory.tensors, self.claimed, True
         for name in names:
-            if name not in self.inventory.tensors:
+            if name not in tensors:
                 self._problem(f"{name} is missing", self.inventory.path, f"the mapping needs it ({where})")
-            elif name in self.claimed:
-                self._problem(f"{name} is claimed twice", f"{self.claimed[name]} and {where}")
-            self.claimed[name] = where
+                there = False
+            elif name in claimed:
+                self._problem(f"{name} is claimed twice", f"{claimed[name]} and {where}")
+            claimed[name] = where
+        return there
 
     def _make(self, names: Iterable[str], where: str) -> None:
         for name in names:
@@ -194,9 +200,7 @@ class _Planner:
             self.made[name] = where
 
     def _step(self, rule: Rule) -> Step | None:
-        if not all(map(self.inventory.tensors.__contains__, rule.sources)):
-            return None
-        sources = tuple(map(self._source, rule.sources))
+        sources = tuple([self._source(name) for name in rule.sources])
         try:
             stored, shapes, dtype = self._traced(rule, sources)
         except OpError as error:
@@ -228,19 +232,19 @@ class _Planner:
         fine = True
         for name, shape in zip(rule.targets, shapes, strict=True):
             want = self.expected.get(name)
+            if want == shape and dtype in FLOATING:
+                continue
             if want is None:
                 self._problem(f"makes {name}, which the target class does not have", rule.where)
             elif want != shape:
                 do = _mend(shape, want)
                 self._problem(f"{name} would be {list(shape)}, the target class has {list(want)}", rule.where, do)
-            elif dtype not in FLOATING:
-                self._problem(f"{name} would be {dtype}: a weight must be a floating type", rule.where)
             else:
-                continue
+                self._problem(f"{name} would be {dtype}: a weight must be a floating type", rule.where)
             fine = False
         return fine
 
-    def _source(self, name: str) -> Source:
+    def _found(self, name: str) -> Source:
         if self.inventory.ranks == 1 and not self._is_viewed(name):
             return self._plain(name)
         if name not in self._sources:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import struct
-from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -17,10 +16,8 @@ from .unpickle import MAX_PICKLE, unpickle
 from .zip_directory import BadDirectoryError, Member, read_directory
 
 _STORED = 0
-_LOCAL_HEADER = struct.Struct("<4sHHHHHIIIHH")
-_METHOD = struct.Struct(
-    "<8xH16xHH"
-)  # of that header: how the member is stored, the lengths of its name and extra field
+_LOCAL_HEADER = struct.Struct("<8xH16xHH")
+"""How the member is stored, the lengths of its name and of its extra field."""
 _WINDOW = 1 << 13
 _KEPT = 1 << 13  # of a pickle's bytes and of pickles, beyond which none is kept to be told again
 _SHOWN = 80
@@ -93,17 +90,15 @@ def _open(descriptor: int, file: str, begin: int, end: int | None) -> tuple[_Arc
 def _directory(descriptor: int, file: str, begin: int, stop: int | None) -> tuple[str, dict[str, Member], int]:
     """Root folder, members by full name, and where the members' bytes must end."""
     try:
-        found, end = read_directory(descriptor, begin, stop)
+        members, doubled, end = read_directory(descriptor, begin, stop)
     except (BadDirectoryError, OSError) as error:
         raise input_error(
             f"this zip archive can't be read ({error}); the file is probably cut short",
             file,
             "copy or download it again, and compare its size with the original",
         ) from None
-    members = dict(found)
-    if len(members) != len(found):
-        doubled = [name for name, n in Counter(name for name, _ in found).items() if n > 1]
-        some = ", ".join(doubled[:5])
+    if doubled:
+        some = ", ".join(dict.fromkeys(doubled[:5]))
         raise input_error(f"several members of this archive have the same name: {some}", file, _RESAVE)
     return _root(members, file), members, end
 
@@ -134,12 +129,13 @@ def _root(members: dict[str, Member], file: str) -> str:
 
 
 class _Archive:
-    """An open archive; ``ranges`` collects (start, end, member) of every member that was asked for, header and all."""
+    """An open archive; ``ranges`` collects start and end of every member that was asked for, header and all."""
 
     def __init__(self, file: str, descriptor: int, begin: int, root: str, members: dict[str, Member], end: int) -> None:
         self.file, self.descriptor, self.begin, self.end = file, descriptor, begin, end
         self.root, self.members = root, members
-        self.ranges: list[tuple[int, int, str]] = []
+        self.data = f"{root}data/"
+        self.ranges: dict[str, tuple[int, int]] = {}
         self._near, self._seen = 0, b""
 
     def pickled(self) -> bytes:
@@ -150,7 +146,7 @@ class _Archive:
                 f"the byte order of this file is {found.decode('latin-1')!r}; only little-endian data is read",
                 "save it again on a little-endian machine (x86, Arm)",
             )
-        size = self.members[self.root + "data.pkl"].size
+        *_, size, _ = self.members[self.root + "data.pkl"]
         if size > MAX_PICKLE:
             raise RefusedError(
                 f"data.pkl has {size:,} bytes: its arrays are pickled as numpy objects, not as torch tensors",
@@ -160,28 +156,27 @@ class _Archive:
 
     def locate(self, key: str, nbytes: int, itemsize: int) -> int:
         """Where the bytes of storage ``key`` start (a :data:`~.unpickle.Locate`)."""
-        member = f"{self.root}data/{key}"
+        member = self.data + key
         found = self.members.get(member)
         if found is None:
             raise RefusedError(
                 f"storage {key} is named but not in the archive", "the file is incomplete: copy it again"
             )
-        if found.size != nbytes:
+        if found[4] != nbytes:
             raise RefusedError(
-                f"storage {key} has {found.size:,} bytes in the archive, but {nbytes:,} by its description"
+                f"storage {key} has {found[4]:,} bytes in the archive, but {nbytes:,} by its description"
             )
         return self._start(member, found)
 
     def finish(self, notes: list[str] | None) -> None:
         """Refuse records that overlap, and note those that nothing asked for."""
-        _refuse_overlaps(self.ranges, self.file)
+        _refuse_overlaps([(start, end, member) for member, (start, end) in self.ranges.items()], self.file)
         if notes is not None:
             notes.extend(self.unused())
 
     def unused(self) -> Iterator[str]:
         """A sentence about the records under data/ that were not asked for. torch.save writes none such."""
-        asked = {member for _, _, member in self.ranges}
-        left = [name for name in self.members if name.startswith(f"{self.root}data/") and name not in asked]
+        left = [name for name in self.members if name.startswith(self.data) and name not in self.ranges]
         if left:
             some = ", ".join(name if name.isprintable() else ascii(name) for name in (n[:_SHOWN] for n in left[:5]))
             more = f" and {len(left) - 5:,} more" if len(left) > 5 else ""
@@ -190,16 +185,17 @@ class _Archive:
     def _read(self, member: str, most: int) -> bytes:
         # Checksums are not looked at: torch can be told to write none.
         found = self.members[member]
-        return os.pread(self.descriptor, min(found.size, most), self._start(member, found))
+        return os.pread(self.descriptor, min(found[4], most), self._start(member, found))
 
-    def _bytes(self, offset: int, size: int) -> bytes:
-        """A few bytes of the file. Where the records are small, those that follow are read along."""
+    def _see(self, offset: int, size: int) -> int:
+        """Hold these bytes of the file; where in what is held they begin. Where the records are small, those that
+        follow are read along."""
         at = offset - self._near
         if not 0 <= at <= len(self._seen) - size:
             close = 0 <= at < 2 * _WINDOW
             self._seen = os.pread(self.descriptor, _WINDOW if close and size < _WINDOW else size, offset)
             self._near, at = offset, 0
-        return self._seen[at : at + size]
+        return at
 
     def _start(self, member: str, found: Member) -> int:
         """Where the member's bytes start, after its own header was held against the directory."""
@@ -211,19 +207,21 @@ class _Archive:
             )
         if not self.begin <= offset < self.end:
             raise RefusedError(f"{member} lies outside the archive", "copy the file again")
-        header = self._bytes(offset, _LOCAL_HEADER.size + len(name))
-        if len(header) < _LOCAL_HEADER.size or header[:4] != b"PK\x03\x04":
+        fixed = _LOCAL_HEADER.size
+        at = self._see(offset, fixed + len(name))
+        seen = self._seen
+        if len(seen) - at < fixed or not seen.startswith(b"PK\x03\x04", at):
             raise RefusedError(f"{member} has no header where the archive's directory says", "copy the file again")
+        stored, name_length, extra_length = _LOCAL_HEADER.unpack_from(seen, at)
         # The length of the extra field differs from the directory's copy: torch pads it to align the data.
-        method, name_length, extra_length = _METHOD.unpack_from(header)
-        if name_length != len(name) or header[_LOCAL_HEADER.size :] != name or method != _STORED:
+        if name_length != len(name) or not seen.startswith(name, at + fixed) or stored != _STORED:
             raise RefusedError(
                 f"{member} is called or stored otherwise by its own header", f"copy it again, or {_RESAVE}"
             )
-        start = offset + _LOCAL_HEADER.size + name_length + extra_length
+        start = offset + fixed + name_length + extra_length
         if start + size > self.end or packed != size:
             raise RefusedError(f"{member} ends behind the end of the archive", "copy the file again")
-        self.ranges.append((offset, start + size, member))
+        self.ranges[member] = offset, start + size
         return start
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import pickle
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
@@ -14,6 +15,7 @@ from .inert import Call, Ordered, RefusedError, StubType, Unreadable
 from .pending import pending_keys
 from .pickle_globals import StorageClass, lookup
 from .vet import end_of_pickle
+from .whole_tensors import Shorter, numbers
 
 Locate = Callable[[str, int, int], int]
 """``locate(key, nbytes, itemsize)``: the byte position of a storage in the file; raises RefusedError."""
@@ -57,14 +59,23 @@ def unpickle(data: bytes, file: str, locate: Locate, *, walked: bool = False) ->
     storage, or if loading it would call anything but constructors.
     """
     try:
-        if not walked:
-            end_of_pickle(data, len(data))
-        return _Reader(data, file, locate).load()
+        return _Reader(data, file, locate).load() if walked else _walked(data, file, locate)
     except RefusedError as problem:
         raise input_error(problem.what + _place(data, file, locate, problem), file, problem.do) from None
     except Exception as error:  # a damaged pickle can end in any exception that its instructions can raise
         what = f"the pickled part of this file is damaged ({type(error).__name__}: {error})"
         raise input_error(what, file, COPY_AGAIN) from error
+
+
+def _walked(data: bytes, file: str, locate: Locate) -> Any:
+    """The object of a pickle that nobody has looked at, by a shorter one where there is one."""
+    shorter = Shorter(data)
+    made = shorter.made(end_of_pickle(data, len(data), shorter=shorter))
+    if made is not None:
+        # Whatever is amiss, the reader of the pickle itself says it; or it may find nothing amiss.
+        with contextlib.suppress(Exception):
+            return _Short(made, file, locate, shorter.mark).load()
+    return _Reader(data, file, locate).load()
 
 
 def _place(data: bytes, file: str, locate: Locate, problem: RefusedError) -> str:
@@ -180,9 +191,8 @@ class _Doors:
         return flipped or self._make(storage, offset, size, stride, rest[2])
 
     def _make(self, storage: Storage, offset: Any, size: Any, stride: Any, dtype: str) -> TensorInfo | Unreadable:
-        itemsize = ITEMSIZE.get(dtype)
-        if itemsize is None:
-            return Unreadable(f"dtype {dtype or 'unknown'}")
+        if dtype not in ITEMSIZE:
+            return _unknown(dtype)
         if not isinstance(size, (tuple, list)) or not isinstance(stride, (tuple, list)):
             raise RefusedError(_NO_SIZE)
         if len(size) > MAX_DIMS or len(stride) > MAX_DIMS:
@@ -190,18 +200,48 @@ class _Doors:
                 f"a tensor of this file has {len(size):,} dimensions; no tensor has more than {MAX_DIMS}"
             )
         shape, steps = tuple(size), tuple(stride)
-        needed = _extent(shape, steps, offset) * itemsize
-        if needed > storage.nbytes:
-            raise RefusedError(
-                f"a tensor {list(shape)} needs {needed:,} bytes of {storage.name}, which has {storage.nbytes:,}"
-            )
-        # An empty tensor may point behind the end of its storage; its position is of no use, so it gets a safe one.
-        start = storage.start + offset * itemsize if needed else storage.start
-        return _Tensor("", shape, dtype, storage.file, start, steps, storage.name)
+        return _placed(storage, offset, shape, steps, _extent(shape, steps), dtype)
 
 
 class _Reader(_Doors, pickle.Unpickler):
     """The C unpickler with every door to real code replaced."""
+
+
+class _Short(_Reader):
+    """The same for a pickle that was made shorter: see :class:`~.whole_tensors.Shorter`."""
+
+    def __init__(self, data: bytes, file: str, locate: Locate, mark: bytes) -> None:
+        super().__init__(data, file, locate)
+        self._mark = mark
+        self._known: dict[tuple[bytes, bytes], tuple[Shape, Shape, int]] = {}
+
+    def persistent_load(self, pid: Any, /) -> Any:
+        """A storage, or a whole tensor."""
+        if type(pid) is tuple and len(pid) == 12 and pid[0] == self._mark:
+            return self._tensor(*pid[1:])
+        return super().persistent_load(pid)
+
+    def _tensor(
+        self, function: object, word: object, kind: object, key: str, _location: object, count: int, offset: int,
+        size: bytes, stride: bytes, _grad: bool, hooks: object,
+    ) -> TensorInfo | Unreadable:  # fmt: skip
+        known = self._globals
+        if (
+            function is not known["torch._utils._rebuild_tensor_v2"]
+            or hooks is not known["collections.OrderedDict"]
+            or word != "storage"
+        ):
+            raise RefusedError("another function makes this tensor than a state dict's")
+        storage = self._storage(kind, key, count, None)
+        if storage.dtype not in ITEMSIZE:
+            return _unknown(storage.dtype)
+        # Layers are alike. Bytes that are equal make the same numbers, which numbers that are equal might not be.
+        sizes = self._known.get((size, stride))
+        if sizes is None:
+            shape, steps = numbers(size), numbers(stride)
+            sizes = self._known[size, stride] = shape, steps, _extent(shape, steps)
+        shape, steps, extent = sizes
+        return _placed(storage, offset, shape, steps, extent, storage.dtype)
 
 
 class _Slow(_Doors, pickle._Unpickler):  # type: ignore[name-defined, misc]  # pyright: ignore  # undocumented, but as old as pickle
@@ -228,11 +268,11 @@ def _narrow(whole: Storage, view: object, itemsize: int) -> Storage:
     return whole._replace(start=whole.start + offset * itemsize, nbytes=numel * itemsize)
 
 
-def _extent(shape: Shape, stride: Shape, offset: object) -> int:
-    """Elements from the storage's start to the tensor's last one; 0 if the tensor is empty."""
-    if type(offset) is not int or not 0 <= offset < _WORD or len(shape) != len(stride):
+def _extent(shape: Shape, stride: Shape) -> int:
+    """Elements from the tensor's first one to its last one; 0 if it is empty."""
+    if len(shape) != len(stride):
         raise RefusedError(_NO_SIZE)
-    last = offset
+    last = 0
     empty = False
     for n, step in zip(shape, stride, strict=True):
         if type(n) is not int or type(step) is not int or not (0 <= n < _WORD and 0 <= step < _WORD):
@@ -240,6 +280,25 @@ def _extent(shape: Shape, stride: Shape, offset: object) -> int:
         empty |= n == 0
         last += (n - 1) * step
     return 0 if empty else last + 1
+
+
+def _placed(storage: Storage, offset: Any, shape: Shape, steps: Shape, extent: int, dtype: str) -> TensorInfo:
+    """A tensor of known extent that starts at that element of its storage."""
+    if type(offset) is not int or not 0 <= offset < _WORD:
+        raise RefusedError(_NO_SIZE)
+    itemsize = ITEMSIZE[dtype]
+    needed = (offset + extent) * itemsize if extent else 0
+    if needed > storage.nbytes:
+        raise RefusedError(
+            f"a tensor {list(shape)} needs {needed:,} bytes of {storage.name}, which has {storage.nbytes:,}"
+        )
+    # An empty tensor may point behind the end of its storage; its position is of no use, so it gets a safe one.
+    start = storage.start + offset * itemsize if needed else storage.start
+    return _Tensor("", shape, dtype, storage.file, start, steps, storage.name)
+
+
+def _unknown(dtype: str) -> Unreadable:
+    return Unreadable(f"dtype {dtype or 'unknown'}")
 
 
 def _flipped(metadata: object) -> Unreadable | None:

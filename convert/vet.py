@@ -8,11 +8,12 @@ per value, which is 0 for all but tuples, and for those the number of values tha
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 from ..errors import COPY_AGAIN
 from .inert import RefusedError
+from .whole_tensors import NAMED, TENSOR, TENSOR4, WEIGHT, Shorter
 
 MAX_HASHED = 1000
 """Values that hashing one key may visit. A key of a real file is a name, a number or a pair of these."""
@@ -26,27 +27,6 @@ MAX_LINE = 4096
 """Bytes of a line of the text instructions: numbers and names of classes."""
 _HEAVY = MAX_HASHED + 1
 
-_INT = rb"(?:K.|M..|J....)"
-_PUT = rb"(?:q.|r..[\x00-\x0f]\x00)"
-_GET = rb"(?:h.|j....)"
-_SIZE4 = b"(\\)|" + b"|".join(_INT * n + c + b"\x94" for n, c in ((1, b"\x85"), (2, b"\x86"), (3, b"\x87"))) + b")"
-_SIZE = b"(?:\\)|" + b"|".join(_INT * n + c + _PUT for n, c in ((1, b"\x85"), (2, b"\x86"), (3, b"\x87"))) + b")"
-# One tensor as torch.save writes it from the second one on, told at once: it leaves one value on the stack. The slots
-# that it fills with tuples are not noted, so they count as heavy: torch.save never asks for them again.
-_TENSOR = re.compile(
-    _GET + rb"\(\(" + _GET + _GET + rb"X[\x01-\x07]\0\0\0[0-9]{1,7}(" + _PUT + rb")" + _GET + _INT + b"N?t" + _PUT
-    + b"Q" + _INT + _SIZE + _SIZE + b"[\x88\x89]" + _GET + rb"\)R" + _PUT + b"t" + _PUT + b"R(" + _PUT + b")?",
-    re.DOTALL,
-)  # fmt: skip
-# What follows the name of a tensor in a state dict.
-_NAMED = re.compile(b"(" + _PUT + b")" + _TENSOR.pattern, re.DOTALL)
-# A tensor in protocol 4 and later, where values are numbered as they come.
-_TENSOR4 = re.compile(
-    _GET + rb"\(\(" + _GET + _GET + rb"\x8c[\x01-\x07][0-9]{1,7}\x94" + _GET + _INT + b"t\x94"
-    + b"Q" + _INT + _SIZE4 + _SIZE4 + b"[\x88\x89]" + _GET + rb"\)R\x94t\x94R\x94",
-    re.DOTALL,
-)  # fmt: skip
-
 # Bytes that follow an instruction, and of length fields how many bytes they have (the data follows them).
 _FIXED = {b"K": 1, b"M": 2, b"J": 4, b"G": 8} | dict.fromkeys((b"N", b"\x88", b"\x89", b")", b"]", b"}"), 0)
 _LENGTH = {b"U": 1, b"T": 4, b"C": 1, b"B": 4, b"\x8e": 8, b"\x8c": 1, b"X": 4, b"\x8d": 8, b"\x96": 8,
@@ -59,13 +39,14 @@ _TAKES = {b"R": (2, 1), b"\x81": (2, 1), b"\x92": (3, 1), b"\x93": (2, 1), b"b":
 _TUPLES = {b"\x85": 1, b"\x86": 2, b"\x87": 3}
 
 
-def end_of_pickle(data: Any, file_end: int, start: int = 0) -> int:
+def end_of_pickle(data: Any, file_end: int, start: int = 0, shorter: Shorter | None = None) -> int:
     """The position behind the pickle that starts at ``start`` of a bytes-like object with ``file_end`` bytes.
 
-    Raises RefusedError if it is damaged or cut short, or if obeying it would take memory or time out of proportion.
+    ``shorter`` is given the tensors that are met on the way. Raises RefusedError if the pickle is damaged or cut short,
+    or if obeying it would take memory or time out of proportion.
     """
     try:
-        return _Walk(data, file_end).run(start)
+        return _Walk(data, file_end, shorter).run(start)
     except (IndexError, KeyError, ValueError) as error:
         what = f"the pickled part of this file is damaged ({type(error).__name__} at its instructions)"
         raise RefusedError(what, COPY_AGAIN) from None
@@ -74,9 +55,10 @@ def end_of_pickle(data: Any, file_end: int, start: int = 0) -> int:
 class _Walk:
     """The stack and the memo of one pickle, as weights."""
 
-    def __init__(self, data: Any, end: int) -> None:
+    def __init__(self, data: Any, end: int, shorter: Shorter | None = None) -> None:
         self.data = data
         self.end = end
+        self.shorter = shorter
         self.limit = end
         """Where the frame ends that is being read. The unpickler loses bytes where an instruction reaches beyond it."""
         self.stack: list[int] = []
@@ -112,9 +94,10 @@ class _Walk:
 
     def _tensor(self, at: int) -> int:
         """The position behind the whole tensor that starts here; 0 if none does."""
-        if found := _TENSOR.match(self.data, at):
-            return self._unnoted(found, found.groups())
-        if not self.unnoted and (found := _TENSOR4.match(self.data, at)):
+        if found := TENSOR.match(self.data, at):
+            return self._whole(found)
+        if not self.unnoted and (found := TENSOR4.match(self.data, at)):
+            self.no_shorter()
             sizes = [_HEAVY for size in found.groups() if size != b")"]
             for weight in (0, _HEAVY, *sizes, 0, _HEAVY, 0):  # key, its tuple, sizes, dict, arguments, tensor
                 self.memo[len(self.memo)] = weight
@@ -122,25 +105,34 @@ class _Walk:
             return found.end()
         return 0
 
-    def entry(self, at: int) -> int:
-        """The position behind a short text, whose length stands here, and the whole tensor that follows it; 0 if this
-        is something else."""
+    def entries(self, at: int) -> int:
+        """The position behind a short text, whose length stands here, and the whole tensor that follows it, and behind
+        more of these; 0 if this is something else."""
+        if self.shorter is not None:
+            count, end = self.shorter.take(at)
+            if count:
+                self.unnoted = True
+                self.stack += [0] * (2 * count)
+                return end
         data = self.data
-        found = None if data[at + 1 : at + 4] != b"\0\0\0" else _NAMED.match(data, at + 4 + data[at])
+        found = None if data[at + 1 : at + 4] != b"\0\0\0" else NAMED.match(data, at + 4 + data[at])
         if found is None:
             return 0
-        noted, *puts = found.groups()
         self.stack.append(0)
-        self.put(int.from_bytes(noted[1:], "little"), found.start() + 1)
-        return self._unnoted(found, puts)
+        return self._whole(found)
 
-    def _unnoted(self, found: re.Match[bytes], puts: Iterable[bytes | None]) -> int:
+    def _whole(self, found: re.Match[bytes]) -> int:
         """Leave the tensor that was found; the position behind it."""
+        if self.shorter is not None:
+            self.shorter.asks(*found.groups())
         self.unnoted = True
-        for put in filter(None, puts):
-            self.memo[int.from_bytes(put[1:], "little")] = 0
         self.stack.append(0)
         return found.end()
+
+    def no_shorter(self) -> None:
+        """An instruction names slots or lengths in a way that a shorter pickle would not keep."""
+        if self.shorter is not None:
+            self.shorter.usable = False
 
     def number(self, at: int, size: int) -> int:
         """A little-endian field."""
@@ -199,7 +191,7 @@ def _text(walk: _Walk, op: int, at: int) -> int:
 
 
 def _name(walk: _Walk, op: int, at: int) -> int:
-    return walk.entry(at) or _text(walk, op, at)
+    return walk.entries(at) or _text(walk, op, at)
 
 
 def _lines(walk: _Walk, op: int, at: int) -> int:
@@ -297,15 +289,21 @@ def _empty_set(walk: _Walk, _op: int, at: int) -> int:
 def _get(walk: _Walk, op: int, at: int) -> int:
     size = _SIZE_OF[op]
     end = at + size if size else walk.line(at)
+    if not size:
+        walk.no_shorter()
     slot = walk.number(at, size) if size else int(walk.data[at : end - 1])
-    # A slot that was never filled makes the unpickler stop; one that a whole tensor filled holds a tuple.
-    walk.stack.append(walk.memo.get(slot, _HEAVY))
+    if walk.shorter is not None and size == 4:
+        walk.shorter.asks(walk.data[at - 1 : end])
+    # What whole tensors put into slots was not noted. A slot that was never filled makes the unpickler stop.
+    walk.stack.append(walk.memo.get(slot, WEIGHT))
     return end
 
 
 def _put(walk: _Walk, op: int, at: int) -> int:
     size = _SIZE_OF[op]
     end = at + size if size else walk.line(at)
+    if not size:
+        walk.no_shorter()
     walk.put(walk.number(at, size) if size else int(walk.data[at : end - 1]), at)
     return end
 
@@ -313,11 +311,13 @@ def _put(walk: _Walk, op: int, at: int) -> int:
 def _memoize(walk: _Walk, _op: int, at: int) -> int:
     if walk.unnoted:
         raise _damaged("it numbers its values in two ways")
+    walk.no_shorter()
     walk.put(len(walk.memo), at)
     return at
 
 
 def _frame(walk: _Walk, _op: int, at: int) -> int:
+    walk.no_shorter()
     length = walk.number(at, 8)
     if length > walk.end - at - 8:
         raise _damaged(f"a frame claims {length:,} bytes, but the file ends before")

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import os
 import struct
-from typing import NamedTuple
 
 MAX_DIRECTORY = 1 << 28
 """Bytes of a directory. One of a million tensors has about 80 million."""
 _END = struct.Struct("<4s4H2LH")
 _END64 = struct.Struct("<4sQ2H2L4Q")
 _LOCATOR64 = struct.Struct("<4sLQL")
-_ENTRY = struct.Struct("<4s6H3I5H2I")
+_ENTRY = struct.Struct("<4s2xHHH8xIIHHH8xI")  # without writer, date and time, checksum, disk and attributes
 _MAX_VERSION = 63
 _FULL, _FULL64 = 0xFFFF_FFFF, 0xFFFF_FFFF_FFFF_FFFF
 _UTF8 = 0x800
@@ -26,20 +25,14 @@ class BadDirectoryError(Exception):
     """The directory is missing, cut short or contradicts itself."""
 
 
-class Member(NamedTuple):
-    """One entry of the directory. ``raw`` is the name's bytes, ``offset`` the position of the member's own header."""
-
-    raw: bytes
-    flags: int
-    method: int
-    packed: int
-    size: int
-    offset: int
+Member = tuple[bytes, int, int, int, int, int]
+"""One entry of the directory: the name's bytes, flags, method, bytes packed and unpacked, and the position of the
+member's own header."""
 
 
-def read_directory(descriptor: int, begin: int = 0, end: int | None = None) -> tuple[list[tuple[str, Member]], int]:
-    """All members in the directory's order, each with its name, and where the directory starts; positions count from
-    the file's start. The archive is the file, or the bytes [begin, end) of it. Raises BadDirectoryError."""
+def read_directory(descriptor: int, begin: int = 0, end: int | None = None) -> tuple[dict[str, Member], list[str], int]:
+    """All members by name in the directory's order, names that occur again, and where the directory starts; positions
+    count from the file's start. The archive is the file, or the bytes [begin, end) of it. Raises BadDirectoryError."""
     total = os.fstat(descriptor).st_size
     at, size, offset = _end_record(descriptor, begin, total if end is None else min(end, total))
     start = at - size
@@ -51,7 +44,7 @@ def read_directory(descriptor: int, begin: int = 0, end: int | None = None) -> t
     data = _read(descriptor, start, size)
     if len(data) != size:
         raise BadDirectoryError("Truncated central directory")
-    return _members(data, shift), start
+    return *_members(data, shift), start
 
 
 def _read(descriptor: int, start: int, size: int) -> bytes:
@@ -96,14 +89,14 @@ def _find_end(descriptor: int, begin: int, total: int) -> tuple[int, bytes]:
     return before + found, record
 
 
-def _members(data: bytes, shift: int) -> list[tuple[str, Member]]:
-    found: list[tuple[str, Member]] = []
+def _members(data: bytes, shift: int) -> tuple[dict[str, Member], list[str]]:
+    found: dict[str, Member] = {}
+    again: list[str] = []
     unpack, fixed, end, at = _ENTRY.unpack_from, _ENTRY.size, len(data), 0
     while at < end:
         if at + fixed > end:
             raise BadDirectoryError("Truncated central directory")
-        (magic, _, version, flags, method, _, _, _, packed, size, name_size, extra_size, comment_size, _, _, _,
-         offset) = unpack(data, at)  # fmt: skip
+        magic, version, flags, method, packed, size, name_size, extra_size, comment_size, offset = unpack(data, at)
         if magic != b"PK\x01\x02":
             raise BadDirectoryError("Bad magic number for central directory")
         if version & 0xFF > _MAX_VERSION:
@@ -115,19 +108,19 @@ def _members(data: bytes, shift: int) -> list[tuple[str, Member]]:
         if extra_size:
             packed, size, offset = _widened(data[at : at + extra_size], packed, size, offset)
         at += extra_size + comment_size
-        found.append((_name(raw, flags), Member(raw, flags, method, packed, size, offset + shift)))
-    return found
+        name = raw.decode() if raw.isascii() and b"\0" not in raw else _name(raw, flags)
+        if name in found:
+            again.append(name)
+        found[name] = raw, flags, method, packed, size, offset + shift
+    return found, again
 
 
 def _name(raw: bytes, flags: int) -> str:
-    if raw.isascii():
-        name = raw.decode("ascii")
-    else:
-        try:
-            name = raw.decode("utf-8" if flags & _UTF8 else "cp437")
-        except UnicodeDecodeError as error:
-            raise BadDirectoryError(str(error)) from None
-    return name.partition("\0")[0] if "\0" in name else name  # what follows a NUL is a trick
+    try:
+        name = raw.decode("utf-8" if flags & _UTF8 else "cp437")
+    except UnicodeDecodeError as error:
+        raise BadDirectoryError(str(error)) from None
+    return name.partition("\0")[0]  # what follows a NUL is a trick
 
 
 def _widened(extra: bytes, packed: int, size: int, offset: int) -> tuple[int, int, int]:

@@ -137,10 +137,10 @@ def by_zipfile(path: Path) -> list[tuple[Any, ...]] | None:
 def by_us(path: Path) -> list[tuple[Any, ...]] | None:
     with path.open("rb") as stream:
         try:
-            found, start = read_directory(stream.fileno())
+            found, again, start = read_directory(stream.fileno())
         except BadDirectoryError:
             return None
-    return [*((name, m.flags, m.method, m.packed, m.size, m.offset) for name, m in found), (start,)]
+    return None if again else [*((name, *member[1:]) for name, member in found.items()), (start,)]
 
 
 def damaged(data: bytes, rng: random.Random) -> bytes:
