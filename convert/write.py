@@ -25,7 +25,10 @@ from .stored import Files
 from .values_seen import Seen
 
 BLOCK = 1 << 20
-"""Bytes handled at a time. Larger blocks leave the CPU's cache and gain nothing."""
+"""Bytes handled at a time. Larger blocks leave the CPU's cache and gain nothing where they are only moved."""
+WORKED = 2 << 20
+"""The same where values are turned or computed, which takes many calls for each block: between two of them threads hand
+Python's lock to each other, which takes as long as some of the calls (:data:`mdl.mappings.rounding.TILE`)."""
 
 TURNED = 32 << 20
 """Bytes of matrices that are turned, handled at a time by all threads together: what isn't handled at once has to
@@ -193,8 +196,9 @@ class _Queue:
         if value.shape != entry.shape or value.dtype != entry.dtype:
             raise OpError(f"{entry.name} became {value.dtype} {list(value.shape)}, planned was {list(entry.shape)}")
         at = len(output.head) + entry.start
-        for block in value.blocks(BLOCK, room, self._turned):
-            for piece in _in_cache(block.reshape(-1)):
+        size = WORKED if value.node.computed or value.node.turned else BLOCK
+        for block in value.blocks(size, room, self._turned):
+            for piece in _in_cache(block.reshape(-1), size):
                 if self.stopped:
                     return None
                 view = memoryview(piece.view("uint8").data)
@@ -206,9 +210,9 @@ class _Queue:
         return Written(entry.name, digest.hexdigest(), seen.result())
 
 
-def _in_cache(block: Array) -> Iterator[Array]:
-    """A block in pieces that stay in the CPU's cache while they are looked at, hashed and written."""
-    count = BLOCK // block.itemsize
+def _in_cache(block: Array, size: int) -> Iterator[Array]:
+    """A block in pieces of ``size`` bytes, which stay near the CPU while they are looked at, hashed and written."""
+    count = size // block.itemsize
     return (block[at : at + count] for at in range(0, block.size, count))
 
 

@@ -95,6 +95,10 @@ class Joined(Node, Struct, frozen=True):
     def turned(self) -> int:
         return max(p.node.turned for p in self.parts)
 
+    @property
+    def computed(self) -> bool:
+        return any(p.node.computed for p in self.parts)
+
     def watched(self, note: Note) -> Node:
         return Joined(self.axis, tuple(p.watched(note) for p in self.parts))
 
@@ -146,6 +150,10 @@ class Computed(Node, Struct, frozen=True):
     @property
     def turned(self) -> int:
         return 2 * max(p.turned for p in self.parts)  # operands take memory beside the result
+
+    @property
+    def computed(self) -> bool:
+        return True
 
     def watched(self, note: Note) -> Node:
         parts = tuple(p.watched(note) for p in self.parts)

@@ -43,6 +43,11 @@ class Node:
         0 where they don't."""
         return 0
 
+    @property
+    def computed(self) -> bool:
+        """Whether reading does arithmetic, not moves alone."""
+        return False
+
     def watched(self, note: Note) -> Node:
         """The same description, whose roundings are told to ``note`` when they are read."""
         return self
