@@ -84,7 +84,7 @@ def inspect(
 ) -> None:
     """Say what is in a checkpoint, which architecture it is, and why we think so. Reads metadata only."""
     state.json = json
-    program.numpy_alone()
+    program.numpy_alone_if_at_all()
     from .inspecting import inspect as run
 
     run(checkpoint, said(arch, set_, weights, None, config, merge_lora), json=json)
@@ -106,7 +106,7 @@ def plan(
 ) -> None:
     """Say what becomes of every tensor: from where, by which operation, to where. Writes nothing."""
     state.json = json
-    program.numpy_alone()
+    program.numpy_alone_if_at_all()
     from . import views
     from .convert.prepare import prepare
 

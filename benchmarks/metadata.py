@@ -1,6 +1,7 @@
 """CPU seconds and memory of reading and planning, over the number of tensors and over the size of the file.
 
     python benchmarks/metadata.py [--rounds 5] [--folder FOLDER] [--write docs/speed.md]
+    python benchmarks/metadata.py --only 50,000 --label server --write docs/speed.md    of another machine
 
 Makes Meta-Llama files and Hugging Face folders of 200 to 50,000 small tensors, and sparse Meta-Llama files of
 13 GB to 1.3 TB (their tensors are holes: a few MB are written). Then runs each way in turn, once per round, and prints
@@ -23,7 +24,7 @@ from typing import Any
 from convert_measure import environment, machine
 from pages import head, put_tables, row, spread, versions
 
-MARK = "<!-- speed: metadata -->\n"
+MARK = "<!-- speed: {} -->\n"
 COUNTS = (200, 2_000, 10_000, 50_000)
 SIZES = {"13 GB": (13e9, 32), "130 GB": (130e9, 80), "1.3 TB": (1.3e12, 126)}
 """Bytes and layers."""
@@ -123,6 +124,8 @@ def main() -> None:
     cli.add_argument("--rounds", type=int, default=5)
     cli.add_argument("--folder", type=Path, help="where the checkpoints are made (a file system that knows holes)")
     cli.add_argument("--write", type=Path, metavar="PAGE", help="put the table into this page")
+    cli.add_argument("--only", default="", metavar="TEXT", help="checkpoints with this in their names")
+    cli.add_argument("--label", default="", help="of another machine: its table goes behind a marker that begins so")
     cli.add_argument("--make", type=Path, help=argparse.SUPPRESS)
     args = cli.parse_args()
     if args.make:
@@ -131,7 +134,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
         # A child's peak begins with its parent's memory, so the parent must stay small: torch works elsewhere.
         subprocess.run([sys.executable, __file__, "--make", scratch], check=True)
-        checkpoints = sorted(Path(scratch).iterdir(), key=lambda path: path.stat().st_mtime_ns)
+        made = (path for path in Path(scratch).iterdir() if args.only in path.name)
+        checkpoints = sorted(made, key=lambda path: path.stat().st_mtime_ns)
         commands = {(path.name, way): command for path in checkpoints for way, command in ways(path).items()}
         rounds = [{key: measured(command) for key, command in commands.items()} for _ in range(args.rounds)]
         where = machine(Path(scratch))
@@ -140,7 +144,7 @@ def main() -> None:
     text = "\n".join(lines) + "\n"
     print(text)
     if args.write:
-        put_tables(args.write, {MARK: text})
+        put_tables(args.write, {MARK.format(f"{args.label} metadata".strip()): text})
 
 
 def figures(found: Sequence[tuple[float, float] | None]) -> list[str]:

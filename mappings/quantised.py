@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-import numpy as np
-
 from .ops import Op, OpError
 from .tensors import Shape
 
@@ -48,6 +46,8 @@ class Dequantize(Op, frozen=True):
 
     def _spread(self, factors: Lazy, shape: Shape) -> Lazy:
         """Each factor as often as its block has values: read at once, and a row of them stands for ``block`` rows."""
+        import numpy as np
+
         rows, columns = shape
         lines = np.repeat(factors.cast("float32").read(), self.block, axis=1)[:, None, :columns]
         spread = np.broadcast_to(lines, (len(lines), self.block, columns))

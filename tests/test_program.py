@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from . import checkpoints
 from . import servable as make
 
 MDL = Path(sys.executable).with_name("mdl")
@@ -28,6 +29,28 @@ def test_a_usage_error_with_json_is_one_document(words: list[str]) -> None:
     assert (document["ok"], document["kind"]) == (False, "usage")
     assert document["problems"][0]["what"]
     assert "--help" in document["problems"][0]["do"]
+
+
+PLANNED = """
+import sys
+from mdl.cli import main
+try:
+    main()
+except SystemExit as end:
+    assert not end.code, end.code
+print([name for name in ("numpy", "torch") if name in sys.modules])
+"""
+
+
+@pytest.mark.parametrize("command", ["plan", "inspect"])
+def test_what_reads_metadata_needs_no_numpy(command: str, tmp_path: Path) -> None:
+    path = checkpoints.nanogpt(tmp_path / "x.pt", checkpoints.nanogpt_state(), heads=4)
+    done = subprocess.run(
+        [sys.executable, "-c", PLANNED, command, str(path)], capture_output=True, text=True, check=False
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 ALONE = """
