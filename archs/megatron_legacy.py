@@ -58,8 +58,9 @@ def core_name(name: str) -> str:
 
 def detect(inv: Inventory) -> list[str]:
     """query_key_value and dense below language_model."""
-    names = [name for name in inv.tensors if _LAYER.fullmatch(name)]
-    if "language_model.embedding.word_embeddings.weight" not in inv or not any("query_key_value" in n for n in names):
+    if "language_model.embedding.word_embeddings.weight" not in inv:
+        return []
+    if not any("query_key_value" in name and _LAYER.fullmatch(name) for name in inv.tensors):
         return []
     because = "language_model.encoder.layers.N.self_attention.query_key_value is Megatron-LM's name before its core"
     same = (

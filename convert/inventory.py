@@ -61,7 +61,8 @@ def take_inventory(ckpt: Checkpoint, *, weights: str | None = None) -> Inventory
     if wrapper:
         findings.notes.append(f"the weights lie under {'/'.join(wrapper)}")
     held = [_weights_of(tree, wrapper, rank, ckpt, findings) for rank, tree in enumerate(ckpt.trees)]
-    names, prefixes = _strip({name: None for one in held for name in one}, findings)
+    raws = held[0] if len(held) == 1 else dict.fromkeys(name for one in held for name in one)
+    names, prefixes = _strip(raws, findings)
     tensors = _together(ckpt, wrapper, held, names, findings)
     ranks = ranks_of(ckpt.cells) if ckpt.cells else len(ckpt.trees)
     _check_whole(tensors, ckpt, ranks, findings)
@@ -71,7 +72,7 @@ def take_inventory(ckpt: Checkpoint, *, weights: str | None = None) -> Inventory
         _beside(ckpt.trees[0], wrapper, findings)
     inventory = Inventory(
         path=ckpt.path,
-        tensors={name: tuple(found) for name, found in tensors.items()},
+        tensors=tensors,
         extras=_with_sidecars(findings.extras, ckpt),
         ranks=ranks,
         wrapper=wrapper,
@@ -96,11 +97,11 @@ class _Findings(Struct):
 
 def _together(
     ckpt: Checkpoint, wrapper: Path, held: list[dict[str, TensorInfo]], names: dict[str, str], findings: _Findings
-) -> dict[str, list[TensorInfo]]:
+) -> dict[str, tuple[TensorInfo, ...]]:
     """The tensors by their names in the whole model, one entry for each rank that holds it, and for each copy."""
     if len(held) == 1 and not ckpt.cells:  # no two of them can be one: names that collide are a problem already
         above = "".join(f"{part}/" for part in wrapper)
-        return {names[raw]: [_located(leaf, names[raw], 0, above + raw)] for raw, leaf in held[0].items()}
+        return {names[raw]: (_located(leaf, names[raw], 0, above + raw),) for raw, leaf in held[0].items()}
     tensors: dict[str, list[TensorInfo]] = {}
     last: dict[str, Cell] = {}
     cells = ckpt.cells or tuple(Cell(Folder(), rank) for rank in range(len(held)))
@@ -118,12 +119,11 @@ def _together(
                 findings.problems.append(Problem(what, ckpt.path, "keep it in one of them only"))
             entries.append(_located(leaf, name, cell.rank, above + raw))
     if ckpt.cells and experts_of(ckpt.cells) > 1:
-        return {name: tensors[name] for name in in_order(one.values() for one in whole)}
-    return tensors
+        return {name: tuple(tensors[name]) for name in in_order(one.values() for one in whole)}
+    return {name: tuple(found) for name, found in tensors.items()}
 
 
-def _located(leaf: TensorInfo, name: str, rank: int, raw: str) -> TensorInfo:
-    i = leaf
+def _located(i: TensorInfo, name: str, rank: int, raw: str) -> TensorInfo:
     return TensorInfo(name, i.shape, i.dtype, i.file, i.offset, i.stride, i.storage, rank, raw, i.pieces)
 
 
@@ -289,7 +289,7 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def _strip(raws: dict[str, None], findings: _Findings) -> tuple[dict[str, str], tuple[str, ...]]:
+def _strip(raws: Iterable[str], findings: _Findings) -> tuple[dict[str, str], tuple[str, ...]]:
     """Names without wrapper parts and shared attributes, by raw name; and what was taken off."""
     names = {raw: raw.replace(WITHIN, ".") for raw in raws}
     prefixes: list[str] = []
@@ -347,10 +347,9 @@ def _check_collisions(names: dict[str, str], findings: _Findings) -> None:
             findings.problems.append(Problem(what, do="save one of them only"))
 
 
-def _check_whole(tensors: dict[str, list[TensorInfo]], ckpt: Checkpoint, ranks: int, findings: _Findings) -> None:
+def _check_whole(tensors: dict[str, tuple[TensorInfo, ...]], ckpt: Checkpoint, ranks: int, findings: _Findings) -> None:
     """Notes and problems that concern all tensors at once."""
-    several = tensors if ranks > 1 else {}
-    if partial := [name for name, found in several.items() if len({info.rank for info in found}) < ranks]:
+    if partial := [n for n, found in tensors.items() if ranks > 1 and len({info.rank for info in found}) < ranks]:
         findings.notes.append(f"present in some rank files only: {_some(partial)}")
     if flat := [name for name in tensors if "flat_param" in name and _FLAT.fullmatch(name.rpartition(".")[2])]:
         findings.problems.append(

@@ -136,6 +136,8 @@ class _Archive:
         self.root, self.members = root, members
         self.data = f"{root}data/"
         self.ranges: dict[str, tuple[int, int]] = {}
+        self._last, self._mixed = begin, False
+        """Where the last of them ends, and whether one began before the end of the one that was asked for before it."""
         self._near, self._seen = 0, b""
 
     def pickled(self) -> bytes:
@@ -170,13 +172,15 @@ class _Archive:
 
     def finish(self, notes: list[str] | None) -> None:
         """Refuse records that overlap, and note those that nothing asked for."""
-        _refuse_overlaps([(start, end, member) for member, (start, end) in self.ranges.items()], self.file)
+        if self._mixed:
+            _refuse_overlaps([(start, end, member) for member, (start, end) in self.ranges.items()], self.file)
         if notes is not None:
             notes.extend(self.unused())
 
     def unused(self) -> Iterator[str]:
         """A sentence about the records under data/ that were not asked for. torch.save writes none such."""
-        left = [name for name in self.members if name.startswith(self.data) and name not in self.ranges]
+        unasked = self.members.keys() - self.ranges.keys()
+        left = [name for name in self.members if name in unasked and name.startswith(self.data)] if unasked else []
         if left:
             some = ", ".join(name if name.isprintable() else ascii(name) for name in (n[:_SHOWN] for n in left[:5]))
             more = f" and {len(left) - 5:,} more" if len(left) > 5 else ""
@@ -190,12 +194,10 @@ class _Archive:
     def _see(self, offset: int, size: int) -> int:
         """Hold these bytes of the file; where in what is held they begin. Where the records are small, those that
         follow are read along."""
-        at = offset - self._near
-        if not 0 <= at <= len(self._seen) - size:
-            close = 0 <= at < 2 * _WINDOW
-            self._seen = os.pread(self.descriptor, _WINDOW if close and size < _WINDOW else size, offset)
-            self._near, at = offset, 0
-        return at
+        close = 0 <= offset - self._near < 2 * _WINDOW
+        self._seen = os.pread(self.descriptor, _WINDOW if close and size < _WINDOW else size, offset)
+        self._near = offset
+        return 0
 
     def _start(self, member: str, found: Member) -> int:
         """Where the member's bytes start, after its own header was held against the directory."""
@@ -208,7 +210,9 @@ class _Archive:
         if not self.begin <= offset < self.end:
             raise RefusedError(f"{member} lies outside the archive", "copy the file again")
         fixed = _LOCAL_HEADER.size
-        at = self._see(offset, fixed + len(name))
+        at, needed = offset - self._near, fixed + len(name)
+        if not 0 <= at <= len(self._seen) - needed:
+            at = self._see(offset, needed)
         seen = self._seen
         if len(seen) - at < fixed or not seen.startswith(b"PK\x03\x04", at):
             raise RefusedError(f"{member} has no header where the archive's directory says", "copy the file again")
@@ -222,6 +226,8 @@ class _Archive:
         if start + size > self.end or packed != size:
             raise RefusedError(f"{member} ends behind the end of the archive", "copy the file again")
         self.ranges[member] = offset, start + size
+        self._mixed |= offset < self._last
+        self._last = start + size
         return start
 
 
