@@ -98,7 +98,7 @@ def _directory(descriptor: int, file: str, begin: int, stop: int | None) -> tupl
             "copy or download it again, and compare its size with the original",
         ) from None
     if doubled:
-        some = ", ".join(dict.fromkeys(doubled[:5]))
+        some = ", ".join(list(dict.fromkeys(doubled))[:5])
         raise input_error(f"several members of this archive have the same name: {some}", file, _RESAVE)
     return _root(members, file), members, end
 
@@ -136,8 +136,6 @@ class _Archive:
         self.root, self.members = root, members
         self.data = f"{root}data/"
         self.ranges: dict[str, tuple[int, int]] = {}
-        self._last, self._mixed = begin, False
-        """Where the last of them ends, and whether one began before the end of the one that was asked for before it."""
         self._near, self._seen = 0, b""
 
     def pickled(self) -> bytes:
@@ -172,8 +170,7 @@ class _Archive:
 
     def finish(self, notes: list[str] | None) -> None:
         """Refuse records that overlap, and note those that nothing asked for."""
-        if self._mixed:
-            _refuse_overlaps([(start, end, member) for member, (start, end) in self.ranges.items()], self.file)
+        _refuse_overlaps([(start, end, member) for member, (start, end) in self.ranges.items()], self.file)
         if notes is not None:
             notes.extend(self.unused())
 
@@ -226,8 +223,6 @@ class _Archive:
         if start + size > self.end or packed != size:
             raise RefusedError(f"{member} ends behind the end of the archive", "copy the file again")
         self.ranges[member] = offset, start + size
-        self._mixed |= offset < self._last
-        self._last = start + size
         return start
 
 

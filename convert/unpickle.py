@@ -136,9 +136,10 @@ class _Doors:
 
     def persistent_load(self, pid: Any, /) -> Any:
         """The storage that ``('storage', class, key, location, numel[, view])`` names."""
-        if type(pid) is tuple and len(pid) == 5 and type(pid[0]) is type(pid[2]) is str and pid[0] == "storage":
+        if type(pid) is tuple and len(pid) == 5 and pid[0] == "storage" and type(pid[2]) is type(pid[3]) is str:
             return self._storage(pid[1], pid[2], pid[4], None)  # as every torch since 0.4 writes it
-        if type(pid) is not tuple or not 0 < len(pid) <= 6:
+        # Only a view is a tuple in one. Those of whole tensors go unweighed by the walk: none may hold another.
+        if type(pid) is not tuple or not 0 < len(pid) <= 6 or any(type(part) is tuple for part in pid[:5]):
             raise RefusedError("a persistent id of this file is not one of torch.save's")
         parts: list[Any] = list(pid)
         kind = parts[0]
@@ -222,14 +223,15 @@ class _Short(_Reader):
         return super().persistent_load(pid)
 
     def _tensor(
-        self, function: object, word: object, kind: object, key: str, _location: object, count: int, offset: int,
-        size: bytes, stride: bytes, _grad: bool, hooks: object,
+        self, function: object, word: object, kind: object, key: Any, location: object, count: object, offset: object,
+        size: Any, stride: Any, _grad: object, hooks: object,
     ) -> TensorInfo | Unreadable:  # fmt: skip
         known = self._globals
         if (
             function is not known["torch._utils._rebuild_tensor_v2"]
             or hooks is not known["collections.OrderedDict"]
             or word != "storage"
+            or not (type(key) is type(location) is str and type(size) is type(stride) is bytes)
         ):
             raise RefusedError("another function makes this tensor than a state dict's")
         storage = self._storage(kind, key, count, None)

@@ -108,7 +108,7 @@ class _Walk:
     def entries(self, at: int) -> int:
         """The position behind a short text, whose length stands here, and the whole tensor that follows it, and behind
         more of these; 0 if this is something else."""
-        if self.shorter is not None:
+        if self.shorter is not None and self.shorter.usable:
             count, end = self.shorter.take(at)
             if count:
                 self.unnoted = True

@@ -13,13 +13,20 @@ import secrets
 _INT = rb"(?:K.|M..|J....)"
 _PUT = rb"(?:q.|r..[\x00-\x0f]\x00)"
 _GET = rb"(?:h.|j....)"
-_KEY = rb"X[\x01-\x07]\0\0\0[0-9]{1,7}"
+
+
+def _key(text: bytes, shortest: int) -> bytes:
+    """A text of digits as long as it says: one of another length would hide instructions from the walk."""
+    return b"(?:" + b"|".join(text % n + b"[0-9]{%d}" % n for n in range(shortest, 8)) + b")"
+
+
+_KEY = b"X%c\0\0\0"
 _SIZES = ((1, b"\x85"), (2, b"\x86"), (3, b"\x87"))
 _SIZE = b"(?:\\)|" + b"|".join(_INT * n + c + _PUT for n, c in _SIZES) + b")"
 _SIZE4 = b"(\\)|" + b"|".join(_INT * n + c + b"\x94" for n, c in _SIZES) + b")"
 
 TENSOR = re.compile(
-    b"(" + _GET + rb")\(\((" + _GET * 2 + b")" + _KEY + _PUT + b"(" + _GET + b")" + _INT + b"N?t" + _PUT
+    b"(" + _GET + rb")\(\((" + _GET * 2 + b")" + _key(_KEY, 1) + _PUT + b"(" + _GET + b")" + _INT + b"N?t" + _PUT
     + b"Q" + _INT + _SIZE * 2 + b"[\x88\x89](" + _GET + rb")\)R" + _PUT + b"t" + _PUT + b"R(?:" + _PUT + b")?",
     re.DOTALL,
 )  # fmt: skip
@@ -27,11 +34,11 @@ TENSOR = re.compile(
 (the function; the word "storage" and the storage's class; the location; OrderedDict)."""
 NAMED = re.compile(_PUT + TENSOR.pattern, re.DOTALL)
 """What follows the name of a tensor in a state dict."""
-WEIGHT = 15
-"""Values that hashing any of the tuples visits which such a tensor puts into slots: its six arguments, with a size and
-a stride of three each."""
+WEIGHT = 20
+"""Values that hashing any of the tuples visits which such a tensor puts into slots: its six arguments, with a storage
+of five and a size and a stride of three each. What the tensor asks for is no tuple, or it is refused on reading."""
 TENSOR4 = re.compile(
-    _GET + rb"\(\(" + _GET + _GET + rb"\x8c[\x01-\x07][0-9]{1,7}\x94" + _GET + _INT + b"t\x94"
+    _GET + rb"\(\(" + _GET + _GET + _key(b"\x8c%c", 1) + b"\x94" + _GET + _INT + b"t\x94"
     + b"Q" + _INT + _SIZE4 + _SIZE4 + b"[\x88\x89]" + _GET + rb"\)R\x94t\x94R\x94",
     re.DOTALL,
 )  # fmt: skip
@@ -42,7 +49,7 @@ TENSOR4 = re.compile(
 _LATE = rb"r.(?:[^\0][\x00-\x0f]|\0[\x01-\x0f])\0"
 _FLAT = b"(" + b"|".join(_INT * n + c for n, c in _SIZES) + b")" + _LATE
 LATER = re.compile(
-    _PUT + b"(" + _GET + rb")\(\(((" + _GET * 2 + rb")X[\x02-\x07]\0\0\0[0-9]{2,7}" + _PUT + b"(" + _GET + b")" + _INT
+    _PUT + b"(" + _GET + rb")\(\(((" + _GET * 2 + b")" + _key(_KEY, 2) + _PUT + b"(" + _GET + b")" + _INT
     + b")N?t" + _LATE + b"Q(" + _INT + b")" + _FLAT * 2 + b"([\x88\x89](" + _GET + rb"))\)R" + _LATE + b"t" + _LATE
     + b"R(" + _PUT + b")",
     re.DOTALL,
@@ -51,6 +58,8 @@ _NAME = ord("X")
 _ASKS = re.compile(rb"h.|j(....)", re.DOTALL)
 MAX_ASKED = 64
 """Different slots above 255 that a pickle may ask for and still be made shorter; each is looked for in all of it."""
+MAX_LOOKED = 1 << 32
+"""Bytes of the pickle times such slots."""
 
 
 class Shorter:
@@ -98,12 +107,14 @@ class Shorter:
 
     def made(self, end: int) -> bytes | None:
         """The shorter pickle of data[:end], or None if there is none that surely says the same."""
-        if not self._parts or not self.usable or len(self._asked) > MAX_ASKED:
+        parts, self._parts = self._parts, []
+        asked = len(self._asked)
+        if not parts or not self.usable or asked > MAX_ASKED or asked * len(self._data) > MAX_LOOKED:
             return None
         # A tuple that is no longer noted may have gone into a slot that is asked for, over what was there.
         if any(self._data.count(b"r" + slot) != 1 for slot in self._asked):
             return None
-        return b"".join([*self._parts, self._data[self._copied : end]])
+        return b"".join([*parts, self._data[self._copied : end]])
 
 
 _WIDTH = {ord("K"): 1, ord("M"): 2, ord("J"): 4}

@@ -13,7 +13,7 @@ import pytest
 from mdl.convert.inert import Call, RefusedError, Stub, StubType, Unreadable
 from mdl.convert.unpickle import _Short, _walked, unpickle
 from mdl.convert.vet import end_of_pickle
-from mdl.convert.whole_tensors import LATER, MAX_ASKED, Shorter, numbers
+from mdl.convert.whole_tensors import LATER, MAX_ASKED, NAMED, Shorter, numbers
 from mdl.errors import MdlError
 from mdl.mappings.tensors import TensorInfo
 
@@ -235,3 +235,43 @@ def test_one_storage_seen_by_many_is_one(tmp_path: Any) -> None:
 
     assert all(isinstance(info, TensorInfo) for info in found.values())
     assert len({info.storage for info in found.values()}) == 90
+
+
+def chain(levels: int, *, doubled: bool) -> bytes:
+    """Tensors whose locations are the tuples that name the tensors before them: the last is deep, or very wide."""
+    head = b"\x80\x02]" + b"".join(
+        made + b"0"
+        for made in (
+            b"ctorch._utils\n_rebuild_tensor_v2\nq\x02",
+            b"X\x07\0\0\0storageq\x03",
+            b"ctorch\nFloatStorage\nq\x04",
+            b"X\x03\0\0\0cpuq\x31",
+            b"ccollections\nOrderedDict\nq\x06",
+        )
+    )
+    one = (
+        b"h\x02((h\x03h\x04X\x02\0\0\x0010q\x07h\x31K\x01tq\x30QK\x00K\x01\x85q\x08K\x01\x85q\x09"
+        b"\x89h\x06)Rq\x0atq\x0bRq\x0c0"
+    )
+    again = b"h\x30h\x30\x86q\x310" if doubled else b"h\x30q\x310"
+    return head + (one + again) * levels + b"0}h\x31Ns."
+
+
+@pytest.mark.parametrize(("levels", "doubled"), [(60, True), (250_000, False)])
+def test_what_names_a_storage_holds_no_tuple(levels: int, *, doubled: bool) -> None:
+    """Hashing the last one would take for ever, or more of the stack than there is."""
+    (problem,) = outcome(chain(levels, doubled=doubled))
+    assert "not one of torch.save's" in problem[0] or "nested values" in problem[0]
+
+
+@pytest.mark.parametrize("length", range(1, 10))
+def test_a_key_is_as_long_as_it_says(length: int) -> None:
+    """Else what looks like an instruction is text, and what looks like a number is obeyed, unseen by the walk."""
+    data = pickled({f"h.{n}.w": torch.zeros(2, 3) for n in range(300)})
+    shown = bytes(3) + b"250"
+    key = data.index(b"X\x03" + shown)
+    entry = data.rindex(b"h.250.w", 0, key) + 7
+    changed = data[: key + 1] + bytes((length,)) + data[key + 2 :]
+
+    assert [bool(pattern.match(changed, entry)) for pattern in (NAMED, LATER)] == [length == 3] * 2
+    assert outcome(changed) == by_itself(changed) or "damaged" in outcome(changed)[0][0]
