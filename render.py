@@ -21,10 +21,10 @@ if TYPE_CHECKING:  # what asks for --json needs no rich
 SHOWN = 10
 _NUMBER = re.compile(r"(?<![^./])\d+(?![^./])")
 _BETWEEN, _MARK = "/\x00/", "\x01"
-# A number of a name with what stands before it. A pattern that begins with one character is looked for far faster.
-_AFTER = {"." + _MARK: re.compile(r"\.\d+(?=[./])"), "/" + _MARK: re.compile(r"/\d+(?=[./])")}
 """Stand in no name and in no problem. The first parts names, and a number may stand beside it; the second is put in the
 place of one."""
+# A number of a name with what stands before it. A pattern that begins with one character is looked for far faster.
+_AFTER = {"." + _MARK: re.compile(r"\.\d+(?=[./])"), "/" + _MARK: re.compile(r"/\d+(?=[./])")}
 
 
 def out() -> Console:

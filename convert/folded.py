@@ -101,7 +101,9 @@ def _found(tensors: Mapping[str, tuple[TensorInfo, ...]]) -> dict[str, tuple[For
 def _old(tensors: Iterable[str]) -> Iterable[tuple[str, Form, tuple[str, ...]]]:
     """Parts that lie beside each other: ``X.weight_g``."""
     first = [name for name in tensors if name.endswith(_FIRST)]
-    there = set(tensors) if first else set[str]()
+    if not first:
+        return
+    there = set(tensors)
     for name in first:
         module, dot, leaf = name.rpartition(".")
         for form in _OLD:

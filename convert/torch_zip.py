@@ -188,13 +188,11 @@ class _Archive:
         found = self.members[member]
         return os.pread(self.descriptor, min(found[4], most), self._start(member, found))
 
-    def _see(self, offset: int, size: int) -> int:
-        """Hold these bytes of the file; where in what is held they begin. Where the records are small, those that
-        follow are read along."""
+    def _see(self, offset: int, size: int) -> None:
+        """Hold the bytes of the file from there on. Where the records are small, those that follow are read along."""
         close = 0 <= offset - self._near < 2 * _WINDOW
         self._seen = os.pread(self.descriptor, _WINDOW if close and size < _WINDOW else size, offset)
         self._near = offset
-        return 0
 
     def _start(self, member: str, found: Member) -> int:
         """Where the member's bytes start, after its own header was held against the directory."""
@@ -209,7 +207,8 @@ class _Archive:
         fixed = _LOCAL_HEADER.size
         at, needed = offset - self._near, fixed + len(name)
         if not 0 <= at <= len(self._seen) - needed:
-            at = self._see(offset, needed)
+            self._see(offset, needed)
+            at = 0
         seen = self._seen
         if len(seen) - at < fixed or not seen.startswith(b"PK\x03\x04", at):
             raise RefusedError(f"{member} has no header where the archive's directory says", "copy the file again")
