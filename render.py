@@ -99,12 +99,24 @@ def collapse(names: Iterable[str], pattern: str | None = None) -> list[str]:
     """Names that differ in one number become one with a range: a.0.b, a.1.b → a.{0..1}.b. ``pattern`` is what
     :func:`unnumbered` makes of each, where that is known and the same for all."""
     names = list(names)
+    if pattern is None:
+        pattern = _shared(names)
     if pattern is not None:
         return [_collapsed(pattern, names)]
     groups: dict[str, list[str]] = {}
     for found, name in zip(unnumbered(names), names, strict=True):
         groups.setdefault(found, []).append(name)
     return [_collapsed(found, alike) for found, alike in groups.items()]
+
+
+def _shared(names: list[str]) -> str | None:
+    """What :func:`unnumbered` makes of each of these names, if that is the same for all and has one number."""
+    first, *words = unnumbered(names[:1])[0].split(_MARK) if names else ("",)
+    if len(words) != 1:
+        return None
+    numbers = [name[len(first) : len(name) - len(words[0])] for name in names]
+    same = all(numbers) and "".join(numbers).isdecimal() and [f"{first}{n}{words[0]}" for n in numbers] == names
+    return f"{first}{_MARK}{words[0]}" if same else None
 
 
 def _collapsed(pattern: str, names: list[str]) -> str:
@@ -117,7 +129,7 @@ def _collapsed(pattern: str, names: list[str]) -> str:
     else:
         numbers = _NUMBER.findall(_BETWEEN.join(names))
         columns = (numbers[k :: len(words)] for k in range(len(words)))
-    ranges = (_range(sorted({int(n) for n in set(column)})) for column in columns)
+    ranges = (_range(sorted(set(map(int, set(column))))) for column in columns)
     return first + "".join(part for pair in zip(ranges, words, strict=True) for part in pair)
 
 

@@ -61,7 +61,7 @@ def show_plan(p: Prepared, *, reverse: bool) -> None:
 
 
 def _total(p: Prepared) -> str:
-    count = sum(len(step.targets) for step in p.plan.steps)
+    count = sum([len(step.targets) for step in p.plan.steps])
     return f"{count} tensors, {render.size(p.plan.nbytes)}, {p.arch.name} → {p.target}"
 
 
@@ -99,7 +99,7 @@ def _plan_row(steps: list[Step], pattern: str, *, reverse: bool) -> tuple[str, .
     first = steps[0]
     names = [s.name for step in steps for s in step.sources]
     sources = " + ".join(render.collapse(names, pattern if len(first.sources) == 1 else None)) or "zeros"
-    targets = " + ".join(render.collapse(t for step in steps for t in step.targets))
+    targets = " + ".join(render.collapse([t for step in steps for t in step.targets]))
     if first.kind in ("drop", "tie"):
         return sources, first.kind, first.reason, _shape(first.sources[0].shape), "", first.rule
     joins = [(s.join.how + str(s.join.axis) * (s.join.how == "cat"), len(s.infos)) for s in first.sources if s.join]

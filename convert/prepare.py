@@ -24,7 +24,8 @@ from .inventory import take_inventory, with_prefix_of
 from .merge import refuse_tied, with_adapter
 from .open import Checkpoint, open_checkpoint
 from .pause import collector_paused
-from .plan import Plan, make_plan
+from .plan import Plan
+from .planner import make_plan
 from .strangers import refuse_strangers, with_what_is_open
 from .ties import tied_of
 

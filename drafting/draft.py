@@ -14,7 +14,7 @@ from msgspec import Struct
 from ..archs.registry import all_archs, detect
 from ..convert.inventory import take_inventory
 from ..convert.open import open_checkpoint
-from ..convert.plan import UNCLAIMED
+from ..convert.planner import UNCLAIMED
 from ..convert.prepare import Options, prepare
 from ..errors import MdlError, Problem, input_error, usage_error
 from . import package

@@ -13,7 +13,8 @@ from mdl.archs import llama_meta
 from mdl.archs.base import Inventory, Measure
 from mdl.archs.registry import mapping_path
 from mdl.convert.expected import expected_tensors
-from mdl.convert.plan import Plan, make_plan
+from mdl.convert.plan import Plan
+from mdl.convert.planner import make_plan
 from mdl.convert.prepare import Options, prepare
 from mdl.errors import Kind, MdlError
 from mdl.mappings import moves
