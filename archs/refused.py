@@ -17,6 +17,8 @@ from ..errors import Kind, MdlError, Problem
 from ..mappings.packaged import read_facts
 from .base import Inventory, lookup
 
+_NO_DIGITS = str.maketrans("", "", "0123456789")
+
 FILE = Path(__file__).with_name("refused.yaml")
 
 
@@ -82,7 +84,8 @@ def _problem(kind: Refused, found: Iterable[str], path: str) -> Problem:
 
 def recognised(inventory: Inventory) -> Iterator[tuple[Refused, list[str]]]:
     """The kinds that this checkpoint is, each with the first names that told."""
-    parts = set(".".join(inventory.tensors).split("."))
+    lines = set("\n".join(inventory.tensors).translate(_NO_DIGITS).split("\n"))
+    parts = {part for line in lines for part in line.split(".")}
     for kind in all_refused():
         found = next(filter(None, (_found(evidence, inventory, parts) for evidence in kind.evidence)), None)
         if found:
@@ -102,9 +105,10 @@ def _found(evidence: Evidence, inventory: Inventory, parts: set[str]) -> list[st
 def _first(
     pattern: str, inventory: Inventory, parts: set[str], siblings: Mapping[str, Iterable[str]] | None = None
 ) -> str:
-    """The first name that a pattern stands for. Names are gone through only where all of its words occur in some."""
-    words = pattern.split(".")
-    if not parts.issuperset(word for word in words if word not in ("*", "**")):
+    """The first name that a pattern stands for. Names are gone through only where all of its words occur in some, if
+    for their numbers."""
+    words = pattern.translate(_NO_DIGITS).split(".")
+    if not parts.issuperset([word for word in words if word not in ("*", "**")]):
         return ""
     expression = _expression(pattern)
     names = (name for name in inventory.tensors if expression.fullmatch(f"{name}."))

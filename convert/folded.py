@@ -69,6 +69,9 @@ _NEW = (
 
 def folded(inventory: Inventory) -> Inventory:
     """The inventory with a whole in the place of the first of each weight's parts."""
+    text = "\n".join((*inventory.tensors, ""))
+    if "parametrizations." not in text and not any(f"{end}\n" in text for end in _FIRST):
+        return inventory
     found = _found(inventory.tensors)
     if not found:
         return inventory

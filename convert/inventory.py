@@ -11,8 +11,9 @@ from msgspec import Struct, field
 from msgspec.structs import replace
 
 from ..archs.base import Inventory
-from ..errors import Kind, MdlError, Problem, input_error, usage_error
+from ..errors import Kind, MdlError, Problem, input_error
 from ..mappings.tensors import Target, TensorInfo
+from .choose import STATE_DICT, Path, at, choose, table_of
 from .folded import folded
 from .grid import Cell, experts_of, in_order, ranks_of, whole_names
 from .inert import NumpyArray, Stub, Unreadable
@@ -21,11 +22,6 @@ from .paths import WITHIN
 from .pause import collector_paused
 from .plain import TooLargeError, counts_kept, is_tensor, is_training, key_text, plain, tensors_in
 
-WRAPPERS = ("model", "state_dict", "model_state_dict", "module", "net", "weights", "params")
-WRAPPERS_EMA = ("ema", "ema_model", "model_ema", "ema_state_dict")
-"""Keys under which training scripts store a state dict."""
-TABLES = ("language_model",)
-"""Keys of tables of tables that are a state dict nevertheless: Megatron-LM before megatron-core."""
 WRAPPER_PARTS = frozenset(
     {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
 )
@@ -41,10 +37,6 @@ MAX_VISITED = 1_000_000
 MAX_NAME = 1000
 """Characters of a tensor's name."""
 
-_STATE_DICT = "save model.state_dict(), a table of names to tensors"
-
-Path = tuple[str, ...]
-
 
 @collector_paused()
 @counts_kept()
@@ -56,7 +48,7 @@ def take_inventory(ckpt: Checkpoint, *, weights: str | None = None) -> Inventory
     ``weights`` names nothing, INPUT if there are no weights or several candidates, if a tensor can't be read, or if
     taking prefixes off makes two names equal.
     """
-    wrapper = _choose(ckpt, weights)
+    wrapper = choose(ckpt, weights)
     findings = _Findings(list(ckpt.notes))
     if wrapper:
         findings.notes.append(f"the weights lie under {'/'.join(wrapper)}")
@@ -101,7 +93,10 @@ def _together(
     """The tensors by their names in the whole model, one entry for each rank that holds it, and for each copy."""
     if len(held) == 1 and not ckpt.cells:  # no two of them can be one: names that collide are a problem already
         above = "".join(f"{part}/" for part in wrapper)
-        return {names[raw]: (_located(leaf, names[raw], 0, above + raw),) for raw, leaf in held[0].items()}
+        return {
+            name: (TensorInfo(name, i.shape, i.dtype, i.file, i.offset, i.stride, i.storage, 0, above + raw, i.pieces),)
+            for (raw, name), i in zip(names.items(), held[0].values(), strict=True)
+        }
     tensors: dict[str, list[TensorInfo]] = {}
     last: dict[str, Cell] = {}
     cells = ckpt.cells or tuple(Cell(Folder(), rank) for rank in range(len(held)))
@@ -127,104 +122,22 @@ def _located(i: TensorInfo, name: str, rank: int, raw: str) -> TensorInfo:
     return TensorInfo(name, i.shape, i.dtype, i.file, i.offset, i.stride, i.storage, rank, raw, i.pieces)
 
 
-def _choose(ckpt: Checkpoint, weights: str | None) -> Path:
-    """The path of the state dict in the first rank's tree; the other ranks must have it too."""
-    tree = ckpt.trees[0]
-    if weights is not None:
-        path = tuple(part for part in weights.split("/") if part)
-        if _has_weights(_at(tree, path)):
-            return path
-        known = ", ".join("/".join(p) or "(the top level)" for p in _everywhere(tree)) or "none"
-        raise usage_error(f"--weights {weights}: there are no tensors under that key", ckpt.path, f"found: {known}")
-    _refuse_module(tree, ckpt.path)
-    found = list(_candidates(tree, (), set()))
-    if len(found) == 1:
-        return found[0]
-    everywhere = [path for path in (found or _everywhere(tree)) if path]
-    counted = [(p, n) for p in everywhere if (n := tensors_in(_at(tree, p)))]
-    flags = "; ".join(f"--weights {'/'.join(p)} ({n:,} tensors)" for p, n in counted)
-    if found:
-        raise input_error("this checkpoint holds several sets of weights", ckpt.path, f"choose one: {flags}")
-    if not counted and (optimizer := _optimizer(tree)):
-        what = f"this holds the state of an optimizer ({optimizer}), and no weights"
-        raise input_error(what, ckpt.path, "give the file that the model's weights were saved to in the same step")
-    raise input_error(
-        "no weights were found in this checkpoint under a known key",
-        ckpt.path,
-        f"choose one: {flags}" if flags else _STATE_DICT,
-    )
-
-
-def _optimizer(tree: Any) -> str:
-    """Where a tree keeps what torch.optim's state_dict() gives, by its two keys, if it has no weights."""
-    for key, node in {"": tree, **_table(tree)}.items():
-        if {"state", "param_groups"} <= _table(node).keys():
-            return f"state and param_groups{f' under {key_text(key)}' if key else ''}"
-    return ""
-
-
-def _refuse_module(tree: Any, path: str) -> None:
-    for value in (tree, *(_table(tree).get(key) for key in WRAPPERS + WRAPPERS_EMA)):
-        if isinstance(value, Stub) and "_modules" in value.state:
-            raise input_error(
-                f"this file holds a whole module ({value.qualname}), whose meaning is in its source code",
-                path,
-                "load it where that code is, and save model.state_dict() instead of the model",
-            )
-
-
-def _table(node: Any) -> dict[Any, Any]:
-    """The entries of a dict or of an unknown subclass of dict; empty for anything else."""
-    if isinstance(node, Stub):
-        return node.entries
-    return node if isinstance(node, dict) else {}
-
-
-def _at(tree: Any, path: Path) -> Any:
-    for key in path:
-        tree = _table(tree).get(key)
-    return tree
-
-
-def _has_weights(node: Any) -> bool:
-    """Whether a table holds tensors of at least one dimension under names that are not training state."""
-    return any(
-        is_tensor(value) and getattr(value, "shape", (1,)) != () and not is_training(key)
-        for key, value in _table(node).items()
-    )
-
-
-def _candidates(node: Any, path: Path, seen: set[int]) -> Iterator[Path]:
-    """Paths of state dicts. A wrapper key beats tensors beside it (a loss history, an RNG state)."""
-    table = _table(node)
-    if not table or id(node) in seen or len(path) > 4:
-        return
-    seen.add(id(node))
-    below = [found for key in WRAPPERS + WRAPPERS_EMA for found in _candidates(table.get(key), (*path, key), seen)]
-    if below:
-        yield from below
-    elif _has_weights(node) or (path and any(tensors_in(table.get(key)) for key in TABLES)):
-        yield path
-
-
-def _everywhere(tree: Any) -> list[Path]:
-    """State dicts under any key of the first two levels, training state aside: for advice."""
-    found: list[Path] = [()] if _has_weights(tree) else []
-    for key, value in _table(tree).items():
-        if isinstance(key, str) and not is_training(key):
-            found += [(key,)] if _has_weights(value) else []
-            found += [(key, key_text(k)) for k, v in _table(value).items() if not is_training(k) and _has_weights(v)]
-    return found
-
-
 def _weights_of(tree: Any, wrapper: Path, rank: int, ckpt: Checkpoint, findings: _Findings) -> dict[str, TensorInfo]:
     """The tensors of one rank by the name their writer gave; what can't be read becomes a problem."""
-    node = _table(_at(tree, wrapper))
+    node = table_of(at(tree, wrapper))
     where = ckpt.path
     if len(ckpt.trees) > 1:
         where = str(ckpt.cells[rank].file) if ckpt.cells else ckpt.files[rank]
     if not node:
         findings.problems.append(Problem(f"rank {rank} has no weights under {'/'.join(wrapper) or 'its top'}", where))
+    held = _as_they_stand(node)
+    return held if len(held) == len(node) else _looked_through(node, wrapper, where, rank, findings)
+
+
+def _looked_through(
+    node: dict[Any, Any], wrapper: Path, where: str, rank: int, findings: _Findings
+) -> dict[str, TensorInfo]:
+    """The same for a table, entry by entry."""
     held: dict[str, TensorInfo] = {}
     left_out: list[str] = []
     unwritable: list[str] = []
@@ -248,6 +161,13 @@ def _weights_of(tree: Any, wrapper: Path, rank: int, ckpt: Checkpoint, findings:
     if left_out and rank == 0:
         findings.notes.append(f"not tensors, left out: {_some(left_out)}")
     return held
+
+
+def _as_they_stand(node: dict[Any, Any]) -> dict[str, TensorInfo]:
+    """The entries of a table whose names tell that they are weights, if there is nothing to say about any name."""
+    held = {name: v for name, v in node.items() if type(name) is str and isinstance(v, TensorInfo) and "." in name}
+    plain_names = held and "".join(held).isprintable() and len(max(held, key=len)) <= MAX_NAME
+    return held if plain_names else {}
 
 
 def _reason(value: Any) -> str:
@@ -277,7 +197,7 @@ def _flat(entries: Iterable[tuple[Any, Any]]) -> Iterator[tuple[str, Any]]:
             if isinstance(value, dict) and tensors_in(value):
                 visited += len(value)
                 if len(waiting) > MAX_NESTED or visited > MAX_VISITED:
-                    raise input_error("the weights lie in tables inside tables without end", do=_STATE_DICT)
+                    raise input_error("the weights lie in tables inside tables without end", do=STATE_DICT)
                 waiting.append((f"{prefix}{key_text(key)}{WITHIN}", iter(dict.items(value))))
                 break
             yield prefix + (key if type(key) is str else key_text(key)), value
@@ -291,9 +211,9 @@ def _some(names: list[str]) -> str:
 
 def _strip(raws: Iterable[str], findings: _Findings) -> tuple[dict[str, str], tuple[str, ...]]:
     """Names without wrapper parts and shared attributes, by raw name; and what was taken off."""
-    names = {raw: raw.replace(WITHIN, ".") for raw in raws}
+    everything = "\n".join(raws)
+    names = {raw: raw.replace(WITHIN, ".") for raw in raws} if WITHIN in everything else {raw: raw for raw in raws}
     prefixes: list[str] = []
-    everything = "\n".join(names.values())
     for part in sorted(part for part in WRAPPER_PARTS if f"{part}." in everything):
         hits = [raw for raw in names if f"{part}." in names[raw]]
         touched = [raw for raw in hits if part in names[raw].split(".")[:-1]]
@@ -349,14 +269,15 @@ def _check_collisions(names: dict[str, str], findings: _Findings) -> None:
 
 def _check_whole(tensors: dict[str, tuple[TensorInfo, ...]], ckpt: Checkpoint, ranks: int, findings: _Findings) -> None:
     """Notes and problems that concern all tensors at once."""
-    if partial := [n for n, found in tensors.items() if ranks > 1 and len({info.rank for info in found}) < ranks]:
+    if ranks > 1 and (partial := [n for n, found in tensors.items() if len({i.rank for i in found}) < ranks]):
         findings.notes.append(f"present in some rank files only: {_some(partial)}")
-    if flat := [name for name in tensors if "flat_param" in name and _FLAT.fullmatch(name.rpartition(".")[2])]:
+    named_so = [name for name in tensors if "flat_param" in name] if "flat_param" in "\n".join(tensors) else []
+    if flat := [name for name in named_so if _FLAT.fullmatch(name.rpartition(".")[2])]:
         findings.problems.append(
             Problem(
                 f"{_some(flat)}: flat parameters of FSDP; each holds many weights end to end, or a part of that",
                 ckpt.path,
-                "save it in the trainer with StateDictType.FULL_STATE_DICT, or with torch.distributed.checkpoint",
+                "save it in the trainer with StateDictType.FULLSTATE_DICT, or with torch.distributed.checkpoint",
             )
         )
     empty = [name for name, found in tensors.items() if 0 in found[0].shape]
@@ -373,8 +294,10 @@ def _check_whole(tensors: dict[str, tuple[TensorInfo, ...]], ckpt: Checkpoint, r
 def _beside(tree: Any, wrapper: Path, findings: _Findings) -> None:
     """Everything on the way to the weights that is not weights, as extras or, if too large, as a note."""
     for depth in range(len(wrapper) + 1):
-        for key, value in _table(_at(tree, wrapper[:depth])).items():
+        for key, value in table_of(at(tree, wrapper[:depth])).items():
             within = depth == len(wrapper)
+            if within and type(key) is str and "." in key:
+                continue
             if _is_outside(key, value, wrapper) if within else key != wrapper[depth]:
                 _note_or_keep(key_text(key), "/".join((*wrapper[:depth], key_text(key))), value, findings)
 

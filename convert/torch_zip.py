@@ -16,8 +16,10 @@ from .unpickle import MAX_PICKLE, unpickle
 from .zip_directory import BadDirectoryError, Member, read_directory
 
 _STORED = 0
-_LOCAL_HEADER = struct.Struct("<8xH16xHH")
-"""How the member is stored, the lengths of its name and of its extra field."""
+_LOCAL_HEADER = struct.Struct("<4s4xH16xHH")
+"""The mark, how the member is stored, the lengths of its name and of its extra field."""
+_FIXED, _header = _LOCAL_HEADER.size, _LOCAL_HEADER.unpack_from
+_MARK, _NO_HEADER = b"PK\x03\x04", (b"", 0, 0, 0)
 _WINDOW = 1 << 13
 _KEPT = 1 << 13  # of a pickle's bytes and of pickles, beyond which none is kept to be told again
 _SHOWN = 80
@@ -188,11 +190,12 @@ class _Archive:
         found = self.members[member]
         return os.pread(self.descriptor, min(found[4], most), self._start(member, found))
 
-    def _see(self, offset: int, size: int) -> None:
+    def _see(self, offset: int, size: int) -> bytes:
         """Hold the bytes of the file from there on. Where the records are small, those that follow are read along."""
         close = 0 <= offset - self._near < 2 * _WINDOW
         self._seen = os.pread(self.descriptor, _WINDOW if close and size < _WINDOW else size, offset)
         self._near = offset
+        return self._seen
 
     def _start(self, member: str, found: Member) -> int:
         """Where the member's bytes start, after its own header was held against the directory."""
@@ -204,21 +207,19 @@ class _Archive:
             )
         if not self.begin <= offset < self.end:
             raise RefusedError(f"{member} lies outside the archive", "copy the file again")
-        fixed = _LOCAL_HEADER.size
-        at, needed = offset - self._near, fixed + len(name)
-        if not 0 <= at <= len(self._seen) - needed:
-            self._see(offset, needed)
-            at = 0
-        seen = self._seen
-        if len(seen) - at < fixed or not seen.startswith(b"PK\x03\x04", at):
+        length = len(name)
+        at, seen = offset - self._near, self._seen
+        if not 0 <= at <= len(seen) - _FIXED - length:
+            seen, at = self._see(offset, _FIXED + length), 0
+        mark, stored, name_length, extra_length = _header(seen, at) if len(seen) >= _FIXED else _NO_HEADER
+        if mark != _MARK:
             raise RefusedError(f"{member} has no header where the archive's directory says", "copy the file again")
-        stored, name_length, extra_length = _LOCAL_HEADER.unpack_from(seen, at)
         # The length of the extra field differs from the directory's copy: torch pads it to align the data.
-        if name_length != len(name) or not seen.startswith(name, at + fixed) or stored != _STORED:
+        if name_length != length or not seen.startswith(name, at + _FIXED) or stored != _STORED:
             raise RefusedError(
                 f"{member} is called or stored otherwise by its own header", f"copy it again, or {_RESAVE}"
             )
-        start = offset + fixed + name_length + extra_length
+        start = offset + _FIXED + length + extra_length
         if start + size > self.end or packed != size:
             raise RefusedError(f"{member} ends behind the end of the archive", "copy the file again")
         self.ranges[member] = offset, start + size

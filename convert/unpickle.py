@@ -15,7 +15,7 @@ from .inert import Call, Ordered, RefusedError, StubType, Unreadable
 from .pending import pending_keys
 from .pickle_globals import StorageClass, lookup
 from .vet import end_of_pickle
-from .whole_tensors import Shorter, numbers
+from .whole_tensors import Alike, Form, Shorter
 
 Locate = Callable[[str, int, int], int]
 """``locate(key, nbytes, itemsize)``: the byte position of a storage in the file; raises RefusedError."""
@@ -74,7 +74,7 @@ def _walked(data: bytes, file: str, locate: Locate) -> Any:
     if made is not None:
         # Whatever is amiss, the reader of the pickle itself says it; or it may find nothing amiss.
         with contextlib.suppress(Exception):
-            return _Short(made, file, locate, shorter.mark).load()
+            return _Short(made, file, locate, shorter).load()
     return _Reader(data, file, locate).load()
 
 
@@ -201,7 +201,7 @@ class _Doors:
                 f"a tensor of this file has {len(size):,} dimensions; no tensor has more than {MAX_DIMS}"
             )
         shape, steps = tuple(size), tuple(stride)
-        return _placed(storage, offset, shape, steps, _extent(shape, steps), dtype)
+        return _placed(storage, offset, shape, steps, dtype)
 
 
 class _Reader(_Doors, pickle.Unpickler):
@@ -211,39 +211,61 @@ class _Reader(_Doors, pickle.Unpickler):
 class _Short(_Reader):
     """The same for a pickle that was made shorter: see :class:`~.whole_tensors.Shorter`."""
 
-    def __init__(self, data: bytes, file: str, locate: Locate, mark: bytes) -> None:
+    def __init__(self, data: bytes, file: str, locate: Locate, shorter: Shorter) -> None:
         super().__init__(data, file, locate)
-        self._mark = mark
-        self._known: dict[tuple[bytes, bytes], tuple[Shape, Shape, int]] = {}
+        self._mark = shorter.mark
+        self._alike = shorter.alike
+        self._made: dict[bytes, TensorInfo] = {}
 
     def persistent_load(self, pid: Any, /) -> Any:
         """A storage, or a whole tensor."""
-        if type(pid) is tuple and len(pid) == 12 and pid[0] == self._mark:
-            return self._tensor(*pid[1:])
+        if type(pid) is bytes and (made := self._made.get(pid)) is not None:
+            return made
+        if type(pid) is tuple and len(pid) == 7 and pid[0] == self._mark:
+            return self._first(*pid[1:])
         return super().persistent_load(pid)
 
-    def _tensor(
-        self, function: object, word: object, kind: object, key: Any, location: object, count: object, offset: object,
-        size: Any, stride: Any, _grad: object, hooks: object,
-    ) -> TensorInfo | Unreadable:  # fmt: skip
+    def _first(
+        self, function: object, word: object, kind: object, location: object, hooks: object, text: bytes
+    ) -> TensorInfo:
+        """The first of tensors that are alike; all of them are made."""
         known = self._globals
         if (
             function is not known["torch._utils._rebuild_tensor_v2"]
             or hooks is not known["collections.OrderedDict"]
             or word != "storage"
-            or not (type(key) is type(location) is str and type(size) is type(stride) is bytes)
+            or type(location) is not str
+            or not isinstance(kind, StorageClass)
+            or kind.dtype not in ITEMSIZE
         ):
             raise RefusedError("another function makes this tensor than a state dict's")
-        storage = self._storage(kind, key, count, None)
-        if storage.dtype not in ITEMSIZE:
-            return _unknown(storage.dtype)
-        # Layers are alike. Bytes that are equal make the same numbers, which numbers that are equal might not be.
-        sizes = self._known.get((size, stride))
-        if sizes is None:
-            shape, steps = numbers(size), numbers(stride)
-            sizes = self._known[size, stride] = shape, steps, _extent(shape, steps)
-        shape, steps, extent = sizes
-        return _placed(storage, offset, shape, steps, extent, storage.dtype)
+        self._make_all(self._alike[text], kind)
+        return self._made[text]
+
+    def _make_all(self, alike: Alike, kind: StorageClass) -> None:
+        dtype, file, storages, made = kind.dtype, self._file, self._storages, self._made
+        places: dict[Form, tuple[int, int]] = {}
+        for text, digits, form in alike:
+            place = places.get(form)
+            if place is None:
+                place = places[form] = _place_of(form, kind)
+            nbytes, shift = place
+            key = digits.decode()
+            storage = storages.get(key)
+            if storage is None:
+                start = self._locate(key, nbytes, kind.itemsize)
+                storage = storages[key] = Storage(f"{file}:{key}", file, start, nbytes, dtype)
+            elif storage.nbytes != nbytes:
+                raise RefusedError("storages are named with two different sizes")
+            made[text] = _Tensor("", form.size, dtype, file, storage.start + shift, form.stride, storage.name)
+
+
+def _place_of(form: Form, kind: StorageClass) -> tuple[int, int]:
+    """Bytes of the storage that a tensor of this form lies in, and of those before its first element."""
+    nbytes = form.elements * kind.itemsize
+    if nbytes < 0:
+        raise RefusedError(_NO_SIZE)
+    return nbytes, _placed(Storage("", "", 0, nbytes, ""), form.offset, form.size, form.stride, kind.dtype).offset
 
 
 class _Slow(_Doors, pickle._Unpickler):  # type: ignore[name-defined, misc]  # pyright: ignore  # undocumented, but as old as pickle
@@ -284,8 +306,9 @@ def _extent(shape: Shape, stride: Shape) -> int:
     return 0 if empty else last + 1
 
 
-def _placed(storage: Storage, offset: Any, shape: Shape, steps: Shape, extent: int, dtype: str) -> TensorInfo:
-    """A tensor of known extent that starts at that element of its storage."""
+def _placed(storage: Storage, offset: Any, shape: Shape, steps: Shape, dtype: str) -> TensorInfo:
+    """A tensor that starts at that element of its storage."""
+    extent = _extent(shape, steps)
     if type(offset) is not int or not 0 <= offset < _WORD:
         raise RefusedError(_NO_SIZE)
     itemsize = ITEMSIZE[dtype]

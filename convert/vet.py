@@ -125,6 +125,7 @@ class _Walk:
         """Leave the tensor that was found; the position behind it."""
         if self.shorter is not None:
             self.shorter.asks(*found.groups())
+            self.shorter.filled()
         self.unnoted = True
         self.stack.append(0)
         return found.end()
@@ -302,9 +303,12 @@ def _get(walk: _Walk, op: int, at: int) -> int:
 def _put(walk: _Walk, op: int, at: int) -> int:
     size = _SIZE_OF[op]
     end = at + size if size else walk.line(at)
+    slot = walk.number(at, size) if size else int(walk.data[at : end - 1])
     if not size:
         walk.no_shorter()
-    walk.put(walk.number(at, size) if size else int(walk.data[at : end - 1]), at)
+    elif walk.shorter is not None and slot < 256:
+        walk.shorter.filled()
+    walk.put(slot, at)
     return end
 
 

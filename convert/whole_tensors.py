@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import secrets
+from bisect import bisect_right
 
 _INT = rb"(?:K.|M..|J....)"
 _PUT = rb"(?:q.|r..[\x00-\x0f]\x00)"
@@ -44,14 +45,14 @@ TENSOR4 = re.compile(
 )  # fmt: skip
 """A tensor in protocol 4 and later, where values are numbered as they come."""
 
-# The same as NAMED for tensors of one to three dimensions whose tuples go into slots above 255. A key of one digit is
-# left out: Python keeps one object for each such text, so that it may be a name elsewhere in the file.
+# The same as NAMED for tensors of one to three dimensions, in slots above 255. A key of one digit is left out: Python
+# keeps one object for each such text, so that it may be a name elsewhere in the file.
 _LATE = rb"r.(?:[^\0][\x00-\x0f]|\0[\x01-\x0f])\0"
 _FLAT = b"(" + b"|".join(_INT * n + c for n, c in _SIZES) + b")" + _LATE
 LATER = re.compile(
-    _PUT + b"(" + _GET + rb")\(\(((" + _GET * 2 + b")" + _key(_KEY, 2) + _PUT + b"(" + _GET + b")" + _INT
-    + b")N?t" + _LATE + b"Q(" + _INT + b")" + _FLAT * 2 + b"([\x88\x89](" + _GET + rb"))\)R" + _LATE + b"t" + _LATE
-    + b"R(" + _PUT + b")",
+    _LATE + b"(" + _GET + rb")\(\((" + _GET * 2 + b")(" + _key(_KEY, 2) + b")" + _LATE + b"(" + _GET + b")(" + _INT
+    + b")N?t" + _LATE + b"Q(" + _INT + b")" + _FLAT * 2 + b"[\x88\x89](" + _GET + rb")\)R" + _LATE + b"t" + _LATE
+    + b"R(" + _LATE + b")",
     re.DOTALL,
 )  # fmt: skip
 _NAME = ord("X")
@@ -62,36 +63,65 @@ MAX_LOOKED = 1 << 32
 """Bytes of the pickle times such slots."""
 
 
+class Form:
+    """What the storage and the place in it of one tensor have in common with those of other layers: elements of the
+    storage, the tensor's first one, and its size and stride. Equal only to itself."""
+
+    __slots__ = ("elements", "offset", "size", "stride")
+
+    def __init__(self, elements: bytes, offset: bytes, size: bytes, stride: bytes) -> None:
+        (self.elements,), (self.offset,) = numbers(elements), numbers(offset)
+        self.size, self.stride = numbers(size[:-1]), numbers(stride[:-1])
+
+
+Alike = list[tuple[bytes, bytes, Form]]
+"""What stands for each of some tensors in the shorter pickle, the key of its storage, and its form."""
+
+
 class Shorter:
     """Builds the shorter pickle of protocol 2 or 3 while a walk goes over ``data``.
 
-    For each tensor that it is given, the shorter one asks for the storage ``(mark, function, "storage", class, key,
-    location, elements, offset, size, stride, grad, OrderedDict)``, where size and stride are the instructions that make
-    them, as bytes. ``mark`` can't be known to whoever made the file.
+    In it, a text of 12 bytes that ``data`` can't know stands for each tensor that it is given. Tensors that ask for the
+    same function, class of storage, location and hooks (see :data:`TENSOR`) are ``alike``: the first one of them asks
+    for ``(mark, function, "storage", class, location, OrderedDict, text)``, where ``text`` stands for it in
+    :attr:`alike`, and the others for their text alone. That holds until a slot is filled anew.
     """
 
     def __init__(self, data: bytes) -> None:
         self.mark = secrets.token_bytes(8)
         self.usable = True
         """False once an instruction came that the shorter pickle can't hold."""
+        self.alike: dict[bytes, Alike] = {}
+        """Tensors by the text of their first."""
         self._asked: set[bytes] = set()
         self._known: set[tuple[bytes, ...]] = set()
+        self._open: dict[tuple[bytes, ...], Alike] = {}
+        self._forms: dict[tuple[bytes, ...], Form] = {}
         self._data = data
+        self._starts: list[int] = []
         self._parts: list[bytes] = []
         self._copied = 0
-        self._head = b"(C\x08" + self.mark
 
     def take(self, at: int) -> tuple[int, int]:
         """Take the tensors that follow one another, each behind its name, from the length of a name on: how many there
         are that match LATER, and where the last one ends."""
-        data, match, known, parts = self._data, LATER.match, self._known, self._parts
-        count, end = 0, at
+        data, match, forms, starts, parts = self._data, LATER.match, self._forms, self._starts, self._parts
+        count, end, mark = 0, at, b"C\x0c" + self.mark
         while data[at + 1 : at + 4] == b"\0\0\0" and (found := match(data, at + 4 + data[at])):
-            function, pid, storage, location, offset, size, stride, last, hooks, put = found.groups()
-            if (function, storage, location, hooks) not in known:
-                self.asks(function, storage, location, hooks)
-            sizes = b"C%c%bC%c%b" % (len(size), size, len(stride), stride)
-            parts += data[self._copied : found.start(1)], self._head, function, pid, offset, sizes, last, b"tQ", put
+            function, storage, key, location, elements, offset, size, stride, hooks, put = found.groups()
+            start = found.start(1)
+            text = b"%b%b" % (mark, len(starts).to_bytes(4, "little"))
+            shape = elements, offset, size, stride
+            form = forms.get(shape) or forms.setdefault(shape, Form(*shape))
+            asks = function, storage, location, hooks
+            alike = self._open.get(asks)
+            if alike is None:
+                alike = self._first(asks, text[2:])
+                parts += data[self._copied : start], b"(C\x08%b%b%b%b%b%btQ" % (self.mark, *asks, text), put
+            else:
+                parts += data[self._copied : start], text + b"Q", put
+            alike.append((text[2:], key[5:], form))
+            starts.append(start)
             self._copied = end = found.end()
             count += 1
             if data[end] != _NAME:
@@ -99,32 +129,51 @@ class Shorter:
             at = end + 1
         return count, end
 
+    def _first(self, asks: tuple[bytes, ...], text: bytes) -> Alike:
+        self.asks(*asks)
+        alike = self._open[asks] = self.alike[text] = []
+        return alike
+
     def asks(self, *gets: bytes) -> None:
         """Note the slots above 255 of instructions that ask for a slot."""
         if gets not in self._known:
             self._known.add(gets)
             self._asked.update(slot for slot in _ASKS.findall(b"".join(gets)) if slot)
 
+    def filled(self) -> None:
+        """A slot up to 255 was filled: what asks for it may get another thing than before."""
+        self._open.clear()
+
     def made(self, end: int) -> bytes | None:
         """The shorter pickle of data[:end], or None if there is none that surely says the same."""
-        parts, self._parts = self._parts, []
-        asked = len(self._asked)
+        parts, asked = self._parts, len(self._asked)
         if not parts or not self.usable or asked > MAX_ASKED or asked * len(self._data) > MAX_LOOKED:
             return None
-        # A tuple that is no longer noted may have gone into a slot that is asked for, over what was there.
-        if any(self._data.count(b"r" + slot) != 1 for slot in self._asked):
-            return None
+        for slot in self._asked:
+            # What is no longer noted may have gone into a slot that is asked for, over what was there.
+            if self._data.count(b"r" + slot) != 1:
+                return None
+            self._note_key(self._data.index(b"r" + slot))
+        self._parts = []
         return b"".join([*parts, self._data[self._copied : end]])
+
+    def _note_key(self, at: int) -> None:
+        """Where a tensor's key is what goes into a slot at that position, note it in the shorter pickle too: other
+        tensors have the same storage."""
+        k = bisect_right(self._starts, at) - 1
+        found = LATER.match(self._data, self._starts[k] - 5) if k >= 0 else None
+        if found is not None and found.end(3) == at:
+            self._parts[3 * k + 1] = b"%br%b0%b" % (found[3], self._data[at + 1 : at + 5], self._parts[3 * k + 1])
 
 
 _WIDTH = {ord("K"): 1, ord("M"): 2, ord("J"): 4}
 
 
 def numbers(made: bytes) -> tuple[int, ...]:
-    """The tuple that a size or stride of the shorter pickle makes."""
+    """The whole numbers that instructions push."""
     found: list[int] = []
     at = 0
-    while at < len(made) - 1:
+    while at < len(made):
         width = _WIDTH[made[at]]
         found.append(int.from_bytes(made[at + 1 : at + 1 + width], "little", signed=width == 4))
         at += 1 + width

@@ -9,13 +9,18 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Iterator
+from typing import Any
 
 MAX_DIRECTORY = 1 << 28
 """Bytes of a directory. One of a million tensors has about 80 million."""
 _END = struct.Struct("<4s4H2LH")
 _END64 = struct.Struct("<4sQ2H2L4Q")
 _LOCATOR64 = struct.Struct("<4sLQL")
-_ENTRY = struct.Struct("<4s2xHHH8xIIHHH8xI")  # without writer, date and time, checksum, disk and attributes
+_ENTRY = "<4s2xHHH8xIIHHH8xI"  # without writer, date and time, checksum, disk and attributes
+_FIXED = struct.calcsize(_ENTRY)
+_SIZES = struct.Struct("<4s24xHHH12x")
+_MAGIC = b"PK\x01\x02"
 _MAX_VERSION = 63
 _FULL, _FULL64 = 0xFFFF_FFFF, 0xFFFF_FFFF_FFFF_FFFF
 _UTF8 = 0x800
@@ -92,27 +97,38 @@ def _find_end(descriptor: int, begin: int, total: int) -> tuple[int, bytes]:
 def _members(data: bytes, shift: int) -> tuple[dict[str, Member], list[str]]:
     found: dict[str, Member] = {}
     again: list[str] = []
-    unpack, fixed, end, at = _ENTRY.unpack_from, _ENTRY.size, len(data), 0
-    while at < end:
-        if at + fixed > end:
-            raise BadDirectoryError("Truncated central directory")
-        magic, version, flags, method, packed, size, name_size, extra_size, comment_size, offset = unpack(data, at)
-        if magic != b"PK\x01\x02":
-            raise BadDirectoryError("Bad magic number for central directory")
-        if version & 0xFF > _MAX_VERSION:
-            raise BadDirectoryError(f"zip file version {(version & 0xFF) / 10:.1f}")
-        at += fixed + name_size
-        raw = data[at - name_size : at]
-        if at + extra_size + comment_size > end:
-            raise BadDirectoryError("Truncated central directory")
-        if extra_size:
-            packed, size, offset = _widened(data[at : at + extra_size], packed, size, offset)
-        at += extra_size + comment_size
-        name = raw.decode() if raw.isascii() and b"\0" not in raw else _name(raw, flags)
-        if name in found:
-            again.append(name)
-        found[name] = raw, flags, method, packed, size, offset + shift
+    at = 0
+    while at < len(data):
+        sizes, entries = _alike(data, at)
+        for magic, version, flags, method, packed, size, named, more, noted, offset, raw, extra in entries:
+            if magic != _MAGIC or (named, more, noted) != sizes:
+                break  # the first one of those that follow is what it is, or is refused
+            at += _FIXED + named + more + noted
+            if version & 0xFF > _MAX_VERSION:
+                raise BadDirectoryError(f"zip file version {(version & 0xFF) / 10:.1f}")
+            if extra:
+                packed, size, offset = _widened(extra, packed, size, offset)
+            name = raw.decode() if raw.isascii() and b"\0" not in raw else _name(raw, flags)
+            if name in found:
+                again.append(name)
+            found[name] = raw, flags, method, packed, size, offset + shift
     return found, again
+
+
+def _alike(data: bytes, at: int) -> tuple[tuple[int, int, int], Iterator[tuple[Any, ...]]]:
+    """The entries from there on, as if all were as long as the first, and how long its name and the two fields behind
+    it are. torch.save numbers its members, so that all but a few are as long as the one before."""
+    if at + _FIXED > len(data):
+        raise BadDirectoryError("Truncated central directory")
+    magic, *sizes = _SIZES.unpack_from(data, at)
+    if magic != _MAGIC:
+        raise BadDirectoryError("Bad magic number for central directory")
+    count = (len(data) - at) // (_FIXED + sum(sizes))
+    if not count:
+        raise BadDirectoryError("Truncated central directory")
+    named, more, noted = sizes
+    entry = struct.Struct(f"{_ENTRY}{named}s{more}s{noted}x")
+    return (named, more, noted), entry.iter_unpack(memoryview(data)[at : at + count * entry.size])
 
 
 def _name(raw: bytes, flags: int) -> str:
