@@ -277,7 +277,7 @@ def _check_whole(tensors: dict[str, tuple[TensorInfo, ...]], ckpt: Checkpoint, r
             Problem(
                 f"{_some(flat)}: flat parameters of FSDP; each holds many weights end to end, or a part of that",
                 ckpt.path,
-                "save it in the trainer with StateDictType.FULLSTATE_DICT, or with torch.distributed.checkpoint",
+                "save it in the trainer with StateDictType.FULL_STATE_DICT, or with torch.distributed.checkpoint",
             )
         )
     empty = [name for name, found in tensors.items() if 0 in found[0].shape]

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from mdl import cli
+from mdl import cli, render
 from mdl.errors import Problem
 from mdl.mappings.jsonable import plain
 from mdl.render import collapse, size
@@ -250,6 +250,22 @@ def test_collapse_joins_names_that_differ_in_numbers() -> None:
     assert collapse(["h.0.a", "h.1.a", "h.2.a", "x"]) == ["h.{0..2}.a", "x"]
     assert collapse(["h.0.a", "h.2.a"]) == ["h.{0,2}.a"]
     assert collapse(["l.0.e.0", "l.0.e.1", "l.1.e.0", "l.1.e.1"]) == ["l.{0..1}.e.{0..1}"]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["h.0.a", "h.1.a"], ["h.0.a"], [], ["h.0.a", "h..a"], ["h.0.a", "h.x.a"], ["h.0.a", "h.0.b"], ["0.a", "1.a"],
+        ["h.0", "h.1"], ["h.0.a", "h.10.a", "h.2.a"], ["h.0.a", "h.²..a"], ["h.0.a", "h.1.2.a"], ["h.1.2.a", "h.0.a"],
+        ["h.0.a", "h.1"], ["t/0/a", "t/1/a"], ["a.b", "a.b"], ["h.1x.a", "h.2x.a"], ["a.٣.b", "a.0.b"], ["h.0.a.h.0.a"],
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_names_alike_are_collapsed_as_others_are(names: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    found = collapse(names)
+    monkeypatch.setattr(render, "_shared", lambda _: None)
+
+    assert collapse(names) == found
 
 
 def test_numbers_that_json_lacks_become_text_and_come_back(mdl: Any, tmp_path: Path) -> None:

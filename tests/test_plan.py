@@ -14,7 +14,7 @@ from mdl.archs.base import Inventory, Measure
 from mdl.archs.registry import mapping_path
 from mdl.convert.expected import expected_tensors
 from mdl.convert.plan import Plan
-from mdl.convert.planner import make_plan
+from mdl.convert.planner import _Planner, make_plan
 from mdl.convert.prepare import Options, prepare
 from mdl.errors import Kind, MdlError
 from mdl.mappings import moves
@@ -23,6 +23,7 @@ from mdl.mappings.parse import load_mapping, parse_mapping
 from mdl.mappings.tensors import Shape, TensorInfo, dense
 
 from . import checkpoints as make
+from .cases import CASES, WRITTEN, Case, placed
 
 
 def stored(name: str, shape: Shape, dtype: str = "float32", rank: int = 0) -> TensorInfo:
@@ -232,3 +233,38 @@ def test_a_plan_of_real_size_takes_no_time() -> None:
         ("cat", 1), ("cat", 0), ("equal", 0), ("cat", 1)
     ]  # fmt: skip
     assert [s.sources[0].name for s in got.steps if s.kind == "drop"] == ["rope.freqs"]
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_rules_taken_together_make_the_steps_that_they_make_one_by_one(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, options = placed(case, WRITTEN, tmp_path)
+    together = prepare(path, options).plan
+    monkeypatch.setattr(_Planner, "_take_all", lambda *_: False)
+
+    assert together.steps
+    assert prepare(path, options).plan == together
+
+
+def test_what_is_alike_but_does_not_fit_is_a_problem() -> None:
+    """The layers before were fine, and of the same shapes."""
+    body = "transform: [{from: 'h.{i}.w', to: 'l.{i}.w', ops: [transpose]}]\n"
+    have = {"h.0.w": (4, 6), "h.1.w": (4, 6)}
+
+    assert plan(body, have, {"l.0.w": (6, 4), "l.1.w": (6, 4)}).problems == ()
+    assert problem(body, have, {"l.0.w": (6, 4), "l.1.w": (6, 5)}).startswith("l.1.w would be [6, 4]")
+    assert len(plan(body, have, {"l.0.w": (6, 4)}).problems) == 1
+
+
+def test_alike_tensors_of_other_types_keep_them() -> None:
+    body, want = "rename: {'h.{i}.w': 'l.{i}.w'}\n", {"l.0.w": (4, 6), "l.1.w": (4, 6)}
+    have = {"h.0.w": ((4, 6), "float32"), "h.1.w": ((4, 6), "bfloat16")}
+    got = plan(body, have, want)
+
+    assert [step.dtype for step in got.steps] == ["float32", "bfloat16"]
+    assert [step.source_dtype for step in got.steps] == ["float32", "bfloat16"]
+    assert (
+        problem(body, have | {"h.1.w": ((4, 6), "int32")}, want)
+        == "l.1.w would be int32: a weight must be a floating type"
+    )
