@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import math
+from collections import Counter
 from collections.abc import Iterable
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import render
 from .errors import Kind, MdlError
 from .mappings.jsonable import Each
+from .mappings.tensors import ITEMSIZE
 
 if TYPE_CHECKING:
     from .archs.base import Dims, Inventory
@@ -62,12 +66,9 @@ def show_files(path: Path, options: Options) -> None:
 
 def _alike(inventory: Inventory) -> Iterable[tuple[str, str, str]]:
     """One row for the tensors that differ by numbers in their names alone: a layer is shown once."""
-    groups: dict[tuple[str, tuple[int, ...], str], list[str]] = {}
-    patterns = render.unnumbered(inventory.tensors)
-    for pattern, (name, (info, *_)) in zip(patterns, inventory.tensors.items(), strict=True):
-        groups.setdefault((pattern, info.shape, info.dtype), []).append(name)
-    for (pattern, shape, dtype), names in groups.items():
-        yield " + ".join(render.collapse(names, pattern)), str(list(shape)), dtype
+    infos = [found[0] for found in inventory.tensors.values()]
+    for name, which in render.alike(list(inventory.tensors), map(attrgetter("shape", "dtype"), infos)):
+        yield name, str(list(infos[which[0]].shape)), infos[which[0]].dtype
 
 
 def _short(value: Any) -> str:
@@ -77,8 +78,9 @@ def _short(value: Any) -> str:
 
 def _checkpoint(inv: Inventory) -> tuple[str, str | Iterable[str]]:
     infos = [info for ranks in inv.tensors.values() for info in ranks]
-    dtypes = ", ".join(sorted({info.dtype for info in infos}))
-    total = render.size(sum(info.nbytes for info in infos))
+    count = Counter(map(attrgetter("shape", "dtype"), infos))
+    dtypes = ", ".join(sorted({dtype for _, dtype in count}))
+    total = render.size(sum(times * math.prod(shape) * ITEMSIZE[dtype] for (shape, dtype), times in count.items()))
     ranks = f", {inv.ranks} ranks" if inv.ranks > 1 else ""
     what = f"{inv.format}, {len(inv.tensors)} tensors, {dtypes}, {total}{ranks}"
     return "checkpoint", f"{render.shown(inv.path)} ({what})"

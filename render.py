@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import threading
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Hashable, Iterable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,57 +83,61 @@ def _grouped(error: MdlError) -> list[tuple[str, str, str]]:
     return [(" / ".join(collapse(whats)), where, do) for (_, where, do), whats in groups.items()]
 
 
-def unnumbered(names: Iterable[str]) -> list[str]:
+def collapse(names: Sequence[str]) -> list[str]:
+    """Names that differ in one number become one with a range: a.0.b, a.1.b → a.{0..1}.b."""
+    return [one for one, _ in alike(names, [None] * len(names))]
+
+
+def alike(names: Sequence[str], keys: Iterable[Hashable]) -> list[tuple[str, list[int]]]:
+    """Names of equal keys that differ in numbers alone, as one each; and which they are, in the order of the first."""
+    groups: dict[Hashable, list[int]] = {}
+    for k, key in enumerate(keys):
+        groups.setdefault(key, []).append(k)
+    found: list[tuple[str, list[int]]] = []
+    for which in groups.values():
+        held = [names[k] for k in which]
+        if one := _of_one_number(held):
+            found.append((one, which))
+            continue
+        patterns: dict[str, list[int]] = {}
+        for pattern, k in zip(_unnumbered(held), which, strict=True):
+            patterns.setdefault(pattern, []).append(k)
+        found += [(_collapsed(pattern, [names[k] for k in some]), some) for pattern, some in patterns.items()]
+    return sorted(found, key=lambda line: line[1][0])
+
+
+def _unnumbered(names: list[str]) -> list[str]:
     """Each name with a mark for each of its parts that is a number. All of them are gone through at once: of 50,000,
     one after another would take longer than reading them."""
-    names = list(names)
-    if not names:
-        return []
     text = f"/{_BETWEEN.join(names)}/"
     for mark, numbers in _AFTER.items():
         text = numbers.sub(mark, text)
     return text[1:-1].split(_BETWEEN)
 
 
-def collapse(names: Iterable[str], pattern: str | None = None) -> list[str]:
-    """Names that differ in one number become one with a range: a.0.b, a.1.b → a.{0..1}.b. ``pattern`` is what
-    :func:`unnumbered` makes of each, where that is known and the same for all."""
-    names = list(names)
-    if pattern is None:
-        pattern = _shared(names)
-    if pattern is not None:
-        return [_collapsed(pattern, names)]
-    groups: dict[str, list[str]] = {}
-    for found, name in zip(unnumbered(names), names, strict=True):
-        groups.setdefault(found, []).append(name)
-    return [_collapsed(found, alike) for found, alike in groups.items()]
-
-
-def _shared(names: list[str]) -> str | None:
-    """What :func:`unnumbered` makes of each of these names, if that is the same for all and has one number."""
-    first, *words = unnumbered(names[:1])[0].split(_MARK) if names else ("",)
-    if len(words) != 1:
-        return None
-    numbers = [name[len(first) : len(name) - len(words[0])] for name in names]
-    same = all(numbers) and "".join(numbers).isdecimal() and [f"{first}{n}{words[0]}" for n in numbers] == names
-    return f"{first}{_MARK}{words[0]}" if same else None
+def _of_one_number(names: list[str]) -> str:
+    """What becomes of names that are all the same but for one number, in half the time; nothing if they are not."""
+    first, *last = _unnumbered(names[:1])[0].split(_MARK)
+    if len(last) != 1:
+        return ""
+    begin, end = len(first), -len(last[0]) or None
+    numbers = [name[begin:end] for name in names]
+    if [f"{first}{n}{last[0]}" for n in numbers] != names or not (all(numbers) and "".join(numbers).isdecimal()):
+        return ""
+    return f"{first}{_range(numbers)}{last[0]}" if len(names) > 1 else names[0]
 
 
 def _collapsed(pattern: str, names: list[str]) -> str:
     first, *words = pattern.split(_MARK)
     if len(names) == 1 or not words:
         return names[0]
-    if len(words) == 1:
-        begin, end = len(first), -len(words[0]) or None
-        columns: Iterable[list[str]] = ([name[begin:end] for name in names],)
-    else:
-        numbers = _NUMBER.findall(_BETWEEN.join(names))
-        columns = (numbers[k :: len(words)] for k in range(len(words)))
-    ranges = (_range(sorted(set(map(int, set(column))))) for column in columns)
+    numbers = _NUMBER.findall(_BETWEEN.join(names))
+    ranges = (_range(numbers[k :: len(words)]) for k in range(len(words)))
     return first + "".join(part for pair in zip(ranges, words, strict=True) for part in pair)
 
 
-def _range(distinct: list[int]) -> str:
+def _range(numbers: Iterable[str]) -> str:
+    distinct = sorted(set(map(int, set(numbers))))
     if len(distinct) == 1:
         return str(distinct[0])
     if distinct == list(range(distinct[0], distinct[-1] + 1)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,8 +49,8 @@ def show_plan(p: Prepared, *, reverse: bool) -> None:
     from .validate.faults import known_faults
 
     made = render.table("from", "by", "to", "shape", "type", "rule")
-    for pattern, steps in _by_rule(p.plan):
-        made.add_row(*_plan_row(steps, pattern, reverse=reverse))
+    for name, steps in _by_rule(p.plan):
+        made.add_row(*_plan_row(name, steps, reverse=reverse))
     console = render.out()
     console.print(made)
     console.print(f"\n{_total_back(p) if reverse else _total(p)}")
@@ -85,20 +85,24 @@ def _comes_back(step: Step) -> bool:
     return step.kind == "tie" or (step.kind != "drop" and not (narrowed or mixed or one_way))
 
 
-def _by_rule(plan: Plan) -> list[tuple[str, list[Step]]]:
-    """Steps that share a line of the table, and what their sources are called without numbers."""
-    groups: dict[tuple[object, ...], list[Step]] = {}
-    names = [",".join([s.name for s in step.sources] or step.targets) for step in plan.steps]
-    for step, pattern in zip(plan.steps, render.unnumbered(names), strict=True):
-        shapes = step.shapes or tuple(s.shape for s in step.sources)
-        groups.setdefault((pattern, step.kind, step.rule, step.ops, shapes, step.dtype, step.made), []).append(step)
-    return [(str(pattern), steps) for (pattern, *_), steps in groups.items()]
+def _by_rule(plan: Plan) -> Iterator[tuple[str, list[Step]]]:
+    """Steps that share a line of the table, and what their sources are called together."""
+    steps = plan.steps
+    names = [
+        s[0].name if len(s := step.sources) == 1 else ",".join([x.name for x in s] or step.targets) for step in steps
+    ]
+    keys = [
+        (step.kind, step.rule, step.ops, step.shapes or tuple([s.shape for s in step.sources]), step.dtype, step.made)
+        for step in steps
+    ]
+    for name, which in render.alike(names, keys):
+        yield name, [steps[k] for k in which]
 
 
-def _plan_row(steps: list[Step], pattern: str, *, reverse: bool) -> tuple[str, ...]:
+def _plan_row(name: str, steps: list[Step], *, reverse: bool) -> tuple[str, ...]:
     first = steps[0]
     names = [s.name for step in steps for s in step.sources]
-    sources = " + ".join(render.collapse(names, pattern if len(first.sources) == 1 else None)) or "zeros"
+    sources = name if len(first.sources) == 1 else " + ".join(render.collapse(names)) or "zeros"
     targets = " + ".join(render.collapse([t for step in steps for t in step.targets]))
     if first.kind in ("drop", "tie"):
         return sources, first.kind, first.reason, _shape(first.sources[0].shape), "", first.rule

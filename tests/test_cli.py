@@ -263,7 +263,7 @@ def test_collapse_joins_names_that_differ_in_numbers() -> None:
 )  # fmt: skip
 def test_names_alike_are_collapsed_as_others_are(names: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     found = collapse(names)
-    monkeypatch.setattr(render, "_shared", lambda _: None)
+    monkeypatch.setattr(render, "_of_one_number", lambda _: "")
 
     assert collapse(names) == found
 
