@@ -7,7 +7,10 @@ import io
 import pickle
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from ..errors import COPY_AGAIN, input_error
 from ..mappings.tensors import ITEMSIZE, MAX_DIMS, Shape, TensorInfo
@@ -33,14 +36,17 @@ _NO_SIZE = "a tensor's size, stride or offset is not a whole number ≥ 0 that f
 _WORD = 1 << 63
 
 
-class Storage(NamedTuple):
-    """A run of bytes in a file. A tuple, because the pickle can't alter one."""
+class Storage(Struct, frozen=True):
+    """A run of bytes in a file."""
 
     name: str
     file: str
     start: int
     nbytes: int
     dtype: str
+
+    def __setstate__(self, state: object) -> None:
+        raise RefusedError("a storage in this file carries a state of its own")
 
 
 class _Tensor(TensorInfo, frozen=True):
@@ -165,7 +171,7 @@ class _Doors:
         elif whole.nbytes != nbytes:
             raise RefusedError(f"storage {key} of this file is named with two different sizes")
         elif whole.dtype != storage_class.dtype:
-            whole = whole._replace(dtype=storage_class.dtype)
+            whole = replace(whole, dtype=storage_class.dtype)
         return whole if view is None else _narrow(whole, view, storage_class.itemsize)
 
     def _rebuild_tensor(self, storage: object, offset: object, size: object, stride: object) -> TensorInfo | Unreadable:
@@ -289,7 +295,7 @@ def _narrow(whole: Storage, view: object, itemsize: int) -> Storage:
         raise RefusedError(_NO_SIZE)
     if (offset + numel) * itemsize > whole.nbytes:
         raise RefusedError(f"a view of {whole.name} ends behind the storage")
-    return whole._replace(start=whole.start + offset * itemsize, nbytes=numel * itemsize)
+    return replace(whole, start=whole.start + offset * itemsize, nbytes=numel * itemsize)
 
 
 def _extent(shape: Shape, stride: Shape) -> int:

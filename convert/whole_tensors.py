@@ -106,21 +106,21 @@ class Shorter:
         """Take the tensors that follow one another, each behind its name, from the length of a name on: how many there
         are that match LATER, and where the last one ends."""
         data, match, forms, starts, parts = self._data, LATER.match, self._forms, self._starts, self._parts
-        count, end, mark = 0, at, b"C\x0c" + self.mark
+        count, end, mark = 0, at, self.mark
         while data[at + 1 : at + 4] == b"\0\0\0" and (found := match(data, at + 4 + data[at])):
             function, storage, key, location, elements, offset, size, stride, hooks, put = found.groups()
             start = found.start(1)
-            text = b"%b%b" % (mark, len(starts).to_bytes(4, "little"))
+            text = mark + len(starts).to_bytes(4, "little")
             shape = elements, offset, size, stride
             form = forms.get(shape) or forms.setdefault(shape, Form(*shape))
             asks = function, storage, location, hooks
             alike = self._open.get(asks)
             if alike is None:
-                alike = self._first(asks, text[2:])
-                parts += data[self._copied : start], b"(C\x08%b%b%b%b%b%btQ" % (self.mark, *asks, text), put
+                alike = self._first(asks, text)
+                parts += data[self._copied : start], b"(C\x08%b%b%b%b%bC\x0c%btQ" % (mark, *asks, text), put
             else:
-                parts += data[self._copied : start], text + b"Q", put
-            alike.append((text[2:], key[5:], form))
+                parts += data[self._copied : start], b"C\x0c" + text + b"Q", put
+            alike.append((text, key[5:], form))
             starts.append(start)
             self._copied = end = found.end()
             count += 1
