@@ -103,6 +103,9 @@ def _opcodes() -> dict[str, tuple[bytes, str]]:
         "BUILD on our table": (setstate, "__setstate__ of collections.OrderedDict"),
         "BUILD on a class": (ops.named("a", "B") + b"}" + ops.text("may_call") + b"\x88sb", "damaged"),
         "BUILD on a tensor": (ops.tensor() + b"}" + ops.text("file") + ops.text("/etc/x") + b"sb", "state of its own"),
+        "BUILD on a storage": (
+            ops.storage("0", 2) + b"}" + ops.text("start") + ops.number(9) + b"sb", "state of its own"
+        ),
         "calling an object": (ops.named("a", "B") + b")R(" + TOUCH + b"tR", "a.B"),
         "calling a text": (ops.text("x") + b")R", "damaged"),
         "buffers from outside": (b"\x97\x98", "buffers from outside"),
