@@ -259,4 +259,4 @@ def _describe_made(made: Made) -> dict[str, Any]:
         }
         for i in made.parts
     ]
-    return {"how": made.how, "scale": made.scale, "turned": made.turned, "parts": parts}
+    return {"how": made.how, "scale": plain(made.scale), "turned": made.turned, "parts": parts}

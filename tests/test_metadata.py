@@ -273,4 +273,5 @@ def test_a_long_list_says_the_same_one_element_a_line() -> None:
     assert to_json({"items": Each(plain, items)}) == to_json({"items": items})
     assert to_json(short) == json.dumps(json.loads(to_json(short)), indent=1, ensure_ascii=False) + "\n"
     assert len(to_json(long).splitlines()) == LONG + 1 + 8
-    assert json.loads(to_json({"items": ["\ud800"] * (LONG + 1)}).encode())["items"][0] == "\ud800"
+    for surrogates in (["\ud800"] * (LONG + 1), Each(str, ["\ud800"] * (LONG + 1))):
+        assert json.loads(to_json({"items": surrogates}).encode())["items"][0] == "\ud800"

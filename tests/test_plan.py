@@ -13,12 +13,14 @@ from mdl.archs import llama_meta
 from mdl.archs.base import Inventory, Measure
 from mdl.archs.registry import mapping_path
 from mdl.convert.expected import expected_tensors
+from mdl.convert.manifest import describe_step
 from mdl.convert.plan import Plan
 from mdl.convert.planner import _Planner, make_plan
 from mdl.convert.prepare import Options, prepare
 from mdl.errors import Kind, MdlError
 from mdl.mappings import moves
 from mdl.mappings.expand import expand
+from mdl.mappings.jsonable import _line, _quick_line
 from mdl.mappings.parse import load_mapping, parse_mapping
 from mdl.mappings.tensors import Shape, TensorInfo, dense
 
@@ -245,6 +247,8 @@ def test_rules_taken_together_make_the_steps_that_they_make_one_by_one(
 
     assert together.steps
     assert prepare(path, options).plan == together
+    described = [describe_step(step) for step in together.steps]
+    assert [*map(_quick_line, described)] == [*map(_line, described)]
 
 
 def test_what_is_alike_but_does_not_fit_is_a_problem() -> None:
