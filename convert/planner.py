@@ -67,7 +67,7 @@ class _Planner:
             return [step for _, alike in groupby(rules, attrgetter("kind", "ops")) for step in self._alike(alike)]
         steps: list[Step] = []
         for rule in rules:
-            there = self._claim(rule.sources, rule.where)
+            there = self._claim(rule.sources, rule.where, rule.reason)
             self._make(rule.targets, rule.where)
             if there and (step := self._step(rule)):
                 steps.append(step)
@@ -153,12 +153,12 @@ class _Planner:
             if name not in self.made:
                 self._problem(f"nothing makes {name} {list(shape)}, which the target class needs", self.inventory.path)
 
-    def _claim(self, names: Iterable[str], where: str) -> bool:
+    def _claim(self, names: Iterable[str], where: str, because: str = "") -> bool:
         """Note that a rule takes these tensors; whether all of them are there."""
         tensors, claimed, there = self.inventory.tensors, self.claimed, True
         for name in names:
             if name not in tensors:
-                self._problem(f"{name} is missing", self.inventory.path, f"the mapping needs it ({where})")
+                self._problem(f"{name} is missing", self.inventory.path, because or f"the mapping needs it ({where})")
                 there = False
             elif name in claimed:
                 self._problem(f"{name} is claimed twice", f"{claimed[name]} and {where}")

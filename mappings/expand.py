@@ -25,12 +25,16 @@ _FIELD = re.compile(r"\{([^{}]*)\}")
 EACH = "each"
 TARGET = "{target}"
 """As a whole pattern under ``keep``: every tensor of the target class that is not tied to another."""
+_ITS_OWN = (
+    "the class that config.json names has it: is that the config.json of this very model, and the checkpoint whole?"
+)
 TIED, TWIN = "{tied}", "{twin}"
 """As whole patterns under ``tie``: every tensor that the target class ties, and what it is tied to."""
 
 
 class Rule(Struct, frozen=True):
-    """One instance of a rule: these sources, through these operations, become these targets."""
+    """One instance of a rule: these sources, through these operations, become these targets. ``reason`` is what a tie
+    holds for, and what else than the rule needs the sources."""
 
     kind: str
     sources: tuple[str, ...]
@@ -130,7 +134,7 @@ class _Expander:
         for k, pattern in enumerate(section.keep):
             if pattern == TARGET:
                 where = self._where((*loc, "keep", k))
-                self.rules += [Rule("keep", (name,), (name,), (), where) for name in self.target.shapes]
+                self.rules += [Rule("keep", (name,), (name,), (), where, _ITS_OWN) for name in self.target.shapes]
             else:
                 self._plain("keep", pattern, pattern, (*loc, "keep", k))
         for source, target in section.rename.items():

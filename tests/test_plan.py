@@ -22,7 +22,7 @@ from mdl.mappings import moves
 from mdl.mappings.expand import expand
 from mdl.mappings.jsonable import _line, _quick_line
 from mdl.mappings.parse import load_mapping, parse_mapping
-from mdl.mappings.tensors import Shape, TensorInfo, dense
+from mdl.mappings.tensors import Shape, Target, TensorInfo, dense
 
 from . import checkpoints as make
 from .cases import CASES, WRITTEN, Case, placed
@@ -259,6 +259,17 @@ def test_what_is_alike_but_does_not_fit_is_a_problem() -> None:
     assert plan(body, have, {"l.0.w": (6, 4), "l.1.w": (6, 4)}).problems == ()
     assert problem(body, have, {"l.0.w": (6, 4), "l.1.w": (6, 5)}).startswith("l.1.w would be [6, 4]")
     assert len(plan(body, have, {"l.0.w": (6, 4)}).problems) == 1
+
+
+def test_what_the_class_of_config_json_lacks_is_not_the_mappings_doing() -> None:
+    mapping = parse_mapping("format: 1\ntitle: t\nkeep: ['{target}']\n", "m.yaml")
+    want = {"a": (2,), "b": (2,)}
+    inventory = Inventory("ckpt.pt", {"a": (stored("a", (2,)),)})
+    (lacks,) = make_plan(expand(mapping, {}, {}, Target(want)), inventory, want, tied=False).problems
+
+    assert lacks.what == "b is missing"
+    assert "config.json" in lacks.do
+    assert "m.yaml" not in lacks.do
 
 
 def test_alike_tensors_of_other_types_keep_them() -> None:
