@@ -105,8 +105,8 @@ def _found(evidence: Evidence, inventory: Inventory, parts: set[str]) -> list[st
 def _first(
     pattern: str, inventory: Inventory, parts: set[str], siblings: Mapping[str, Iterable[str]] | None = None
 ) -> str:
-    """The first name that a pattern stands for. Names are gone through only where all of its words occur in some, if
-    for their numbers."""
+    """The first name that a pattern stands for. Names are gone through only where all of its words occur in some, but
+    for their digits."""
     words = pattern.translate(_NO_DIGITS).split(".")
     if not parts.issuperset([word for word in words if word not in ("*", "**")]):
         return ""

@@ -212,7 +212,9 @@ def _some(names: list[str]) -> str:
 def _strip(raws: Iterable[str], findings: _Findings) -> tuple[dict[str, str], tuple[str, ...]]:
     """Names without wrapper parts and shared attributes, by raw name; and what was taken off."""
     everything = "\n".join(raws)
-    names = {raw: raw.replace(WITHIN, ".") for raw in raws} if WITHIN in everything else {raw: raw for raw in raws}
+    nested = WITHIN in everything
+    everything = everything.replace(WITHIN, ".")
+    names = {raw: raw.replace(WITHIN, ".") if nested else raw for raw in raws}
     prefixes: list[str] = []
     for part in sorted(part for part in WRAPPER_PARTS if f"{part}." in everything):
         hits = [raw for raw in names if f"{part}." in names[raw]]

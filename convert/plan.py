@@ -51,11 +51,8 @@ class Step(Struct, frozen=True):
     @property
     def made(self) -> tuple[str, ...]:
         """How those of its sources that lie in parts are put together."""
-        for source in self.sources:
-            for info in source.infos:
-                if info.made is not None:
-                    return made_by([info for source in self.sources for info in source.infos])
-        return ()
+        whole = [info for source in self.sources for info in source.infos if info.made]
+        return made_by(whole) if whole else ()
 
 
 class Plan(Struct, frozen=True):

@@ -61,9 +61,11 @@ def read_safetensors(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]
         if not 2 <= length <= min(MAX_HEADER, total - 8):
             raise input_error("the length of this safetensors header is out of bounds", file, COPY_AGAIN)
         header = stream.read(length)
-    if (alone := _without_doubles(header)) is not None:
+    alone = _without_doubles(header)
+    if alone is not None:
         with suppress(MdlError):  # whatever is amiss, the strict reader says it
             return _read(alone, [], file, 8 + length, total)
+    del alone
     return _read(*_parse(header, file), file, 8 + length, total)
 
 

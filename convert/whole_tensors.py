@@ -58,7 +58,7 @@ LATER = re.compile(
 _NAME = ord("X")
 _ASKS = re.compile(rb"h.|j(....)", re.DOTALL)
 MAX_ASKED = 64
-"""Different slots above 255 that a pickle may ask for and still be made shorter; each is looked for in all of it."""
+"""Slots that a pickle may ask for by four bytes and still be made shorter; each is looked for in all of it."""
 MAX_LOOKED = 1 << 32
 """Bytes of the pickle times such slots."""
 
@@ -84,7 +84,8 @@ class Shorter:
     In it, a text of 12 bytes that ``data`` can't know stands for each tensor that it is given. Tensors that ask for the
     same function, class of storage, location and hooks (see :data:`TENSOR`) are ``alike``: the first one of them asks
     for ``(mark, function, "storage", class, location, OrderedDict, text)``, where ``text`` stands for it in
-    :attr:`alike`, and the others for their text alone. That holds until a slot is filled anew.
+    :attr:`alike`, and the others for their text alone. That holds until a slot up to 255 is filled anew; the slots
+    above that are asked for are filled once in all of ``data``, or there is no shorter pickle.
     """
 
     def __init__(self, data: bytes) -> None:
@@ -135,10 +136,11 @@ class Shorter:
         return alike
 
     def asks(self, *gets: bytes) -> None:
-        """Note the slots above 255 of instructions that ask for a slot."""
-        if gets not in self._known:
+        """Note the slots that instructions ask for by four bytes, which are those above 255."""
+        if self.usable and gets not in self._known:
             self._known.add(gets)
             self._asked.update(slot for slot in _ASKS.findall(b"".join(gets)) if slot)
+            self.usable = len(self._asked) <= MAX_ASKED
 
     def filled(self) -> None:
         """A slot up to 255 was filled: what asks for it may get another thing than before."""
@@ -146,16 +148,22 @@ class Shorter:
 
     def made(self, end: int) -> bytes | None:
         """The shorter pickle of data[:end], or None if there is none that surely says the same."""
-        parts, asked = self._parts, len(self._asked)
-        if not parts or not self.usable or asked > MAX_ASKED or asked * len(self._data) > MAX_LOOKED:
+        whole = self._whole(end) if self._parts and self.usable else None
+        self._parts = []
+        if whole is None:
+            self.alike, self._forms = {}, {}
+        return whole
+
+    def _whole(self, end: int) -> bytes | None:
+        if len(self._asked) * len(self._data) > MAX_LOOKED:
             return None
         for slot in self._asked:
             # What is no longer noted may have gone into a slot that is asked for, over what was there.
-            if self._data.count(b"r" + slot) != 1:
+            at = self._data.find(b"r" + slot)
+            if at < 0 or self._data.find(b"r" + slot, at + 1) >= 0:
                 return None
-            self._note_key(self._data.index(b"r" + slot))
-        self._parts = []
-        return b"".join([*parts, self._data[self._copied : end]])
+            self._note_key(at)
+        return b"".join([*self._parts, self._data[self._copied : end]])
 
     def _note_key(self, at: int) -> None:
         """Where a tensor's key is what goes into a slot at that position, note it in the shorter pickle too: other

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 MAX_DIRECTORY = 1 << 28
@@ -19,7 +20,7 @@ _END64 = struct.Struct("<4sQ2H2L4Q")
 _LOCATOR64 = struct.Struct("<4sLQL")
 _ENTRY = "<4s2xHHH8xIIHHH8xI"  # without writer, date and time, checksum, disk and attributes
 _FIXED = struct.calcsize(_ENTRY)
-_SIZES = struct.Struct("<4s24xHHH12x")
+_SIZES = struct.Struct("<4s2xH20xHHH12x")
 _MAGIC = b"PK\x01\x02"
 _MAX_VERSION = 63
 _FULL, _FULL64 = 0xFFFF_FFFF, 0xFFFF_FFFF_FFFF_FFFF
@@ -101,11 +102,9 @@ def _members(data: bytes, shift: int) -> tuple[dict[str, Member], list[str]]:
     while at < len(data):
         sizes, entries = _alike(data, at)
         for magic, version, flags, method, packed, size, named, more, noted, offset, raw, extra in entries:
-            if magic != _MAGIC or (named, more, noted) != sizes:
+            if magic != _MAGIC or version & 0xFF > _MAX_VERSION or (named, more, noted) != sizes:
                 break  # the first one of those that follow is what it is, or is refused
             at += _FIXED + named + more + noted
-            if version & 0xFF > _MAX_VERSION:
-                raise BadDirectoryError(f"zip file version {(version & 0xFF) / 10:.1f}")
             if extra:
                 packed, size, offset = _widened(extra, packed, size, offset)
             name = raw.decode() if raw.isascii() and b"\0" not in raw else _name(raw, flags)
@@ -120,15 +119,21 @@ def _alike(data: bytes, at: int) -> tuple[tuple[int, int, int], Iterator[tuple[A
     it are. torch.save numbers its members, so that all but a few are as long as the one before."""
     if at + _FIXED > len(data):
         raise BadDirectoryError("Truncated central directory")
-    magic, *sizes = _SIZES.unpack_from(data, at)
+    magic, version, named, more, noted = _SIZES.unpack_from(data, at)
     if magic != _MAGIC:
         raise BadDirectoryError("Bad magic number for central directory")
-    count = (len(data) - at) // (_FIXED + sum(sizes))
+    if version & 0xFF > _MAX_VERSION:
+        raise BadDirectoryError(f"zip file version {(version & 0xFF) / 10:.1f}")
+    entry = _entry(named, more, noted)
+    count = (len(data) - at) // entry.size
     if not count:
         raise BadDirectoryError("Truncated central directory")
-    named, more, noted = sizes
-    entry = struct.Struct(f"{_ENTRY}{named}s{more}s{noted}x")
     return (named, more, noted), entry.iter_unpack(memoryview(data)[at : at + count * entry.size])
+
+
+@lru_cache(64)
+def _entry(named: int, more: int, noted: int) -> struct.Struct:
+    return struct.Struct(f"{_ENTRY}{named}s{more}s{noted}x")
 
 
 def _name(raw: bytes, flags: int) -> str:

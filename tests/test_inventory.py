@@ -94,6 +94,21 @@ def test_wrapper_parts_are_taken_off_anywhere(tmp_path: Path) -> None:
     assert any("took _orig_mod. off 2 of 5" in note for note in inv.notes)
 
 
+def test_wrapper_parts_that_are_tables_are_taken_off(tmp_path: Path) -> None:
+    held = {"wte": {"weight": tensor()}, "h": {"0": {"w": tensor()}, "1": {"w": tensor()}}}
+    inv = inventory(tmp_path, {"_orig_mod": held, "lm_head.weight": tensor()})
+
+    assert list(inv.tensors) == ["wte.weight", "h.0.w", "h.1.w", "lm_head.weight"]
+    assert inv.prefixes == ("_orig_mod.",)
+    assert inv.tensors["h.0.w"][0].raw == "_orig_mod//h//0//w"
+
+
+def test_names_that_collide_when_tables_are_dots(tmp_path: Path) -> None:
+    tree = {"a": {"b.w": tensor()}, "a.b.w": tensor(), "c.w": tensor()}
+
+    assert "would both be named a.b.w" in refusal(Kind.INPUT, inventory, tmp_path, tree)
+
+
 def test_an_attribute_is_taken_off_only_if_all_share_it(tmp_path: Path) -> None:
     inv = inventory(tmp_path, {"state_dict": {"model.net.a": tensor(), "model.net.b": tensor()}})
     assert (set(inv.tensors), inv.prefixes) == ({"a", "b"}, ("model.", "net."))

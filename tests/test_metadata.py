@@ -172,6 +172,15 @@ def test_what_zipfile_refuses_is_refused_and_what_it_reads_is_read_alike(tmp_pat
     assert min(seen.values()) > 300
 
 
+def test_the_version_is_looked_at_first(tmp_path: Path) -> None:
+    """As zipfile does, also where the entry is longer than what is left."""
+    entry = struct.pack("<4s6H3I5H2I", b"PK\x01\x02", 20, 64, 0, 0, 0, 0, 0, 5, 5, 3, 0, 0, 0, 0, 0, 7)
+    (tmp_path / "x.zip").write_bytes(entry + struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, 1, 1, len(entry), 0, 0))
+
+    with (tmp_path / "x.zip").open("rb") as file, pytest.raises(BadDirectoryError, match=r"zip file version 6\.4"):
+        read_directory(file.fileno())
+
+
 def test_members_beyond_4_gib(tmp_path: Path) -> None:
     path = sparse(tmp_path / "raw", 1) / "consolidated.00.pth"
 

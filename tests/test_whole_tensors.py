@@ -202,6 +202,17 @@ def test_what_asks_for_too_much_is_read_as_it_stands() -> None:
     assert outcome(data) == by_itself(data)
 
 
+def test_what_is_asked_for_is_noted_up_to_a_bound() -> None:
+    """Many slots that nothing was put into, each in five bytes of the file."""
+    data = b"\x80\x02]" + b"".join(b"j" + (n + 256).to_bytes(4, "little") + b"0" for n in range(50_000)) + b"."
+    made, told = shorter(data)
+
+    assert made is None
+    assert not told.usable
+    assert len(told._asked) == MAX_ASKED + 1
+    assert len(told._known) == MAX_ASKED + 1
+
+
 @pytest.mark.parametrize(
     ("there", "instead"),
     [
