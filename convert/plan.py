@@ -51,8 +51,11 @@ class Step(Struct, frozen=True):
     @property
     def made(self) -> tuple[str, ...]:
         """How those of its sources that lie in parts are put together."""
-        whole = [info for source in self.sources for info in source.infos if info.made]
-        return made_by(whole) if whole else ()
+        for source in self.sources:
+            for info in source.infos:
+                if info.made:  # of hardly any: a plan is asked for this of each of its steps
+                    return made_by([info for source in self.sources for info in source.infos])
+        return ()
 
 
 class Plan(Struct, frozen=True):

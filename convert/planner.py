@@ -96,7 +96,7 @@ class _Planner:
             infos = tensors[rule.sources[0]] if plain and len(rule.sources) == 1 and rule.targets else ()
             key = (infos[0].shape, infos[0].dtype) if len(infos) == 1 else None
             like = known.get(key) if key else None
-            if like and tuple([expected.get(name) for name in rule.targets]) == like.shapes:
+            if like and tuple(map(expected.get, rule.targets)) == like.shapes:
                 sources = (Source(rule.sources[0], infos, like.sources[0].shape, None),)
                 yield Step(
                     rule.kind, rule.targets, like.shapes, like.dtype, sources, rule.ops, like.source_dtype, rule.where

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import pairwise
+from operator import le
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +173,7 @@ class _Archive:
 
     def finish(self, notes: list[str] | None) -> None:
         """Refuse records that overlap, and note those that nothing asked for."""
-        _refuse_overlaps([(start, end, member) for member, (start, end) in self.ranges.items()], self.file)
+        _refuse_overlaps(self.ranges, self.file)
         if notes is not None:
             notes.extend(self.unused())
 
@@ -226,8 +227,11 @@ class _Archive:
         return start
 
 
-def _refuse_overlaps(ranges: list[tuple[int, int, str]], file: str) -> None:
-    ranges.sort()
-    for (_, end, first), (start, _, second) in pairwise(ranges):
+def _refuse_overlaps(ranges: Mapping[str, tuple[int, int]], file: str) -> None:
+    starts, ends = zip(*sorted(ranges.values()), strict=True) if ranges else ((), ())
+    if all(map(le, ends, starts[1:])):
+        return
+    placed = sorted((start, end, member) for member, (start, end) in ranges.items())
+    for (_, end, first), (start, _, second) in pairwise(placed):
         if start < end:
             raise input_error(f"{first} and {second} claim the same bytes", file, _RESAVE)
