@@ -167,7 +167,7 @@ def _attention(r: random.Random, layers: int) -> dict[str, Any]:
     if r.random() < 0.3:
         a["scale"] = r.choice((0.1, 0.25))
     if r.random() < 0.3:
-        a["softcap"] = r.choice((2.0, 20.0))
+        a["softcap"] = r.choice((8.0, 20.0))  # vLLM's AVX-512 kernel makes NaN of scores beyond 88 times the cap
     if r.random() < 0.4:
         a["window"] = r.choice((8, 33))
         if r.random() < 0.7:

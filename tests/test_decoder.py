@@ -258,6 +258,24 @@ def test_a_config_that_says_something_else_fails(tmp_path: Path, engine: Engine)
     assert 1e-4 < report.located.local_error < 1
 
 
+@pytest.mark.engine
+@pytest.mark.skipif(
+    "AVX512" not in torch.backends.cpu.get_cpu_capability(), reason="vLLM's kernel of AVX2 has no such bound"
+)
+def test_scores_far_beyond_their_cap_are_told(tmp_path: Path, engine: Engine) -> None:
+    config = drawn(60)
+    config["attention"]["softcap"] = 2.0
+    layout(saved(tmp_path / "source", 60, config), tmp_path / "out")
+
+    report = verify(tmp_path / "out", Settings(), engine=engine)
+
+    assert not report.ok
+    assert report.located is not None
+    assert report.located.module == "model.layers.0.self_attn"
+    assert "not numbers at" in report.located.signature
+    assert "88.7 times their cap of 2" in report.located.hypothesis
+
+
 def test_config_of_writes_what_was_said_and_no_more() -> None:
     config = config_of(PLAIN)
 

@@ -9,7 +9,7 @@ import pytest
 
 from mdl.errors import Kind, MdlError, input_error, machine_error
 from mdl.validate.client import Engine
-from mdl.validate.faults import known_faults, naming_faults
+from mdl.validate.faults import known_faults, naming_faults, of_no_numbers
 from mdl.validate.report import Report
 from mdl.validate.verify import Settings, verify
 
@@ -49,6 +49,13 @@ def test_named_where_it_applies(config: dict[str, Any], phrase: str) -> None:
 )
 def test_silent_elsewhere(config: dict[str, Any]) -> None:
     assert known_faults(config) == ()
+
+
+@pytest.mark.parametrize("config", [{"attn_logit_softcapping": 50.0}, {"attention": {"softcap": 50.0}}])
+def test_scores_that_are_no_numbers(config: dict[str, Any]) -> None:
+    assert "88.7 times their cap of 50" in of_no_numbers(config, "AVX512")
+    assert of_no_numbers(config, "AVX2") == ""
+    assert of_no_numbers({"attention": {"bias": True}, "attn_logit_softcapping": None}, "AVX512") == ""
 
 
 def test_one_implementation_s_fault_is_not_another_s() -> None:

@@ -592,7 +592,19 @@ def test_a_signature_is_read_from_positions_tokens_and_scales() -> None:
     assert describe(one, exact, None, ids, 1e-15).startswith("only at token id 3")
     assert describe(growing, exact, None, ids, 1e-15).startswith("nothing at position 0, grows with the position")
     assert "1.5 times" in describe(1.5 * exact, exact, None, ids, 1e-15)
-    assert "not numbers" in describe(exact / 0, exact, None, ids, 1e-15)
+    lost = exact.clone()
+    lost[[3, 23], 5] = torch.nan
+    assert describe(exact / 0, exact, None, ids, 1e-15) == "not numbers at 40 of 40 positions, positions 0-39"
+    assert describe(lost, exact, None, ids, 1e-15) == "not numbers at 2 of 40 positions, positions 3, 23"
+
+
+def test_no_heads_are_solved_for_where_an_error_is_no_number() -> None:
+    """LAPACK refuses NaN, and the rest of the report would be lost."""
+    wrong = torch.ones(5, 16)
+    wrong[2, 3] = torch.nan
+
+    assert heads(wrong, torch.eye(16), 4) == ()
+    assert heads(wrong / 0, torch.eye(16), 4) == ()
 
 
 def test_heads_are_solved_for_through_the_output_projection() -> None:

@@ -112,6 +112,21 @@ def known_faults(config: Config, served: str = "", *, evaded: bool = False) -> t
     )
 
 
+_LARGEST = 88.7
+"""ln of the largest float32: beyond it, tanh by way of exp is inf / inf."""
+
+
+def of_no_numbers(config: Config, capability: str) -> str:
+    """What is known of modules whose answers are not numbers, on a CPU that torch says is so capable.
+
+    Measured with scores of known size in vLLM 0.32's attention of float32: its AVX2 kernel has no such bound.
+    """
+    cap = config.get("attn_logit_softcapping") or (config.get("attention") or {}).get("softcap")
+    if not isinstance(cap, int | float) or not cap or "AVX512" not in capability:
+        return ""
+    return f"vLLM's kernel for CPUs with AVX-512 makes NaN of scores beyond {_LARGEST} times their cap of {cap:g}"
+
+
 @contextmanager
 def naming_faults(config: Config) -> Generator[None]:
     """Where vLLM's process dies over a model that it is known to have trouble with, the error says so."""

@@ -18,6 +18,7 @@ from ..convert.prepare import Prepared
 from ..convert.stored import Files
 from .asking import Answer, ask, nmse
 from .client import Engine, EngineFailure
+from .faults import of_no_numbers
 from .hypothesis import Change, Trials, Tried, differences, exchanged, from_config, often_mistaken, reordered
 from .pairing import Seen, Unit, below, make_units, stream, watch
 from .reference import Reference, builtin_reference
@@ -167,7 +168,7 @@ def _located(
     if not culprit.unit.leaf:
         signature += _heads(prepared, seen, culprit, [a.unit for a in answers])
     cause = _by_weights(weights, culprit.unit) or _by_trial(layout, prepared, Trials(prepared, seen, culprit, ids))
-    words = "; ".join(part for part in (cause.words, note) if part)
+    words = "; ".join(part for part in (cause.words, _of_no_numbers(layout, culprit), note) if part)
     return Located(
         culprit.unit.key,
         culprit.served + _part(culprit),
@@ -178,6 +179,14 @@ def _located(
         words,
         _layers(answers),
     )
+
+
+def _of_no_numbers(layout: Path, answer: Answer) -> str:
+    import torch
+
+    if bool(answer.got.isfinite().all()):
+        return ""
+    return of_no_numbers(read_config(layout), torch.backends.cpu.get_cpu_capability())
 
 
 def _part(answer: Answer) -> str:

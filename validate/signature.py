@@ -15,8 +15,8 @@ _NOTHING = 1e-6
 def describe(got: torch.Tensor, exact: torch.Tensor, x: torch.Tensor | None, ids: Sequence[int], floor: float) -> str:
     """The signature of one module's error: answers [T, N] on both sides, its input [T, C] unless that is ids."""
     wrong = got.double() - exact
-    if not bool(wrong.isfinite().all()):
-        return "not numbers at some positions"
+    if lost := [t for t, fine in enumerate(wrong.isfinite().all(-1).tolist()) if not fine]:
+        return f"not numbers at {len(lost)} of {len(wrong)} positions, {ranges('position', lost)}"
     error = wrong.square()
     here = error.sum(-1) / exact.square().sum(-1).clamp_min(1e-300)
     noise = max(16 * floor, _NOTHING * float(here.max()))
@@ -88,11 +88,11 @@ def heads(wrong: torch.Tensor, projection: torch.Tensor, size: int) -> tuple[int
     """Which heads of an attention err, from the error [T, C] of its output and the output projection [C, H·D].
 
     What the heads put into the projection is solved for by least squares; empty where it can't be (more channels
-    in the heads than come out).
+    in the heads than come out, or an error that is no number, which the solver refuses).
     """
     import torch
 
-    if projection.shape[1] > projection.shape[0]:
+    if projection.shape[1] > projection.shape[0] or not bool(wrong.isfinite().all()):
         return ()
     mixed: Any = torch.linalg.lstsq(projection.double(), wrong.double().T).solution
     each = mixed.square().sum(-1).reshape(-1, size).sum(-1)
