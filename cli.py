@@ -386,4 +386,5 @@ def script() -> NoReturn:
     """The console script."""
     if next((word for word in sys.argv[1:] if not word.startswith("-")), "") == "verify":
         state.death = watched()
-    main()
+        main()
+    program.and_leave(main)

@@ -107,7 +107,7 @@ def measured(command: list[str]) -> tuple[float, float] | None:
 
 def ways(checkpoint: Path) -> dict[str, list[str]]:
     """The command lines for one checkpoint."""
-    mdl = [sys.executable, "-c", "from mdl.cli import main; main()"]
+    mdl = [sys.executable, "-c", "from mdl.cli import script; script()"]
     found = {
         f"`mdl {command}{' --json' * as_json}`": [*mdl, command, str(checkpoint), *["--json"] * as_json]
         for command in ("plan", "inspect")

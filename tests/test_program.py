@@ -53,6 +53,42 @@ def test_what_reads_metadata_needs_no_numpy(command: str, tmp_path: Path) -> Non
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+LEAVING = """
+import atexit, sys, threading, time
+from mdl.program import and_leave
+atexit.register(lambda: print("at the end", flush=True))
+{thread}
+def main():
+    print("x" * 100_000)
+    sys.exit({code})
+and_leave(main)
+"""
+LATE = "threading.Thread(target=lambda: (time.sleep(0.3), print('the thread too', flush=True))).start()"
+
+
+@pytest.mark.parametrize(("code", "gives"), [("", 0), ("0", 0), ("3", 3), ("'a sentence'", 1)])
+@pytest.mark.parametrize("thread", ["", LATE])
+def test_leaving_gives_the_code_and_does_what_is_left(code: str, gives: int, thread: str) -> None:
+    program = LEAVING.format(code=code, thread=thread)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+
+    assert done.returncode == gives
+    lines = done.stdout.splitlines()
+    assert lines[0] == "x" * 100_000
+    assert sorted(lines[1:]) == sorted(["at the end", *["the thread too"] * bool(thread)])
+    assert done.stderr.splitlines() == ["a sentence"] * ("sentence" in code)
+
+
+def test_leaving_where_nobody_reads() -> None:
+    program = LEAVING.format(code="0", thread="")
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        process.wait(60)
+
+    assert process.returncode != 0
+
+
 ALONE = """
 import os, sys
 from mdl.program import numpy_alone
