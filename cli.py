@@ -387,4 +387,5 @@ def script() -> NoReturn:
     if next((word for word in sys.argv[1:] if not word.startswith("-")), "") == "verify":
         state.death = watched()
         main()
-    program.and_leave(main)
+    else:
+        program.and_leave(main)

@@ -94,8 +94,8 @@ def _together(
     if len(held) == 1 and not ckpt.cells:  # no two of them can be one: names that collide are a problem already
         above = "".join(f"{part}/" for part in wrapper)
         return {
-            name: (TensorInfo(name, i.shape, i.dtype, i.file, i.offset, i.stride, i.storage, 0, above + raw, i.pieces),)
-            for (raw, name), i in zip(names.items(), held[0].values(), strict=True)
+            name: (_located(leaf, name, 0, above + raw),)
+            for (raw, name), leaf in zip(names.items(), held[0].values(), strict=True)
         }
     tensors: dict[str, list[TensorInfo]] = {}
     last: dict[str, Cell] = {}
@@ -298,8 +298,6 @@ def _beside(tree: Any, wrapper: Path, findings: _Findings) -> None:
     for depth in range(len(wrapper) + 1):
         for key, value in table_of(at(tree, wrapper[:depth])).items():
             within = depth == len(wrapper)
-            if within and type(key) is str and "." in key:
-                continue
             if _is_outside(key, value, wrapper) if within else key != wrapper[depth]:
                 _note_or_keep(key_text(key), "/".join((*wrapper[:depth], key_text(key))), value, findings)
 
