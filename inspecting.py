@@ -52,7 +52,7 @@ def show_files(path: Path, options: Options) -> None:
     settings = [f"{key}: {_short(value)}" for key, value in inventory.extras.items()]
     lines = [_checkpoint(inventory), ("beside", settings or ("no settings",)), _notes(inventory)]
     console = render.out()
-    console.print(render.facts(lines))
+    render.show_facts(lines)
     console.print()
     rows = list(_alike(inventory))
     made = render.table("tensors", "shape", "type")
@@ -122,7 +122,7 @@ def show_inspection(r: Recognised) -> None:
         ("tokenizer", [render.shown(p) for p in r.checkpoint.tokenizers] or ("none beside it",)),
         _notes(inv),
     ]
-    console.print(render.facts(lines))
+    render.show_facts(lines)
     console.print()
     show_dims(r.dims)
 

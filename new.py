@@ -49,4 +49,4 @@ def _show(made: Draft, checkpoint: str, reference: str | None) -> None:
     if reference and made.decide:
         steps.append(f"mdl verify {options} --reference {reference} {decide_options(made.decide)}")
     lines.append(("next", steps))
-    render.out().print(render.facts(lines))
+    render.show_facts(lines)

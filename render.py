@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
-import threading
 from collections.abc import Callable, Generator, Hashable, Iterable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import typer
 
 from .errors import Kind, MdlError
 from .mappings.jsonable import pieces
@@ -151,6 +153,11 @@ def shown(path: str) -> str:
     return str(Path(path).relative_to(here)) if Path(path).is_absolute() and Path(path).is_relative_to(here) else path
 
 
+def line(words: str) -> None:
+    """A line on stdout, as it stands."""
+    typer.echo(words)
+
+
 def size(nbytes: float) -> str:
     """Bytes for people, in powers of 1000 as disks are sold."""
     for unit in ("B", "kB", "MB", "GB"):
@@ -158,6 +165,11 @@ def size(nbytes: float) -> str:
             return f"{nbytes:.3g} {unit}" if unit != "B" else f"{nbytes:.0f} B"
         nbytes /= 1000
     return f"{nbytes:.3g} TB"
+
+
+def seconds(duration: float) -> str:
+    """Seconds for people; what takes less than one has taken some time too."""
+    return f"{max(duration, 0.01):.2f} s" if duration < 1 else f"{duration:.1f} s"
 
 
 def text(words: str, style: str = "") -> Text:
@@ -177,16 +189,33 @@ def table(*headers: str) -> Table:
     return made
 
 
-def facts(pairs: Iterable[tuple[str, str | Iterable[str]]]) -> Table:
-    """Name and value lines, values possibly on several lines."""
+def show_facts(pairs: Iterable[tuple[str, str | Iterable[str]]]) -> None:
+    """Name and value lines on stdout, values possibly on several lines. A terminal gets them folded to its width by
+    rich, which takes a tenth of a second to import; a pipe gets them as they are."""
+    rows = [(name, [value] if isinstance(value, str) else list(value)) for name, value in pairs]
+    if _styled():
+        out().print(_facts(rows))
+        return
+    width = max(len(name) for name, _ in rows) + 2
+    for name, values in rows:
+        lines = [part for value in values for part in value.split("\n")]
+        for k, part in enumerate(lines):
+            line(f"{name if k == 0 else '':{width}}{part}".rstrip(" "))
+
+
+def _styled() -> bool:
+    """Whether stdout shows colours. Some ask for them where a pipe is read by what can show them, as in CI."""
+    return sys.stdout.isatty() or bool(os.environ.get("FORCE_COLOR"))
+
+
+def _facts(rows: list[tuple[str, list[str]]]) -> Table:
     from rich.table import Table
 
     made = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
     made.add_column(style="bold", no_wrap=True)
     made.add_column(overflow="fold")
-    for name, value in pairs:
-        lines = [value] if isinstance(value, str) else list(value)
-        for k, line in enumerate(lines):
+    for name, values in rows:
+        for k, line in enumerate(values):
             made.add_row(name if k == 0 else "", text(line))
     return made
 
@@ -197,29 +226,17 @@ _live: Console | None = None
 
 def say(sentence: str) -> None:
     """A line on stderr that is not progress: it stays, and --quiet does not silence it."""
-    from rich.text import Text
-
-    (_live or err()).print(Text(sentence))
-
-
-def _load_rich() -> None:
-    from rich import _emoji_codes, console, table
-
-    del _emoji_codes, console, table
+    if _live is None:
+        typer.echo(sentence, err=True)
+    else:
+        _live.print(text(sentence))
 
 
 @contextmanager
 def byte_progress(title: str, total: int, *, quiet: bool, as_json: bool) -> Generator[Callable[[int], None]]:
     """A progress bar with bytes, rate and time left, on a terminal's stderr only."""
     if quiet or as_json or not sys.stderr.isatty():
-        once = threading.Lock()
-
-        def copied(_: int) -> None:
-            """Import what prints the answer, a tenth of a second, while bytes are copied and not before."""
-            if not as_json and once.acquire(blocking=False):
-                threading.Thread(target=_load_rich, daemon=True).start()
-
-        yield copied
+        yield lambda _: None
         return
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 

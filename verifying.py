@@ -140,4 +140,4 @@ def _show(d: Decision) -> None:
     lines.append(("verdict", d.measured))
     if d.command:
         lines.append(("next", d.command))
-    console.print(render.facts(lines))
+    render.show_facts(lines)

@@ -57,7 +57,7 @@ def show_plan(p: Prepared, *, reverse: bool) -> None:
     for remark in p.inventory.remarks:
         console.print(render.text(remark))
     if said := [fact for fact in (("deviates", p.dims.deviations), ("in vLLM", known_faults(p.config))) if fact[1]]:
-        console.print(render.facts(said))
+        render.show_facts(said)
 
 
 def _total(p: Prepared) -> str:
@@ -170,7 +170,8 @@ def show_converted(c: Converted | Contributed) -> None:
         return
     rate = render.size(c.copied / max(c.seconds, 1e-9))
     copied = "" if c.copied == c.nbytes else f", {render.size(c.copied)} of it now"
-    what = f"{len(c.manifest.tensors)} tensors, {render.size(c.nbytes)}{copied}, in {c.seconds:.1f} s ({rate}/s)"
+    took = f"{render.seconds(c.seconds)} ({rate}/s)"
+    what = f"{len(c.manifest.tensors)} tensors, {render.size(c.nbytes)}{copied}, in {took}"
     lines: list[tuple[str, str | Iterable[str]]] = [
         ("wrote", f"{c.out}: {what}"),
         ("files", ", ".join(_files(c.files))),
@@ -186,7 +187,7 @@ def show_converted(c: Converted | Contributed) -> None:
         )
     if strange := _values(c):
         lines.insert(-2, ("values", strange))
-    render.out().print(render.facts(lines))
+    render.show_facts(lines)
 
 
 def _files(names: tuple[str, ...]) -> list[str]:
@@ -207,7 +208,7 @@ def _resumed(c: Converted) -> list[str]:
 
 
 def _show_contributed(c: Contributed) -> None:
-    what = f"{_weight_files(len(c.files))}, {render.size(c.nbytes)} in {c.seconds:.1f} s"
+    what = f"{_weight_files(len(c.files))}, {render.size(c.nbytes)} in {render.seconds(c.seconds)}"
     lines: list[tuple[str, str | Iterable[str]]] = [("part", f"{c.part} of {c.parts}: {what}")]
     if c.missing:
         lines.append(("missing", f"{_weight_files(len(c.missing))}, such as {c.missing[0]}"))
@@ -216,7 +217,7 @@ def _show_contributed(c: Contributed) -> None:
         lines.append(("next", "the other parts; whichever is the last makes the layout"))
     else:
         lines.append(("layout", f"{c.out} was made by another part"))
-    render.out().print(render.facts(lines))
+    render.show_facts(lines)
 
 
 def _values(c: Converted) -> list[str]:
@@ -263,7 +264,7 @@ def show_report(report: Report) -> None:
     if report.notes:
         lines.append(("notes", report.notes))
     lines.append(("verdict", report.verdict))
-    console.print(render.facts(lines))
+    render.show_facts(lines)
 
 
 def show_mutations(table: MutationTable) -> None:
@@ -293,7 +294,7 @@ def show_recorded(out: Path, answer: Mapping[str, Any]) -> None:
     lines.append(("holds", counts))
     lines.append(("notes", [str(note) for note in answer.get("notes", ())] or ("none",)))
     lines.append(("next", f"mdl verify LAYOUT --golden {out}"))
-    render.out().print(render.facts(lines))
+    render.show_facts(lines)
 
 
 def check_reports(junit: Path | None, html: Path | None) -> None:
@@ -324,7 +325,7 @@ def show_exported(e: Exported) -> None:
     """The summary of `mdl export`."""
     lines: list[tuple[str, str | Iterable[str]]] = [("wrote", e.files), ("tensors", str(e.tensors))]
     lines.append(("lost", [f"{p.what} ({p.where})" for p in e.lost] or ("nothing",)))
-    render.out().print(render.facts(lines))
+    render.show_facts(lines)
 
 
 def show_archs(archs: Iterable[Arch]) -> None:
@@ -346,9 +347,8 @@ def show_findings(findings: Iterable[Finding]) -> None:
 
 def show_problems(problems: Iterable[Problem], good: str) -> None:
     """A list of problems, or the good news."""
-    console = render.out()
     found = list(problems)
     for p in found[: render.SHOWN]:
-        console.print(f"{render.shown(p.where)}: {p.what}" + (f" ({p.do})" if p.do else ""))
+        render.line(f"{render.shown(p.where)}: {p.what}" + (f" ({p.do})" if p.do else ""))
     if not found:
-        console.print(good)
+        render.line(good)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import pty
+import re
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -38,19 +41,66 @@ try:
     main()
 except SystemExit as end:
     assert not end.code, end.code
-print([name for name in ("numpy", "torch") if name in sys.modules])
+print([name for name in ("numpy", "torch", "rich") if name in sys.modules])
 """
 
 
-@pytest.mark.parametrize("command", ["plan", "inspect"])
-def test_what_reads_metadata_needs_no_numpy(command: str, tmp_path: Path) -> None:
-    path = checkpoints.nanogpt(tmp_path / "x.pt", checkpoints.nanogpt_state(), heads=4)
-    done = subprocess.run(
-        [sys.executable, "-c", PLANNED, command, str(path)], capture_output=True, text=True, check=False
-    )
+@pytest.mark.parametrize(
+    ("command", "needed"), [("plan", ["rich"]), ("inspect", ["rich"]), ("convert", ["numpy"]), ("check", [])]
+)
+def test_what_a_command_imports(command: str, needed: list[str], tmp_path: Path) -> None:
+    """Nothing of torch, no numpy to read metadata, and no rich where a pipe gets no table: each takes its time."""
+    path, out = checkpoints.nanogpt(tmp_path / "x.pt", checkpoints.nanogpt_state(), heads=4), tmp_path / "out"
+    if command == "check":
+        subprocess.run([MDL, "convert", path, out], check=True, capture_output=True)
+    words = [command, str(out if command == "check" else path), *([str(out)] if command == "convert" else [])]
+    done = subprocess.run([sys.executable, "-c", PLANNED, *words], capture_output=True, text=True, check=False)
 
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "[]"
+    assert done.stdout.splitlines()[-1] == str(needed)
+
+
+SHOWS = """
+from mdl.render import say, show_facts
+say("a [bold]sentence[/bold] that stays")
+long = "[red]/x[/red]: " + "word " * 60 + "end"
+show_facts([("wrote", long), ("notes", ["one", "two\\nlines"]), ("none", []), ("empty", "")])
+"""
+
+
+def test_a_pipe_gets_lines_that_are_not_folded() -> None:
+    done = subprocess.run([sys.executable, "-c", SHOWS], capture_output=True, text=True, check=True)
+
+    assert done.stderr == "a [bold]sentence[/bold] that stays\n"
+    first = "wrote  [red]/x[/red]: " + "word " * 60 + "end"
+    assert done.stdout.splitlines() == [first, "notes  one", "       two", "       lines", "empty"]
+
+
+def test_whoever_asks_for_colours_in_a_pipe_gets_them() -> None:
+    env = {**os.environ, "FORCE_COLOR": "1"}
+    done = subprocess.run([sys.executable, "-c", SHOWS], capture_output=True, text=True, check=True, env=env)
+
+    assert "\x1b[1mwrote" in done.stdout
+
+
+def test_a_terminal_gets_lines_folded_to_its_width() -> None:
+    ours, its = pty.openpty()
+    env = {**os.environ, "COLUMNS": "60", "TERM": "xterm"}
+    with subprocess.Popen([sys.executable, "-c", SHOWS], stdout=its, stderr=its, env=env) as child:
+        os.close(its)
+        shown = b""
+        with suppress(OSError):  # a terminal whose other end has closed
+            while more := os.read(ours, 4096):
+                shown += more
+        os.close(ours)
+
+    assert child.returncode == 0
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", shown.decode()).splitlines()
+    assert lines[0] == "a [bold]sentence[/bold] that stays"
+    assert max(map(len, lines)) <= 60
+    assert [line.rstrip() for line in lines][-4:-1] == ["notes  one", "       two", "       lines"]
+    assert lines[1].startswith("wrote  [red]/x[/red]: word")
+    assert lines[2].startswith("       word")
 
 
 LEAVING = """
