@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import atexit
+import codecs
 import gc
+import io
 import os
 import signal
 import sys
@@ -43,6 +45,7 @@ def run(command: Callable[[], object], state: State) -> NoReturn:
     """Run a command line to its end. A traceback is shown only with --debug."""
     Interrupted.number = 0
     gc.set_threshold(100_000, *gc.get_threshold()[1:])  # imports make objects that stay: not to be looked through often
+    _print_anything()
     atexit.register(gc.freeze)  # what a process holds at its end is not worth looking through for cycles
     if state.death is not None:
         _end(state.death, state)
@@ -68,6 +71,21 @@ def run(command: Callable[[], object], state: State) -> NoReturn:
             raise
         do = "run again with `mdl --debug …` and report it"
         _end(MdlError(Kind.INPUT, [Problem(f"{type(error).__name__}: {error}", "inside mdl", do)]), state)
+
+
+def _print_anything() -> None:
+    """No answer fails for what stdout's encoding lacks, or for bytes in the name of a file that are no characters."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        codecs.register_error("mdl.escaped", _escaped)
+        sys.stdout.reconfigure(errors="mdl.escaped")
+
+
+def _escaped(error: UnicodeError) -> tuple[str, int]:
+    """As JSON writes it, `\\u00e9` or a pair of surrogates, so that a document remains one."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    units = error.object[error.start : error.end].encode("utf-16-be", "surrogatepass").hex()
+    return "".join(f"\\u{units[k : k + 4]}" for k in range(0, len(units), 4)), error.end
 
 
 def and_leave(main: Callable[[], object]) -> NoReturn:

@@ -10,8 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import typer
-
 from .errors import Kind, MdlError
 from .mappings.jsonable import pieces
 
@@ -155,7 +153,7 @@ def shown(path: str) -> str:
 
 def line(words: str) -> None:
     """A line on stdout, as it stands."""
-    typer.echo(words)
+    sys.stdout.write(words + "\n")
 
 
 def size(nbytes: float) -> str:
@@ -227,7 +225,7 @@ _live: Console | None = None
 def say(sentence: str) -> None:
     """A line on stderr that is not progress: it stays, and --quiet does not silence it."""
     if _live is None:
-        typer.echo(sentence, err=True)
+        sys.stderr.write(sentence + "\n")
     else:
         _live.print(text(sentence))
 

@@ -103,6 +103,25 @@ def test_a_terminal_gets_lines_folded_to_its_width() -> None:
     assert lines[2].startswith("       word")
 
 
+@pytest.mark.parametrize("encoding", ["utf-8:strict", "ascii:strict", "latin-1:strict", "utf-8:surrogateescape"])
+@pytest.mark.parametrize("words", [["inspect"], ["plan"], ["inspect", "--json"]])
+def test_any_name_of_a_file_can_be_printed(words: list[str], encoding: str, tmp_path: Path) -> None:
+    """Names are bytes to the kernel, and a terminal need not know our arrows."""
+    made = checkpoints.nanogpt(tmp_path / "x.pt", checkpoints.nanogpt_state(), heads=4)
+    path = made.rename(tmp_path / "".join(os.fsdecode(part) for part in (b"caf\xff ", "\u00e9\U0001f40b.pt".encode())))
+    env = {**os.environ, "PYTHONIOENCODING": encoding}
+    done = subprocess.run([MDL, *words, path], capture_output=True, check=False, env=env)
+
+    assert done.returncode == 0, done.stderr
+    text = done.stdout.decode(encoding.split(":")[0], "surrogateescape")
+    if "--json" in words:
+        assert json.loads(text)["path"] == str(path)
+    elif words == ["inspect"]:
+        shown = {"utf-8": "caf\\udcff \u00e9\U0001f40b.pt", "ascii": r"caf\udcff \u00e9\ud83d\udc0b.pt"}
+        shown |= {"latin-1": "caf\\udcff \u00e9\\ud83d\\udc0b.pt"}
+        assert (path.name if "escape" in encoding else shown[encoding.split(":")[0]]) in text
+
+
 LEAVING = """
 import atexit, sys, threading, time
 from mdl.program import and_leave
