@@ -86,7 +86,8 @@ def test_rounds_are_kept_and_nothing_is_left(tmp_path: Path) -> None:
     (found,) = json.loads(kept.read_text())
     order = [run["way"] for run in found["runs"]]
     assert order == ["cp", "mdl", "mmap", "mdl", "mmap", "cp"]
-    assert all(run["seconds"] > 0 and run["rss"] >= run["anon"] > 0 for run in found["runs"])
+    assert all(run["seconds"] > 0 and run["rss"] >= run["anon"] for run in found["runs"])
+    assert all(run["anon"] > 0 for run in found["runs"] if run["way"] != "cp")  # which may end before the first look
     assert "| `cp` | 1.00 | 1.00 to 1.00 |" in said
     assert list(work.iterdir()) == []
     assert bench("--from", str(kept)) == said
