@@ -384,6 +384,7 @@ def main() -> NoReturn:
 
 def script() -> NoReturn:
     """The console script."""
+    program.open_streams()
     if next((word for word in sys.argv[1:] if not word.startswith("-")), "") == "verify":
         state.death = watched()
         main()

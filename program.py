@@ -50,20 +50,13 @@ def run(command: Callable[[], object], state: State) -> NoReturn:
     if state.death is not None:
         _end(state.death, state)
     try:
-        with _heard():
-            code = command()
-        if code == 128 + signal.SIGINT:  # what Typer makes of every KeyboardInterrupt
-            _interrupted(state)
-        sys.exit(code if isinstance(code, int) else 0)
+        _leave(_code_of(command))
     except MdlError as error:
         if state.debug:
             raise
         _end(error, state)
     except (KeyboardInterrupt, typer.Abort):
         _interrupted(state)
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(141)
     except Exception as error:
         if isinstance(error, _usage_exception()):
             _usage(error, state)
@@ -73,19 +66,53 @@ def run(command: Callable[[], object], state: State) -> NoReturn:
         _end(MdlError(Kind.INPUT, [Problem(f"{type(error).__name__}: {error}", "inside mdl", do)]), state)
 
 
+def _code_of(command: Callable[[], object]) -> int:
+    """Run it, and undo what Typer makes of an interrupt and of a reader that left: 1, which is ours for a layout that
+    differs."""
+    try:
+        with _heard():
+            code = command()
+    except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError):
+            _unwritten(end.__context__)
+        raise
+    if code == 128 + signal.SIGINT:
+        raise KeyboardInterrupt
+    return code if isinstance(code, int) else 0
+
+
 def _print_anything() -> None:
     """No answer fails for what stdout's encoding lacks, or for bytes in the name of a file that are no characters."""
-    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
-        codecs.register_error("mdl.escaped", _escaped)
+    if not isinstance(sys.stdout, io.TextIOWrapper):
+        return
+    if handler := {"strict": _escaped, "surrogateescape": _escaped_but_bytes}.get(sys.stdout.errors or "strict"):
+        codecs.register_error("mdl.escaped", handler)
         sys.stdout.reconfigure(errors="mdl.escaped")
 
 
-def _escaped(error: UnicodeError) -> tuple[str, int]:
-    """As JSON writes it, `\\u00e9` or a pair of surrogates, so that a document remains one."""
+def _escaped(error: UnicodeError) -> tuple[str | bytes, int]:
+    """A character as JSON writes it, `\\u00e9` or a pair of surrogates, so that a document remains one."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
-    units = error.object[error.start : error.end].encode("utf-16-be", "surrogatepass").hex()
-    return "".join(f"\\u{units[k : k + 4]}" for k in range(0, len(units), 4)), error.end
+    units = error.object[error.start].encode("utf-16-be", "surrogatepass").hex()
+    return "".join(f"\\u{units[k : k + 4]}" for k in range(0, len(units), 4)), error.start + 1
+
+
+def _escaped_but_bytes(error: UnicodeError) -> tuple[str | bytes, int]:
+    """The same where Python prints the bytes of a file's name as they are (PEP 383)."""
+    if isinstance(error, UnicodeEncodeError) and "\udc80" <= (char := error.object[error.start]) <= "\udcff":
+        return bytes([ord(char) - 0xDC00]), error.start + 1
+    return _escaped(error)
+
+
+def open_streams() -> None:
+    """Whoever starts a program without stdin, stdout or stderr would have its files opened in their place, and what is
+    printed written into them."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:  # what is opened now takes the number that is free
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), "r+" if number == 0 else "w"))
 
 
 def and_leave(main: Callable[[], object]) -> NoReturn:
@@ -181,6 +208,27 @@ def _asks_for_json() -> bool:
 
 
 def _end(error: MdlError, state: State) -> NoReturn:
-    render.print_error(error, as_json=state.json or _asks_for_json())
-    sys.stdout.flush()
-    sys.exit(error.kind.value)
+    try:
+        render.print_error(error, as_json=state.json or _asks_for_json())
+    except OSError as lost:
+        _unwritten(lost)
+    _leave(error.kind.value)
+
+
+def _leave(code: int) -> NoReturn:
+    """What stdout does not take is noticed here, and not by the interpreter when it ends."""
+    try:
+        sys.stdout.flush()
+    except OSError as lost:
+        _unwritten(lost)
+    sys.exit(code)
+
+
+def _unwritten(lost: OSError) -> NoReturn:
+    """A reader that left, as `| head` does, is no news, and the code is that of other programs; a full disk is news."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is still in the buffer
+    if isinstance(lost, BrokenPipeError):
+        sys.exit(128 + signal.SIGPIPE)
+    with suppress(OSError):
+        sys.stderr.write(f"this machine: stdout takes no more: {lost.strerror}\n")
+    sys.exit(Kind.MACHINE.value)

@@ -20,6 +20,8 @@ if TYPE_CHECKING:  # what asks for --json needs no rich
 
 SHOWN = 10
 _NUMBER = re.compile(r"(?<![^./])\d+(?![^./])")
+_UNSEEN = dict.fromkeys(map(ord, "\a\b\v\f\r"))
+"""What rich takes out of whatever it prints, since it moves the cursor back over other words."""
 _BETWEEN, _MARK = "/\x00/", "\x01"
 """Stand in no name and in no problem. The first parts names, and a number may stand beside it; the second is put in the
 place of one."""
@@ -60,6 +62,7 @@ def print_error(error: MdlError, *, as_json: bool) -> None:
     if as_json:
         print_json({"ok": False, "kind": error.kind.name.lower(), "problems": error.problems})
         return
+    sys.stdout.flush()  # what was said before stands before
     console = err()
     label = {Kind.PARITY: "not the same", Kind.USAGE: "usage", Kind.INPUT: "error", Kind.MACHINE: "this machine"}
     groups = _grouped(error)
@@ -153,7 +156,7 @@ def shown(path: str) -> str:
 
 def line(words: str) -> None:
     """A line on stdout, as it stands."""
-    sys.stdout.write(words + "\n")
+    sys.stdout.write(words.translate(_UNSEEN) + "\n")
 
 
 def size(nbytes: float) -> str:
@@ -167,7 +170,7 @@ def size(nbytes: float) -> str:
 
 def seconds(duration: float) -> str:
     """Seconds for people; what takes less than one has taken some time too."""
-    return f"{max(duration, 0.01):.2f} s" if duration < 1 else f"{duration:.1f} s"
+    return f"{max(duration, 0.01):.2f} s" if duration < 0.995 else f"{duration:.1f} s"
 
 
 def text(words: str, style: str = "") -> Text:
@@ -194,7 +197,7 @@ def show_facts(pairs: Iterable[tuple[str, str | Iterable[str]]]) -> None:
     if _styled():
         out().print(_facts(rows))
         return
-    width = max(len(name) for name, _ in rows) + 2
+    width = max((len(name) for name, _ in rows), default=0) + 2
     for name, values in rows:
         lines = [part for value in values for part in value.split("\n")]
         for k, part in enumerate(lines):
@@ -225,7 +228,7 @@ _live: Console | None = None
 def say(sentence: str) -> None:
     """A line on stderr that is not progress: it stays, and --quiet does not silence it."""
     if _live is None:
-        sys.stderr.write(sentence + "\n")
+        sys.stderr.write(sentence.translate(_UNSEEN) + "\n")
     else:
         _live.print(text(sentence))
 

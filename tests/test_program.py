@@ -103,7 +103,9 @@ def test_a_terminal_gets_lines_folded_to_its_width() -> None:
     assert lines[2].startswith("       word")
 
 
-@pytest.mark.parametrize("encoding", ["utf-8:strict", "ascii:strict", "latin-1:strict", "utf-8:surrogateescape"])
+@pytest.mark.parametrize(
+    "encoding", ["utf-8:strict", "ascii:strict", "latin-1:strict", "utf-8:surrogateescape", "ascii:surrogateescape"]
+)
 @pytest.mark.parametrize("words", [["inspect"], ["plan"], ["inspect", "--json"]])
 def test_any_name_of_a_file_can_be_printed(words: list[str], encoding: str, tmp_path: Path) -> None:
     """Names are bytes to the kernel, and a terminal need not know our arrows."""
@@ -119,7 +121,66 @@ def test_any_name_of_a_file_can_be_printed(words: list[str], encoding: str, tmp_
     elif words == ["inspect"]:
         shown = {"utf-8": "caf\\udcff \u00e9\U0001f40b.pt", "ascii": r"caf\udcff \u00e9\ud83d\udc0b.pt"}
         shown |= {"latin-1": "caf\\udcff \u00e9\\ud83d\\udc0b.pt"}
-        assert (path.name if "escape" in encoding else shown[encoding.split(":")[0]]) in text
+        name = shown[encoding.split(":")[0]]
+        assert (name.replace(r"\udcff", "\udcff") if "escape" in encoding else name) in text
+
+
+def buffered() -> dict[str, str]:
+    """As for a user: whoever runs the tests may have asked Python for streams without a buffer."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["inspect", "x.pt"],
+        ["inspect", "x.pt", "--json"],
+        ["convert", "x.pt", "out"],
+        ["archs"],
+        ["plan", "no", "--json"],
+    ],
+)
+def test_a_reader_that_left_is_no_error_and_no_difference(words: list[str], tmp_path: Path) -> None:
+    checkpoints.nanogpt(tmp_path / "x.pt", checkpoints.nanogpt_state(), heads=4)
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [MDL, *words], stdout=writer, stderr=subprocess.PIPE, check=False, cwd=tmp_path, env=buffered()
+    )
+    os.close(writer)
+
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")
+
+
+@pytest.mark.parametrize("words", [["convert", "x.pt", "out"], ["archs", "--json"]])
+def test_a_full_disk_behind_stdout_is_told(words: list[str], tmp_path: Path) -> None:
+    checkpoints.nanogpt(tmp_path / "x.pt", checkpoints.nanogpt_state(), heads=4)
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(
+            [MDL, *words], stdout=full, stderr=subprocess.PIPE, check=False, cwd=tmp_path, env=buffered(), text=True
+        )
+
+    assert (done.returncode, done.stderr) == (4, "this machine: stdout takes no more: No space left on device\n")
+
+
+def test_a_program_without_streams_writes_nothing_into_its_files(tmp_path: Path) -> None:
+    checkpoints.nanogpt(tmp_path / "x.pt", checkpoints.nanogpt_state(), heads=4)
+    done = subprocess.run(["sh", "-c", '"$0" convert x.pt out <&- >&- 2>&-', MDL], check=False, cwd=tmp_path)
+
+    assert done.returncode == 0
+    subprocess.run([MDL, "check", "out"], check=True, cwd=tmp_path, capture_output=True)
+
+
+def test_what_was_said_before_an_error_stands_before_it() -> None:
+    code = (
+        "from mdl.errors import *\nfrom mdl.render import *\nshow_facts([('in vLLM', 'a fault\\r')])\n"
+        "print_error(MdlError(Kind.INPUT, [Problem('x')]), as_json=False)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=True, env=buffered()
+    )
+
+    assert done.stdout == b"in vLLM  a fault\nerror: x\n"
 
 
 LEAVING = """
