@@ -68,7 +68,7 @@ def _root(
 ) -> None:
     state.quiet, state.debug = quiet, debug
     if version:
-        typer.echo(f"mdl {__version__}")
+        render.line(f"mdl {__version__}")
         raise typer.Exit
 
 

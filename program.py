@@ -112,7 +112,7 @@ def open_streams() -> None:
         try:
             os.fstat(number)
         except OSError:  # what is opened now takes the number that is free
-            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), "r+" if number == 0 else "w"))
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), "w" if number else "r"))
 
 
 def and_leave(main: Callable[[], object]) -> NoReturn:

@@ -193,15 +193,17 @@ def table(*headers: str) -> Table:
 def show_facts(pairs: Iterable[tuple[str, str | Iterable[str]]]) -> None:
     """Name and value lines on stdout, values possibly on several lines. A terminal gets them folded to its width by
     rich, which takes a tenth of a second to import; a pipe gets them as they are."""
-    rows = [(name, [value] if isinstance(value, str) else list(value)) for name, value in pairs]
+    rows: list[tuple[str, str]] = []
+    for name, value in pairs:
+        values = [value] if isinstance(value, str) else value
+        lines = [one for whole in values for one in whole.split("\n")]
+        rows += [(name if k == 0 else "", one) for k, one in enumerate(lines)]
     if _styled():
         out().print(_facts(rows))
         return
     width = max((len(name) for name, _ in rows), default=0) + 2
-    for name, values in rows:
-        lines = [part for value in values for part in value.split("\n")]
-        for k, part in enumerate(lines):
-            line(f"{name if k == 0 else '':{width}}{part}".rstrip(" "))
+    for name, one in rows:
+        line(f"{name:{width}}{one}".rstrip(" "))
 
 
 def _styled() -> bool:
@@ -209,15 +211,14 @@ def _styled() -> bool:
     return sys.stdout.isatty() or bool(os.environ.get("FORCE_COLOR"))
 
 
-def _facts(rows: list[tuple[str, list[str]]]) -> Table:
+def _facts(rows: list[tuple[str, str]]) -> Table:
     from rich.table import Table
 
     made = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
     made.add_column(style="bold", no_wrap=True)
     made.add_column(overflow="fold")
-    for name, values in rows:
-        for k, line in enumerate(values):
-            made.add_row(name if k == 0 else "", text(line))
+    for name, one in rows:
+        made.add_row(name, text(one))
     return made
 
 

@@ -110,7 +110,7 @@ def test_a_terminal_gets_lines_folded_to_its_width() -> None:
 def test_any_name_of_a_file_can_be_printed(words: list[str], encoding: str, tmp_path: Path) -> None:
     """Names are bytes to the kernel, and a terminal need not know our arrows."""
     made = checkpoints.nanogpt(tmp_path / "x.pt", checkpoints.nanogpt_state(), heads=4)
-    path = made.rename(tmp_path / "".join(os.fsdecode(part) for part in (b"caf\xff ", "\u00e9\U0001f40b.pt".encode())))
+    path = made.rename(tmp_path / os.fsdecode(b"caf\xff " + "\u00e9\U0001f40b.pt".encode()))
     env = {**os.environ, "PYTHONIOENCODING": encoding}
     done = subprocess.run([MDL, *words, path], capture_output=True, check=False, env=env)
 
